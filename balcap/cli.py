@@ -1,0 +1,156 @@
+"""The command line: LightningCLI, a run folder, and one check of the whole config before anything loads."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from balcap.imports import import_torchmetrics_lightly
+
+import_torchmetrics_lightly()  # before Lightning, which imports torchmetrics
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+
+from balcap.data import CaptionDataModule  # noqa: E402
+from balcap.module import BalCapModule  # noqa: E402
+from callbacks.caption_writer import CaptionWriter  # noqa: E402
+from callbacks.checkpoint import RunCheckpoint  # noqa: E402
+from callbacks.curves import RunCurves  # noqa: E402
+from callbacks.export import ExportPolicy  # noqa: E402
+from callbacks.progress import CaptionProgressBar  # noqa: E402
+from callbacks.rollout_log import RolloutLog  # noqa: E402
+from callbacks.validate_ends import ValidateAtEnds  # noqa: E402
+
+
+class ConfigError(SystemExit):
+    """A config that cannot work; the message lists every problem and the key that mends each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        super().__init__(f"This config cannot run. Nothing was loaded or paid; change:\n{lines}")
+        self.problems = problems
+
+
+class BalCapCLI(LightningCLI):
+    """``fit``, ``validate`` and ``predict``, with all outputs of a run in ``run_dir``."""
+
+    def __init__(self, args: Any = None) -> None:
+        super().__init__(
+            BalCapModule,
+            CaptionDataModule,
+            args=args,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_kwargs={"description": "Train image captioners with balanced rewards (arXiv 2605.07394)."},
+            trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": 0, "max_epochs": -1},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        skip = {"model", "dataloaders", "datamodule", "weights_only"}
+        return {
+            "fit": {*skip, "train_dataloaders", "val_dataloaders"},
+            "validate": skip,
+            "predict": {*skip, "return_predictions"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str, default="runs/latest", help="Folder for all outputs of the run.")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RolloutLog, "rollout_log")
+        parser.add_lightning_class_args(CaptionProgressBar, "progress")
+        parser.add_lightning_class_args(ValidateAtEnds, "validate_ends")
+        parser.add_lightning_class_args(ExportPolicy, "export")
+        parser.add_lightning_class_args(RunCurves, "curves")
+        parser.add_lightning_class_args(CaptionWriter, "captions")
+        parser.link_arguments("run_dir", "trainer.default_root_dir")
+        parser.link_arguments("run_dir", "data.run_dir")
+        for target, name in (
+            ("checkpoint.dirpath", "checkpoints"),
+            ("rollout_log.dirpath", "rollouts"),
+            ("export.dirpath", "export"),
+            ("captions.path", "captions.jsonl"),
+        ):
+            parser.link_arguments("run_dir", target, compute_fn=_below(name))
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def before_instantiate_classes(self) -> None:
+        _quieten()
+        options = self.config[self.subcommand]
+        metrics = Path(options.run_dir) / "metrics.csv"
+        if self.subcommand == "fit" and not options.ckpt_path and metrics.exists():
+            raise ConfigError(
+                [
+                    f"run_dir: {options.run_dir} holds a run already; continue it with --ckpt_path last, "
+                    "or choose another folder with --run_dir"
+                ]
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        from balcap.loggers import RunCSVLogger
+
+        options = self.config[self.subcommand]
+        if options.trainer.logger is None:
+            keep = self.subcommand != "fit" or bool(options.ckpt_path)
+            kwargs["logger"] = [
+                RunCSVLogger(options.run_dir, keep=keep),
+                TensorBoardLogger(options.run_dir, name="tensorboard", version=""),
+            ]
+        return super().instantiate_trainer(**kwargs)
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        problems = self._problems(self.model, self.datamodule, self.trainer)
+        if problems:
+            raise ConfigError(problems)
+
+    def _problems(self, model: LightningModule, data: LightningDataModule, trainer: Trainer) -> list[str]:
+        assert isinstance(model, BalCapModule)
+        assert isinstance(data, CaptionDataModule)
+        found = [*model.problems(), *data.problems(self.subcommand)]
+        if self.subcommand == "fit" and trainer.max_steps == -1 and trainer.max_epochs in (-1, None):
+            found.append("trainer.max_steps: the run would never end; set it, or trainer.max_epochs")
+        if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+            found.append(
+                f"trainer.strategy: {type(trainer.strategy).__name__} is not supported yet; use ddp, with "
+                "model.policy.lora where the weights do not fit twice"
+            )
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path and path not in ("last", "best", "hpc", "registry") and not os.path.exists(path):
+            found.append(f"ckpt_path: {path} does not exist")
+        return found
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["weights_only"] = True  # a checkpoint is data: it must not run code when it is read
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False  # they are on disk already
+        return kwargs
+
+
+def _below(name: str) -> Callable[[str], str]:
+    def path(run_dir: str) -> str:
+        return str(Path(run_dir) / name)
+
+    return path
+
+
+def _quieten() -> None:
+    """What users cannot act on: loaders that have no workers to lend, length of a stream, litmodels adverts."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*`__len__` method defined.*",
+        ".*Starting from v1.9.0, `tensorboardX`.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*barrier.*using the device under current context.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

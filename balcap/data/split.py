@@ -1,0 +1,94 @@
+"""Which rows take part, and which images are held out for validation."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+
+def image_hash(seed: int, sample_id: str) -> int:
+    """64 bits that depend on nothing but the seed and the sample: the same on every machine and rank."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{sample_id}".encode(), digest_size=8).digest(), "big")
+
+
+def select_rows(
+    sample_ids: Sequence[str], image_root: Path, folders: Sequence[str] | None, max_rows: int | None
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Rows that take part, in the order of the file.
+
+    Args:
+        sample_ids: image of every row, "" where a row has none.
+        image_root: folder that the images are relative to.
+        folders: keep only images below one of these, such as ``coco/train2017``; None keeps all.
+        max_rows: keep only the first this many of what is left.
+
+    Returns:
+        Row indices; and the number of rows left out because their top-level folder does not exist, by
+        folder. People usually have only some of the image folders: that is no fault of the rows.
+    """
+    exists: dict[str, bool] = {}
+    missing: Counter[str] = Counter()
+    kept = []
+    for index, sample_id in enumerate(sample_ids):
+        if folders is not None and not any(_is_below(sample_id, folder) for folder in folders):
+            continue
+        top = _top_folder(sample_id)
+        if top and not exists.setdefault(top, (image_root / top).is_dir()):
+            missing[top] += 1
+            continue
+        kept.append(index)
+    return np.asarray(kept[:max_rows], dtype=np.int64), dict(missing.most_common())
+
+
+def _is_below(sample_id: str, folder: str) -> bool:
+    return sample_id.startswith(folder.strip("/") + "/")
+
+
+def _top_folder(sample_id: str) -> str:
+    parts = PurePosixPath(sample_id).parts
+    # Paths that leave image_root are bad rows, to be listed as such when they are read.
+    return (
+        parts[0] if len(parts) > 1 and parts[0] != "/" and "\0" not in sample_id and ".." not in parts else ""
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row indices.
+
+    Attributes:
+        train: in the order of the file, bad rows included.
+        val: held out, in the order in which they are validated.
+        spare: held out too, and validated in place of `val` rows whose file turns out to be bad.
+    """
+
+    train: np.ndarray
+    val: np.ndarray
+    spare: np.ndarray
+
+
+def split_rows(
+    rows: np.ndarray, sample_ids: Sequence[str], problems: Sequence[str], seed: int, val_size: int
+) -> Split:
+    """Hold out the `val_size` images with the smallest `image_hash`, and one spare for every eight.
+
+    What is guaranteed: the split depends on the seed, `val_size` and the set of good images alone, not on
+    the order of the rows, the files on disk, or the machine. Images that are added never move an image from
+    training into validation (they may take the place of a validation image, which then is trained on);
+    images that are removed never move one that was held out into training.
+
+    A `val_size` that leaves nothing to train on gives an empty `train`.
+    """
+    if val_size == 0:
+        nothing = np.empty(0, dtype=np.int64)
+        return Split(train=rows, val=nothing, spare=nothing)
+    good = [int(r) for r in rows if not problems[r]]
+    by_hash = sorted(good, key=lambda r: (image_hash(seed, sample_ids[r]), sample_ids[r]))
+    held_out = np.asarray(by_hash[: val_size + math.ceil(val_size / 8)], dtype=np.int64)
+    return Split(train=rows[~np.isin(rows, held_out)], val=held_out[:val_size], spare=held_out[val_size:])

@@ -1,0 +1,228 @@
+"""Batches for training, without end and resumable to the row, and batches for validation and prediction.
+
+Training: each data worker of each rank plays one shard (`balcap.data.order`). Bad rows are skipped and their
+places filled from the rows behind them, so that every batch of every rank has `batch_size` images. A rank's
+batch number b comes from its shard ``b % workers``, the order in which `DataLoader` asks its workers.
+
+Where the stream stands is told by the batches that were *consumed*, not by what workers have prefetched: each
+batch carries a `Cursor`, and whoever has trained on it hands the cursor back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from balcap.batch import CaptionBatch, Cursor
+from balcap.data.bad_rows import TooManyBadRows
+from balcap.data.order import read_order
+from balcap.data.reader import RowReader, Sample, to_batch
+
+log = logging.getLogger(__name__)
+
+LEAST_ROWS_READ = 50
+"""The share of bad rows is not judged on fewer rows than this."""
+
+LONGEST_SEARCH = 1000
+"""So many bad rows one after another, or all there are, mean that there is no good one."""
+
+
+class CaptionStream(IterableDataset[CaptionBatch]):
+    """Endless, shuffled, sharded stream of full batches; one pass yields ``len(stream)`` of them.
+
+    Args:
+        reader: reads rows.
+        rows: table indices of the rows to train on.
+        batch_size: images per batch.
+        seed: of the order.
+        rank: of this process.
+        world_size: number of ranks.
+        num_workers: workers of the `DataLoader` that will read the stream; 0 reads in this process.
+        max_bad_share: stop when more than this share of the rows read by this rank is bad.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        rows: np.ndarray,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        max_bad_share: float = 1.0,
+    ) -> None:
+        self.reader = reader
+        self.rows = rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.workers = max(1, num_workers)
+        self.max_bad_share = max_bad_share
+        self.positions = [0] * self.workers  # rows that each of this rank's shards has read
+        self.batches = 0
+        # (worker, [rows read, bad ones]): each worker writes its own line, everybody reads.
+        self._counts = torch.zeros(self.workers, 2, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        """Batches per rank in one pass over the rows, at least 1: Lightning's epoch."""
+        return max(1, len(self.rows) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[CaptionBatch]:
+        info = get_worker_info()
+        worker = info.id if info else 0
+        # Workers are asked in the order 0, 1, …: after b batches, worker 0 must play shard b % workers.
+        shard = (self.batches + worker) % self.workers
+        position = self.positions[shard]
+        order = read_order(
+            len(self.rows),
+            self.seed,
+            self.world_size * self.workers,
+            self.rank * self.workers + shard,
+            position,
+        )
+        for number in range(self.batches + worker, self.batches + len(self), self.workers):
+            samples: list[Sample] = []
+            bad_in_a_row = 0
+            while len(samples) < self.batch_size:
+                sample = self.reader.read(int(self.rows[next(order)]))
+                position += 1
+                self._counts[worker, 0] += 1
+                if sample is None:
+                    bad_in_a_row += 1
+                    self._counts[worker, 1] += 1
+                    self._check_share(bad_in_a_row)
+                else:
+                    bad_in_a_row = 0
+                    samples.append(sample)
+            yield to_batch(samples, Cursor(shard=shard, position=position, batches=number + 1))
+
+    def consumed(self, cursor: Cursor) -> None:
+        """Training on the batch with this cursor is done: the stream goes on behind it."""
+        self.positions[cursor.shard] = cursor.position
+        self.batches = cursor.batches
+
+    def rows_read(self) -> tuple[int, int]:
+        """Rows read by this rank since the process started, and how many of them were bad."""
+        read, bad = self._counts.sum(0).tolist()
+        return read, bad
+
+    def _check_share(self, bad_in_a_row: int) -> None:
+        read, bad = self.rows_read()
+        too_many = read >= LEAST_ROWS_READ and bad > self.max_bad_share * read
+        # Without a single good row the search would never end, whatever share is allowed.
+        if too_many or bad_in_a_row >= max(LONGEST_SEARCH, len(self.rows)):
+            raise TooManyBadRows(self.stop_message())
+
+    def stop_message(self) -> str:
+        """Why `TooManyBadRows` stops the run, and what to do."""
+        read, bad = self.rows_read()
+        finding = (
+            f"none of the {read} rows read so far can be used"
+            if bad == read
+            else f"{bad} of the {read} rows read so far are bad, more than "
+            f"data.max_bad_share={self.max_bad_share} allows"
+        )
+        return (
+            f"{finding}: {self.reader.bad_rows.summary()}. Check data.image_root and data.folders if files "
+            "are missing; repair or remove what is listed; or raise data.max_bad_share."
+        )
+
+
+class PlannedBatches(IterableDataset[CaptionBatch]):
+    """The same batches in the same order each time, for validation and prediction.
+
+    A bad row is replaced by the next of `spares`; when these run out, its batch gets smaller, and a batch
+    that has nothing left is not yielded.
+
+    Args:
+        reader: reads rows.
+        chunks: table indices of each batch of this rank.
+        spares: table indices to fall back on. Each worker has its own share of them.
+    """
+
+    def __init__(
+        self, reader: RowReader, chunks: Sequence[np.ndarray], spares: np.ndarray | Sequence[int] = ()
+    ) -> None:
+        self.reader = reader
+        self.chunks = chunks
+        self.spares = list(map(int, spares))
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[CaptionBatch]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        spares = iter(self.spares[worker::workers])
+        for chunk in self.chunks[worker::workers]:
+            samples = []
+            for index in chunk:
+                sample = self.reader.read(int(index))
+                while sample is None and (spare := next(spares, None)) is not None:
+                    sample = self.reader.read(int(spare))
+                if sample is not None:
+                    samples.append(sample)
+            if samples:
+                yield to_batch(samples)
+
+
+def even_chunks(rows: np.ndarray, rank: int, world_size: int, batch_size: int) -> list[np.ndarray]:
+    """The rank's share ``rows[rank::world_size]`` in batches, as many batches on every rank as can be.
+
+    A forward pass under FSDP is a collective, so a rank with fewer batches would leave the others waiting.
+    Shares differ by at most one row; each is cut into as many batches as the largest share needs, of sizes
+    that differ by at most one. A rank whose share has fewer rows than that has fewer batches.
+    """
+    share = rows[rank::world_size]
+    largest = len(rows[::world_size])
+    number = min(-(-largest // batch_size), len(share))
+    return np.array_split(share, number) if number else []
+
+
+class StreamLoader(DataLoader[CaptionBatch]):
+    """`DataLoader` of one of the streams above: reports bad rows, and fails with a plain message."""
+
+    report = True
+    """Whether this process logs; one rank is enough."""
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[CaptionBatch]:  # type: ignore[override]
+        stream: CaptionStream | PlannedBatches = self.dataset  # type: ignore[assignment]
+        bad_rows = stream.reader.bad_rows
+        reported = bad_rows.total()
+        iterator = super().__iter__()
+        try:
+            for batch in iterator:
+                if self.report and bad_rows.total() >= max(1, 2 * reported):  # seen early, never a flood
+                    reported = bad_rows.total()
+                    log.warning("skipped %s", bad_rows.summary())
+                yield batch
+        except TooManyBadRows:
+            if not isinstance(stream, CaptionStream):
+                raise
+            # What arrives from a worker has its traceback inside the message.
+            raise TooManyBadRows(stream.stop_message()) from None
+        finally:
+            # An iterator that an exception keeps alive would be collected late, and its workers then waited
+            # for 5 seconds each.
+            if shutdown := getattr(iterator, "_shutdown_workers", None):
+                shutdown()
+        if self.report and bad_rows.total() > reported:
+            log.warning("skipped %s", bad_rows.summary())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty. Lightning takes a loader with this method to be resumable and does not warn; what there is
+        to save lies with all ranks, and `CaptionDataModule.state_dict` gathers it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore, see `state_dict`."""

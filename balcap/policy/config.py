@@ -1,0 +1,77 @@
+"""What a YAML says of the policy. Importing this loads nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass
+class LoraSettings:
+    """A low-rank adapter on the policy (peft); the reference is then the policy with the adapter off.
+
+    Args:
+        r: rank, >= 1.
+        alpha: scale; the update is multiplied by alpha / r.
+        dropout: in [0, 1). Above 0 the first update's importance ratio is no longer exactly 1.
+        target_modules: names of the linear layers to adapt, or one regular expression over full names.
+            Layers of a frozen vision tower are left out whatever their name.
+    """
+
+    target_modules: str | list[str] | None = None
+    r: int = 64
+    alpha: int = 128
+    dropout: float = 0.0
+
+
+@dataclass
+class PolicyConfig:
+    """The captioner that is trained.
+
+    Args:
+        model: HF hub id or folder of an image-text-to-text model (Qwen2.5-VL, LLaVA-1.5, ...).
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights. Full tuning with small learning rates wants float32 weights together with
+            `trainer.precision: bf16-mixed`: bfloat16 weights round such updates away.
+        lora: adapter to train instead of the weights; null tunes fully.
+        load_in_4bit: base weights in NF4 with double quantisation (bitsandbytes); needs `lora`.
+        freeze_vision: train the language model only. The tower and its projector stay as they are.
+        gradient_checkpointing: recompute activations in backward: slower, far less memory.
+        attn_implementation: of transformers ("sdpa", "flash_attention_2", "eager"); null lets it choose.
+        min_pixels: smallest image area in pixels that the processor scales to (Qwen2.5-VL); null: the model's own.
+        max_pixels: largest image area, likewise. Fewer pixels are fewer image tokens.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    lora: LoraSettings | None = None
+    load_in_4bit: bool = False
+    freeze_vision: bool = True
+    gradient_checkpointing: bool = False
+    attn_implementation: str | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def problems(self) -> Sequence[str]:
+        """What contradicts itself, each with the key to change; nothing is loaded."""
+        found = []
+        key = "model.policy"
+        path = Path(self.model).expanduser()
+        if self.model.startswith((".", "/", "~")) or len(path.parts) > 2 or (path.parts and path.is_dir()):
+            if not (path / "config.json").is_file():
+                found.append(f"{key}.model: {path} is no folder of an HF model (it has no config.json)")
+        if self.lora is not None:
+            if not self.lora.target_modules:
+                found.append(f"{key}.lora.target_modules: LoRA has nothing to adapt; name the linear layers")
+            if self.lora.r < 1:
+                found.append(f"{key}.lora.r: {self.lora.r} is no rank; use 1 or more")
+            if not 0 <= self.lora.dropout < 1:
+                found.append(f"{key}.lora.dropout: {self.lora.dropout} is outside [0, 1)")
+        if self.load_in_4bit and self.lora is None:
+            found.append(f"{key}.load_in_4bit: 4-bit weights cannot be trained; set {key}.lora as well")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            found.append(f"{key}.min_pixels: {self.min_pixels} is above {key}.max_pixels: {self.max_pixels}")
+        return found

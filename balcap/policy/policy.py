@@ -1,0 +1,104 @@
+"""The policy MLLM and its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from balcap.batch import CaptionBatch, Rollouts
+from balcap.policy.config import PolicyConfig
+from balcap.policy.loading import load_model, load_processor, prepare
+from balcap.policy.logps import caption_logps
+from balcap.policy.prompts import PromptEncoder, Prompts
+
+
+class Policy(nn.Module):
+    """Holds the model, its processor, and what the KL term compares it with.
+
+    The reference is the policy with its adapter off (LoRA), a frozen copy (full tuning), or absent.
+
+    Args:
+        model: the model to train, frozen parts marked.
+        encoder: builds its prompts.
+        reference: a frozen copy, or None.
+    """
+
+    def __init__(self, model: Any, encoder: PromptEncoder, reference: Any | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.encoder = encoder
+        self.reference = reference
+        if reference is not None:
+            reference.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, config: PolicyConfig, with_reference: bool) -> Policy:
+        """Load weights and processor; `with_reference` keeps a frozen copy where no adapter can be turned off."""
+        processor = load_processor(config)
+        model = load_model(config)
+        encoder = PromptEncoder(processor, model.config)
+        copy = load_model(config) if with_reference and config.lora is None else None
+        return cls(prepare(model, config), encoder, copy)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.model, "disable_adapter")
+
+    def encode(self, batch: CaptionBatch) -> Prompts:
+        """Prompts of a batch; see `PromptEncoder.encode`."""
+        return self.encoder.encode(batch)
+
+    def logps(
+        self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int], temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Float[Tensor, "b G T"], Float[Tensor, "b G T"] | None]:
+        """Log-probs (and entropies) of the captions of these rows of the batch, with gradient.
+
+        Raises:
+            PlaceholderMismatch: a caption contains a token that stands for pixels.
+        """
+        return self._logps(self.model, rollouts, prompts, rows, temperature, entropy)
+
+    @torch.no_grad()
+    def reference_logps(
+        self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int], temperature: float = 1.0
+    ) -> Float[Tensor, "b G T"]:
+        """The same under the reference, without gradient."""
+        if self.reference is None and not self.has_adapter:
+            raise RuntimeError("this policy was loaded without a reference; model.kl_coef must then be 0")
+        model = self.reference if self.reference is not None else self.model
+        with nullcontext() if self.reference is not None else self.model.disable_adapter():
+            return self._logps(model, rollouts, prompts, rows, temperature, False)[0]
+
+    def _logps(
+        self, model: Any, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int], temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        chosen = list(rows)
+        token_ids, mask = rollouts.token_ids[chosen], rollouts.completion_mask[chosen]
+        ids = [rollouts.batch.sample_ids[i] for i in chosen]
+        self.encoder.check_captions(ids, token_ids, mask)
+        (b, G, T), device = token_ids.shape, self.device
+        width = max(1, int(mask.flatten(0, 1).any(0).sum()))  # this micro-batch's own longest caption
+        inputs = prompts.inputs(chosen, G, device)
+        logps, spread = caption_logps(
+            model,
+            inputs,
+            token_ids.reshape(b * G, T)[:, :width].to(device),
+            mask.reshape(b * G, T)[:, :width].to(device),
+            temperature,
+            entropy,
+        )
+        shape = (b, G, T)
+
+        def back(x: Tensor) -> Tensor:
+            return torch.nn.functional.pad(x, (0, T - width)).view(shape)
+
+        return back(logps), None if spread is None else back(spread)

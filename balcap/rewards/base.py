@@ -1,0 +1,82 @@
+"""What a reward is: judgments in, scores in [0, 1] out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.exceptions import TorchMetricsUserError
+
+from balcap.judge.judgments import Judgments
+from balcap.judge.tasks import Task
+
+T = TypeVar("T")
+
+
+class Reward(Metric):
+    """A score in [0, 1] per rollout and, as a metric, its mean over all rollouts seen.
+
+    ``reward(judgments)`` returns ``[B, G]`` float32, NaN where it is missing, and accumulates;
+    ``compute()`` is the mean over what is there, on all ranks, NaN if nothing is. A reward is a pure
+    function of judgments: it asks nobody and opens nothing.
+
+    To add one, write a file with a pure ``score_*`` function and a subclass that sets `name` and `needs`
+    and implements `score`; name the class in the YAML.
+
+    Attributes:
+        name: how the reward is called in logs; distinct within a suite.
+        needs: kinds of judgment that it reads.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[type[Task[Any]], ...]]
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # float32 like the metrics of torchmetrics: some accelerators know no float64
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+
+    @abstractmethod
+    def score(self, judgments: Judgments) -> Float[Tensor, "B G"]:
+        """Scores in [0, 1], NaN where a judgment is missing."""
+
+    def update(self, judgments: Judgments) -> None:
+        scores = self.score(judgments).to(self.device)
+        there = ~scores.isnan()
+        self.total += torch.where(there, scores, 0.0).sum()
+        self.count += there.sum()
+
+    def compute(self) -> Tensor:
+        """Mean over the scores that are there; NaN if there is none."""
+        return self.total / self.count
+
+    def forward(self, judgments: Judgments) -> Float[Tensor, "B G"]:
+        """Scores of this batch, which are also accumulated.
+
+        Raises:
+            TorchMetricsUserError: between ``sync`` and ``unsync``, when the state is not this rank's own.
+        """
+        if self._is_synced:
+            raise TorchMetricsUserError("The reward is synchronised: call unsync before forward.")
+        self.update(judgments)
+        scores = self.score(judgments).to(self.device)
+        # What `self.log("…", reward, on_step=True)` of Lightning shows for this step.
+        self._forward_cache = scores.nanmean()  # type: ignore[assignment]
+        return scores
+
+
+def per_rollout(answers: Sequence[Sequence[T | None]], score: Callable[[T], float]) -> Float[Tensor, "B G"]:
+    """`score` of every answer, NaN where it is missing (None)."""
+    rows = [[float("nan") if answer is None else score(answer) for answer in row] for row in answers]
+    return torch.tensor(rows, dtype=torch.float32)

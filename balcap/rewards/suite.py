@@ -1,0 +1,122 @@
+"""The rewards of a run: gather what they need, once, then score."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from balcap.batch import Rollouts
+from balcap.judge.group import Group
+from balcap.judge.judgments import Judgments
+from balcap.judge.tasks import Task
+from balcap.judge.tasks.base import Asks
+from balcap.rewards.base import Reward
+
+T = TypeVar("T")
+
+_REASONS = 5
+
+
+class Judging(Asks, Protocol):
+    """What the suite needs of a judge: `balcap.judge.Judge`, or a fake in a test."""
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T: ...
+
+
+class RewardSuite(nn.Module):
+    """K rewards in a fixed order.
+
+    Args:
+        rewards: at least one; their names must differ.
+
+    Raises:
+        ValueError: if there is none or two share a name.
+    """
+
+    def __init__(self, rewards: Sequence[Reward]):
+        super().__init__()
+        names = [reward.name for reward in rewards]
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
+        if not names or twice:
+            wrong = f"two rewards are called {', '.join(twice)}" if twice else "there is no reward"
+            raise ValueError(f"model.rewards: {wrong}; name at least one, each under its own name")
+        self.rewards = nn.ModuleList(rewards)
+        self.names = tuple(names)
+        self.needs: tuple[type[Task[Any]], ...] = tuple(
+            dict.fromkeys(task for reward in rewards for task in reward.needs)
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, name: str) -> Reward:
+        """The reward of this name; KeyError if there is none."""
+        if name not in self.names:
+            raise KeyError(name)
+        reward = self.rewards[self.names.index(name)]
+        assert isinstance(reward, Reward)
+        return reward
+
+    def gather(self, judge: Judging, rollouts: Rollouts) -> Judgments:
+        """All judgments that the rewards need, all groups at once; waits for them.
+
+        A judgment that fails is None. The judge's failures raise nothing; an unusable cache does.
+
+        Raises:
+            CacheError: if ``model.judge.cache`` cannot be used.
+        """
+        return judge.run(self._gather_all(judge, rollouts))
+
+    async def gather_group(
+        self, judge: Asks, sample_id: str, image_bytes: bytes, reference: str, captions: Sequence[str]
+    ) -> Judgments:
+        """The judgments of one image's ``[G]`` captions, as a batch of B = 1; runs on the judge's loop.
+
+        `merge` puts groups together that were gathered one by one, as their captions came.
+        """
+        group = Group(judge, sample_id, image_bytes, reference, captions)
+        await asyncio.gather(*(group.get(task) for task in self.needs))
+        answers = {name: [await group.per_rollout(task)] for name, task in group.asked().items()}
+        failures = Counter({name: _missing(rows) for name, rows in answers.items() if _missing(rows)})
+        return Judgments(answers, [group.known_units()], failures, _few(group.reasons))
+
+    def forward(self, judgments: Judgments) -> Float[Tensor, "B G K"]:
+        """Scores in [0, 1], float32, in the order of `names`; NaN where missing. Accumulates every reward."""
+        return torch.stack([reward(judgments) for reward in self.rewards], dim=-1)
+
+    async def _gather_all(self, judge: Asks, rollouts: Rollouts) -> Judgments:
+        batch = rollouts.batch
+        rows = zip(batch.sample_ids, batch.image_bytes, batch.references, rollouts.captions, strict=True)
+        return merge(await asyncio.gather(*(self.gather_group(judge, *row) for row in rows)))
+
+
+def merge(groups: Sequence[Judgments]) -> Judgments:
+    """The judgments of several groups as one batch, in this order.
+
+    `failures` counts the answers that are missing per task, over ``[B, G]``: a caption whose decomposition
+    failed misses its verify and match answers too, and counts once under each name. What the provider did
+    is in `Judge.stats`, where only decompose counts then.
+    """
+    return Judgments(
+        answers={
+            name: [row for group in groups for row in group[name]]
+            for name in (groups[0].answers if groups else ())
+        },
+        units=[units for group in groups for units in group.units],
+        failures=sum((group.failures for group in groups), Counter()),
+        reasons=_few([reason for group in groups for reason in group.reasons]),
+    )
+
+
+def _missing(rows: Sequence[Sequence[Any]]) -> int:
+    return sum(answer is None for row in rows for answer in row)
+
+
+def _few(reasons: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(reasons))[:_REASONS]

@@ -1,0 +1,56 @@
+"""The contract of a rollout engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from balcap.batch import CaptionBatch, Rollouts
+
+if TYPE_CHECKING:
+    from balcap.policy.policy import Policy
+    from balcap.policy.prompts import Prompts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How captions are drawn.
+
+    Args:
+        temperature: > 0. The policy is trained as the distribution at this temperature.
+        top_p: in (0, 1]. Below 1 the tails are cut while sampling only.
+        max_tokens: longest caption; a longer one is cut and flagged.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 512
+
+    def problems(self, key: str = "model.sampling") -> Sequence[str]:
+        """What is out of range, each with the key to change."""
+        found = []
+        if self.temperature <= 0:
+            found.append(f"{key}.temperature: {self.temperature} must be above 0; exploration needs sampling")
+        if not 0 < self.top_p <= 1:
+            found.append(f"{key}.top_p: {self.top_p} is outside (0, 1]")
+        if self.max_tokens < 1:
+            found.append(f"{key}.max_tokens: {self.max_tokens} must be at least 1")
+        return found
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Samples captions. Image, video and vision tokens are banned while sampling."""
+
+    def attach(self, policy: Policy) -> None:
+        """Called once, when the policy is on its device."""
+
+    def generate(self, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling) -> Rollouts:
+        """`num_captions` captions for each image of the batch."""
+
+    def sync(self, policy: Policy, version: int) -> None:
+        """Make the engine sample from these weights, the result of `version` optimizer updates."""
+
+    def close(self) -> None:
+        """Release what the engine holds. Safe to call twice."""

@@ -1,0 +1,134 @@
+"""Rollouts with HF ``generate`` on the policy itself: always the current weights, needs nothing else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from balcap.batch import CaptionBatch, Rollouts
+from balcap.rollout.base import Sampling
+
+if TYPE_CHECKING:
+    from balcap.policy.policy import Policy
+    from balcap.policy.prompts import Prompts
+
+
+class _Recorder:
+    """A logits processor that keeps the log-prob of every sampled token and bans tokens.
+
+    HF offers the scores of all steps only as ``[T][N, V]``; this keeps one step's.
+    """
+
+    def __init__(self, banned: list[int], temperature: float) -> None:
+        self.banned, self.temperature = banned, temperature
+        self.logps: list[Tensor] = []
+        self._last: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.finish(input_ids)
+        self._last = (scores.float() / self.temperature).log_softmax(-1)
+        scores = scores.clone()
+        scores[:, self.banned] = -torch.inf
+        return scores
+
+    def finish(self, input_ids: Tensor) -> None:
+        """Book the token that was drawn from the scores seen last."""
+        if self._last is not None:
+            self.logps.append(self._last.gather(1, input_ids[:, -1:]))
+            self._last = None
+
+
+class HFGenerate:
+    """HF ``generate`` on the policy.
+
+    Args:
+        max_sequences: captions per call of ``generate``; more are sampled in turns.
+    """
+
+    def __init__(self, max_sequences: int = 256) -> None:
+        if max_sequences < 1:
+            raise ValueError(f"model.engine.init_args.max_sequences: {max_sequences} must be at least 1")
+        self.max_sequences = max_sequences
+        self.version = 0
+        self._policy: Policy | None = None
+
+    def attach(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def sync(self, policy: Policy, version: int) -> None:
+        self._policy, self.version = policy, version
+
+    def close(self) -> None:
+        self._policy = None
+
+    @torch.no_grad()
+    def generate(self, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling) -> Rollouts:
+        """See `RolloutEngine.generate`; tensors come back on the CPU."""
+        policy = self._policy
+        if policy is None:
+            raise RuntimeError("the rollout engine has no policy; call attach first")
+        encoder, was_training = policy.encoder, policy.model.training
+        policy.model.eval()  # a model in training mode with checkpointing would forgo its cache
+        per_call = max(1, self.max_sequences // num_captions)
+        turns = [range(i, min(i + per_call, len(batch))) for i in range(0, len(batch), per_call)]
+        parts = [self._turn(policy, prompts, list(rows), num_captions, sampling) for rows in turns]
+        policy.model.train(was_training)
+        width = max(tokens.shape[1] for tokens, _ in parts)
+        pad = encoder.tokenizer.pad_token_id
+        token_ids = torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1]), value=pad) for t, _ in parts])
+        logps = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for _, p in parts])
+        mask, truncated, ended = _completion_mask(token_ids, self._stop_ids(policy), sampling.max_tokens)
+        B, G = len(batch), num_captions
+        captions = encoder.decode(token_ids, mask)
+        return Rollouts(
+            batch=batch,
+            captions=[captions[b * G : (b + 1) * G] for b in range(B)],
+            token_ids=token_ids.view(B, G, width),
+            completion_mask=mask.view(B, G, width),
+            sampler_logps=torch.where(mask, logps, 0.0).view(B, G, width),
+            truncated=truncated.view(B, G),
+            lengths=(mask.sum(1) - ended.long()).view(B, G),
+            reference_lengths=torch.tensor(encoder.count(batch.references), dtype=torch.long),
+            weights_version=self.version,
+        )
+
+    def _stop_ids(self, policy: Policy) -> list[int]:
+        """End-of-sequence tokens: the generation config's, and the tokenizer's."""
+        own = policy.model.generation_config.eos_token_id
+        ids = own if isinstance(own, list) else [own]
+        return sorted({i for i in [*ids, policy.encoder.tokenizer.eos_token_id] if i is not None})
+
+    def _turn(
+        self, policy: Policy, prompts: Prompts, rows: list[int], num_captions: int, sampling: Sampling
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probs ``[len(rows) * G, T]`` of one call."""
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        inputs = prompts.inputs(rows, num_captions, policy.device)
+        recorder = _Recorder(policy.encoder.banned_token_ids, sampling.temperature)
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=0,  # the model's own defaults, a repetition penalty among them, would change the distribution
+            repetition_penalty=1.0,
+            max_new_tokens=sampling.max_tokens,
+            eos_token_id=self._stop_ids(policy),
+            pad_token_id=policy.encoder.tokenizer.pad_token_id,
+            use_cache=True,
+        )
+        model: Any = policy.model
+        out = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([recorder]))
+        recorder.finish(out)
+        return out[:, inputs["input_ids"].shape[1] :].cpu(), torch.cat(recorder.logps, 1).cpu()
+
+
+def _completion_mask(token_ids: Tensor, stop_ids: list[int], max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(mask [N, T] up to and with the first end token, truncated [N], ended [N]); all bool."""
+    stop = torch.isin(token_ids, torch.tensor(stop_ids))
+    ended = stop.any(1)
+    first = torch.where(ended, stop.int().argmax(1), token_ids.shape[1])
+    mask = torch.arange(token_ids.shape[1])[None] <= first[:, None]
+    return mask, ~ended & (token_ids.shape[1] >= max_tokens), ended

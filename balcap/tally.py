@@ -1,0 +1,39 @@
+"""Means over a step, its micro-batches and all ranks, with missing values left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Tally:
+    """Sums and counts by name; the same names must be added on every rank, in the same order."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, name: str, total: float | Tensor, count: float | Tensor) -> None:
+        """Book a sum of `count` values under a name."""
+        old_total, old_count = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (old_total + float(total), old_count + float(count))
+
+    def add_values(self, name: str, values: Tensor) -> None:
+        """Book every value of a tensor that is not NaN."""
+        known = ~values.isnan()
+        self.add(name, torch.where(known, values, 0.0).double().sum(), known.sum())
+
+    def means(self, all_gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """Name -> mean over all ranks; NaN where nothing was booked.
+
+        Args:
+            all_gather: maps ``[n, 2]`` to ``[ranks, n, 2]`` (or to itself on one rank).
+        """
+        if not self._sums:
+            return {}
+        local = torch.tensor(list(self._sums.values()), dtype=torch.float64)
+        everywhere = all_gather(local) if all_gather else local
+        total, count = everywhere.reshape(-1, *local.shape).sum(0).cpu().T
+        means = torch.where(count > 0, total / count.clamp(min=1e-12), torch.nan)
+        return dict(zip(self._sums, means.tolist(), strict=True))

@@ -1,0 +1,123 @@
+"""One rollout batch to one or more optimizer steps: micro-batches, clipping, skipping what is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from balcap.batch import Rollouts
+from balcap.objective import loss_normalizer, policy_loss
+from balcap.policy.prompts import Prompts
+from balcap.tally import Tally
+
+if TYPE_CHECKING:
+    from balcap.module import BalCapModule
+
+
+class UpdatesDiverged(RuntimeError):
+    """Too many optimizer updates in a row had a non-finite gradient."""
+
+
+def update(
+    module: BalCapModule, rollouts: Rollouts, prompts: Prompts, advantages: Tensor
+) -> Tally:
+    """`module.updates_per_rollout` optimizer steps on one batch of rollouts.
+
+    Every optimizer step sees the whole batch, in micro-batches whose losses share one denominator: the
+    tokens (or sequences) of all ranks. All ranks run the same number of backward passes, and gradients
+    are reduced on the last. The first step is on-policy: its own log-probs are the old ones.
+
+    Returns:
+        Sums for ``train/loss``, ``kl``, ``clip_fraction``, ``entropy`` and ``grad_norm``.
+
+    Raises:
+        UpdatesDiverged: more than `module.max_skipped_updates` steps in a row were skipped because their
+            gradient was not finite. The weights are those of the last good step.
+    """
+    tally, device = Tally(), module.device
+    micro = list(_micro_batches(len(rollouts), module.micro_batch_size))
+    world = module.trainer.world_size
+    normalizer = loss_normalizer(rollouts.completion_mask, module.loss_aggregation)
+    normalizer = module.gather(normalizer.to(device).float()).sum() / world  # DDP averages what ranks sum
+    temperature = module.sampling.temperature
+    ref = None
+    if module.kl_coef:
+        ref = [module.policy.reference_logps(rollouts, prompts, rows, temperature) for rows in micro]
+    old: list[Tensor] = []
+    module.policy.model.train()
+    optimizer = module.optimizers()
+    for step in range(module.updates_per_rollout):
+        optimizer.zero_grad()
+        for i, rows in enumerate(micro):
+            logps, entropy = module.policy.logps(rollouts, prompts, rows, temperature, entropy=step == 0)
+            if step == 0:
+                old.append(logps.detach())
+            part = policy_loss(
+                logps,
+                old[i],
+                advantages[rows].to(device),
+                rollouts.completion_mask[rows].to(device),
+                ref[i] if ref else None,
+                module.kl_coef,
+                module.clip_eps_low,
+                module.clip_eps_high,
+                module.loss_aggregation,
+                normalizer,
+            )
+            with _without_sync(module, i < len(micro) - 1):
+                module.manual_backward(part.loss)
+            tally.add("loss", part.loss.detach() / module.updates_per_rollout, 1 / len(micro))
+            tally.add("clip_fraction", part.clipped, part.tokens)
+            tally.add("kl", 0.0 if part.kl is None else part.kl, part.tokens)
+            if entropy is not None:
+                tally.add("entropy", entropy.sum(), part.tokens)
+        tally.add("grad_norm", _step(module, optimizer), 1)
+    return tally
+
+
+def _micro_batches(n: int, size: int | None) -> Iterator[list[int]]:
+    size = size or n
+    for start in range(0, n, size):
+        yield list(range(start, min(n, start + size)))
+
+
+def _without_sync(module: BalCapModule, active: bool) -> AbstractContextManager:
+    """No gradient reduction in this backward pass, where the strategy has one to leave out."""
+    wrapped = module.trainer.strategy.model
+    no_sync = getattr(wrapped, "no_sync", None)
+    return no_sync() if active and no_sync is not None else nullcontext()
+
+
+def _step(module: BalCapModule, optimizer: torch.optim.Optimizer) -> float:
+    """Clip and step, or skip: gradients are already reduced, so that all ranks decide alike."""
+    gradients = [p.grad for p in module.policy.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    if not torch.isfinite(torch.tensor(norm)):
+        optimizer.zero_grad()
+        module.skipped_in_a_row += 1
+        module.skipped_total += 1
+        module.say(
+            f"step {module.global_step}: the gradient is not finite; the update is skipped "
+            f"({module.skipped_in_a_row} in a row)"
+        )
+        if module.skipped_in_a_row > module.max_skipped_updates:
+            raise UpdatesDiverged(
+                f"{module.skipped_in_a_row} updates in a row had a non-finite gradient. The weights are those of the "
+                "last good update. Lower the learning rate (model.optimizer), clip harder (model.max_grad_norm), or "
+                "use float32 weights (model.policy.dtype); model.max_skipped_updates is the limit"
+            )
+        return float("nan")
+    module.skipped_in_a_row = 0
+    if module.max_grad_norm is not None:
+        module.clip_gradients(
+            optimizer, gradient_clip_val=module.max_grad_norm, gradient_clip_algorithm="norm"
+        )
+    optimizer.step()
+    scheduler = module.lr_schedulers()
+    if scheduler is not None:
+        scheduler.step()  # type: ignore[union-attr]
+    return norm

@@ -1,0 +1,15 @@
+"""Lightning callbacks: what happens around the algorithm and is no part of it.
+
+============================  ==================================================================
+`length_mask`                 `LengthMaskSchedule`: τ as a function of the optimizer step
+`rollout_log`                 `RolloutLog`: every rollout with its judgments, to Parquet and TensorBoard
+`progress`                    `CaptionProgressBar`: the rewards, live or as plain lines
+`curves`                      `RunCurves`: ``metrics.csv`` as one picture
+`validate_ends`               `ValidateAtEnds`: validation before the first and after the last update
+`checkpoint`                  `RunCheckpoint`: ``last.ckpt``, also when the run is interrupted
+`export`                      `ExportPolicy`: the trained policy in Hugging Face's format
+`caption_writer`              `CaptionWriter`: captions of ``predict`` as JSON lines, resumable
+============================  ==================================================================
+
+A configuration names them by ``class_path``, for example ``callbacks.length_mask.LengthMaskSchedule``.
+"""

@@ -1,0 +1,74 @@
+"""Captions of ``predict``, one JSON line each, on disk as soon as they exist."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class CaptionWriter(BasePredictionWriter):
+    """Appends ``{"image", "prompt", "caption", "truncated"}`` lines; images that are in the file are not captioned again.
+
+    With several ranks, rank r > 0 writes ``captions.rank<r>.jsonl`` beside it.
+
+    Args:
+        path: set from the run folder.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__("batch")
+        self.path = path
+        self._file: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "predict":
+            return
+        first = Path(self.path or Path(trainer.default_root_dir) / "captions.jsonl")
+        first.parent.mkdir(parents=True, exist_ok=True)
+        rank = trainer.global_rank
+        self._file = first if rank == 0 else first.with_suffix(f".rank{rank}.jsonl")
+        done = {row["image"] for file in _parts(first) for row in _read(file)}
+        if done:
+            trainer.datamodule.skip(done)  # type: ignore[attr-defined]
+            rank_zero_info(f"{first}: {len(done)} captions are there already, their images are left out")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        assert self._file is not None
+        with self._file.open("a") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        counts = trainer.datamodule.bad_row_counts()  # type: ignore[attr-defined]
+        skipped = ", ".join(f"{n} {cause}" for cause, n in counts.items())
+        rank_zero_info(f"captions: {self._file}" + (f"; skipped: {skipped}" if skipped else ""))
+
+
+def _parts(first: Path) -> list[Path]:
+    return [p for p in (first, *first.parent.glob(f"{first.stem}.rank*.jsonl")) if p.exists()]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file; a line that a kill cut short is removed, so that the next one starts clean."""
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        data = data[: data.rfind(b"\n") + 1]
+        path.write_bytes(data)
+    return [json.loads(line) for line in data.decode().splitlines()]

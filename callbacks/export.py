@@ -1,0 +1,30 @@
+"""The trained policy as a folder that transformers or peft loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class ExportPolicy(Callback):
+    """At the end of a fit, write weights (or the adapter) and processor in Hugging Face's format.
+
+    Full tuning: ``AutoModelForImageTextToText.from_pretrained(folder)``. LoRA: the adapter alone, for
+    ``peft.PeftModel.from_pretrained(base, folder)``. All weights are safetensors.
+
+    Args:
+        enabled: whether to export.
+        dirpath: set from the run folder.
+    """
+
+    def __init__(self, enabled: bool = True, dirpath: str | None = None) -> None:
+        self.enabled, self.dirpath = enabled, dirpath
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.enabled or not trainer.is_global_zero:
+            return
+        folder = Path(self.dirpath or Path(trainer.default_root_dir) / "export")
+        policy = pl_module.policy
+        policy.model.save_pretrained(folder)
+        policy.encoder.processor.save_pretrained(folder)

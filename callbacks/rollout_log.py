@@ -1,0 +1,223 @@
+"""Every rollout with what the judge said about it: Parquet for programs, TensorBoard for eyes."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from balcap.batch import StepRecord
+
+THUMBNAIL = 512  # pixels of the longer side: event files hold images uncompressed by anything but PNG
+
+
+class RolloutLog(Callback):
+    """Writes all rollouts of a logged step, and shows some of them.
+
+    Reads ``outputs["record"]``, a `balcap.batch.StepRecord`, which ``training_step`` and
+    ``validation_step`` return. Each rank writes
+    ``<dirpath>/<train|val>-<step>-rank<rank>-<batch>.parquet``, one row per rollout, whole or not
+    at all; `rollout_table` documents the columns. ``step`` is the number of optimizer steps behind the
+    weights when the file is written. Validation is logged completely at every pass: it is the evidence of
+    before and after. Rank 0 also sends images with their captions, verdicts, rewards and advantages to
+    TensorBoard where the trainer has that logger.
+
+    Args:
+        every_n_steps: log every n-th training batch, the first one included.
+        max_images: images per logged step, or per validation pass, in TensorBoard; 0 for none.
+        dirpath: folder of the Parquet files; None: ``rollouts`` under the trainer's ``default_root_dir``.
+    """
+
+    def __init__(self, every_n_steps: int = 10, max_images: int = 4, dirpath: str | None = None) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps: must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self.max_images = max_images
+        self.dirpath = dirpath
+        self._shown = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Batches, not the global step: a batch may take several optimizer steps, or skip its own.
+        index = trainer.fit_loop.total_batch_idx
+        if index % self.every_n_steps == 0:
+            self._shown = 0
+            self._log(trainer, "train", index, outputs)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not trainer.sanity_checking:
+            self._shown = 0 if batch_idx == 0 else self._shown
+            self._log(trainer, "val", batch_idx, outputs)
+
+    def _log(self, trainer: Trainer, stage: str, batch_idx: int, outputs: Any) -> None:
+        record: StepRecord | None = outputs.get("record") if isinstance(outputs, dict) else None
+        if record is None:  # the step had nothing to train on
+            return
+        folder = Path(self.dirpath or Path(trainer.default_root_dir) / "rollouts")
+        step, rank = trainer.global_step, trainer.global_rank
+        table = rollout_table(record, stage=stage, step=step, batch_idx=batch_idx, rank=rank)
+        write_parquet(table, folder / f"{stage}-{step:08d}-rank{rank}-{batch_idx:06d}.parquet")
+        if trainer.is_global_zero:
+            self._show(trainer, stage, step, record)
+
+    def _show(self, trainer: Trainer, stage: str, step: int, record: StepRecord) -> None:
+        import numpy as np
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        for b in range(min(len(record.rollouts), self.max_images - self._shown) if loggers else 0):
+            image = record.rollouts.batch.images[b].convert("RGB")
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            tag = f"{stage}_rollouts/{self._shown}"
+            for logger in loggers:
+                logger.experiment.add_image(tag, np.asarray(image), step, dataformats="HWC")
+                logger.experiment.add_text(tag, rollout_markdown(record, b), step)
+            self._shown += 1
+
+
+def rollout_table(record: StepRecord, stage: str, step: int, batch_idx: int, rank: int) -> pa.Table:
+    """One row per rollout, B * G rows, group by group; what is missing is null.
+
+    Columns: ``stage, step, batch, rank``; ``group`` and ``rollout``, the indices in ``[B, G]``; ``sample_id,
+    prompt, reference, caption, truncated, length, reference_length`` (tokens); ``weights_version``;
+    ``reward/<name>`` before and ``gated/<name>`` after the length gate; ``advantage``; ``assertions`` with
+    ``true`` and ``pointable`` of each; ``reference_units`` with ``covered`` of each; ``clarity, fluency,
+    coherency``. A column of a judgment that the suite does not need is null throughout.
+    """
+    import pyarrow as pa
+
+    rows = []
+    for place, row in _rows(record):
+        rows.append({"stage": stage, "step": step, "batch": batch_idx, "rank": rank, **place, **row})
+    return pa.Table.from_pylist(rows, schema=_schema(record.reward_names))
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Writes a table so that a reader, or a killed run, never sees half a file."""
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    pq.write_table(table, unfinished)
+    os.replace(unfinished, path)
+
+
+def rollout_markdown(record: StepRecord, b: int) -> str:
+    """The rollouts of one image as a table for TensorBoard's text tab.
+
+    An assertion is ✓ true and pointable, ○ true but not pointable, ✗ false.
+    """
+    rows = [row for place, row in _rows(record) if place["group"] == b]
+    names = list(record.reward_names)
+    lines = [
+        f"**{_cell(rows[0]['sample_id'])}** {_cell(rows[0]['prompt'])}",
+        "",
+        f"Reference ({rows[0]['reference_length']} tokens): {_cell(rows[0]['reference'])}",
+        "",
+        "| " + " | ".join(["caption", "tokens", *names, "advantage", "assertions"]) + " |",
+        "|" + " --- |" * (len(names) + 4),
+    ]
+    for row in rows:
+        numbers = []
+        for name in names:
+            before, after = row[f"reward/{name}"], row[f"gated/{name}"]
+            numbers.append(_number(before) + ("" if before == after else f" → {_number(after)}"))
+        cells = [_cell(row["caption"]), f"{row['length']}{' (cut)' if row['truncated'] else ''}", *numbers]
+        lines.append("| " + " | ".join([*cells, _number(row["advantage"]), _assertions(row)]) + " |")
+    return "\n".join(lines)
+
+
+def _rows(record: StepRecord) -> Iterator[tuple[dict[str, int], dict[str, Any]]]:
+    """Place in ``[B, G]`` and contents of every rollout, as plain Python values."""
+    rollouts, judgments = record.rollouts, record.judgments
+    rewards, gated = record.rewards.tolist(), record.gated.tolist()
+    advantages = None if record.advantages is None else record.advantages.tolist()
+    lengths, truncated = rollouts.lengths.tolist(), rollouts.truncated.tolist()
+    reference_lengths = rollouts.reference_lengths.tolist()
+
+    def answer(task: str, b: int, g: int) -> Any | None:
+        return judgments[task][b][g] if task in judgments else None
+
+    for b in range(len(rollouts)):
+        for g in range(rollouts.num_captions):
+            verdicts, rating = answer("verify", b, g), answer("rate", b, g)
+            row = {
+                "sample_id": rollouts.batch.sample_ids[b],
+                "prompt": rollouts.batch.prompts[b],
+                "reference": rollouts.batch.references[b],
+                "caption": rollouts.captions[b][g],
+                "truncated": truncated[b][g],
+                "length": lengths[b][g],
+                "reference_length": reference_lengths[b],
+                "weights_version": rollouts.weights_version,
+                "advantage": None if advantages is None else advantages[b][g],
+                "assertions": answer("decompose", b, g),
+                "true": None if verdicts is None else [verdict.true for verdict in verdicts],
+                "pointable": None if verdicts is None else [verdict.pointable for verdict in verdicts],
+                "reference_units": judgments.units[b] if b < len(judgments.units) else None,
+                "covered": answer("match", b, g),
+            }
+            for scale in ("clarity", "fluency", "coherency"):
+                row[scale] = None if rating is None else getattr(rating, scale)
+            for k, name in enumerate(record.reward_names):
+                row[f"reward/{name}"] = _or_null(rewards[b][g][k])
+                row[f"gated/{name}"] = _or_null(gated[b][g][k])
+            yield {"group": b, "rollout": g}, row
+
+
+def _schema(reward_names: Any) -> pa.Schema:
+    """Types do not depend on what happens to be missing, so the files of a run read as one data set."""
+    import pyarrow as pa
+
+    text, integer, number, flag = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+    columns = {"stage": text, "step": integer, "batch": integer, "rank": integer}
+    columns |= {"group": integer, "rollout": integer, "sample_id": text, "prompt": text, "reference": text}
+    columns |= {"caption": text, "truncated": flag, "length": integer, "reference_length": integer}
+    columns |= {"weights_version": integer}
+    columns |= {f"{kind}/{name}": number for kind in ("reward", "gated") for name in reward_names}
+    columns |= {"advantage": number, "assertions": pa.list_(text)}
+    columns |= {"true": pa.list_(flag), "pointable": pa.list_(flag)}
+    columns |= {"reference_units": pa.list_(text), "covered": pa.list_(flag)}
+    columns |= {"clarity": number, "fluency": number, "coherency": number}
+    return pa.schema(list(columns.items()))
+
+
+def _assertions(row: dict[str, Any]) -> str:
+    marked = []
+    for i, assertion in enumerate(row["assertions"] or []):
+        if row["true"] is None:
+            mark = "?"
+        else:
+            mark = "✗" if not row["true"][i] else "✓" if row["pointable"][i] else "○"
+        marked.append(f"{mark} {_cell(assertion)}")
+    return "<br>".join(marked)
+
+
+def _cell(text: str) -> str:
+    """Text of a model, harmless inside a cell of a Markdown table."""
+    return html.escape(text).replace("|", "&#124;").replace("\n", "<br>")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _or_null(value: float) -> float | None:
+    return None if math.isnan(value) else value

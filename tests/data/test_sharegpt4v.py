@@ -1,0 +1,199 @@
+"""ShareGPT4V JSON -> flat rows, whatever is in it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balcap.data.sharegpt4v import DataError, column, flat_rows, load_rows, normalise, parse_rows
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["image", "conversations", "from", "value", "x"]), inner, max_size=4
+        )
+    ),
+    max_leaves=12,
+)
+
+
+def test_a_row_becomes_flat_columns(row: Callable) -> None:
+    flat = normalise(row("coco/a.jpg", " A cat. ", "What is it?\n<image>"), 3)
+    assert flat == {
+        "row": 3,
+        "sample_id": "coco/a.jpg",
+        "question": "What is it?",
+        "caption": "A cat.",
+        "problem": "",
+        "detail": "",
+    }
+    assert normalise(row("coco/a.jpg", question="<image>\nWhat is it?"), 0)["question"] == "What is it?"
+
+
+@pytest.mark.parametrize(
+    ("raw", "cause"),
+    [
+        (17, "malformed_row"),
+        (None, "malformed_row"),
+        ({}, "no_image_field"),
+        ({"image": None}, "no_image_field"),
+        ({"image": "  "}, "no_image_field"),
+        ({"image": {"bytes": 1}}, "no_image_field"),
+        ({"image": "a.jpg"}, "no_caption"),
+        ({"image": "a.jpg", "conversations": []}, "no_caption"),
+        ({"image": "a.jpg", "conversations": "hello"}, "malformed_row"),
+        ({"image": "a.jpg", "conversations": ["hello"]}, "malformed_row"),
+        ({"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>"}]}, "no_caption"),
+        ({"image": "a.jpg", "conversations": [{"from": "gpt", "value": 5}]}, "malformed_row"),
+        ({"image": "a.jpg", "conversations": [{"from": "gpt", "value": "A cat."}]}, "no_image_placeholder"),
+    ],
+)
+def test_causes(raw: object, cause: str) -> None:
+    flat = normalise(raw, 0)
+    assert flat["problem"] == cause
+    assert flat["detail"]
+
+
+def test_causes_in_the_text(row: Callable) -> None:
+    assert normalise(row("a.jpg", question="What is it?"), 0)["problem"] == "no_image_placeholder"
+    assert normalise(row("a.jpg", caption=" "), 0)["problem"] == "no_caption"
+    assert normalise(row("a.jpg", caption="caf\ufffd"), 0)["problem"] == "not_utf8"
+    assert normalise(row("a\ud800.jpg"), 0)["problem"] == "not_utf8"
+
+
+@given(json_values)
+def test_no_row_whatsoever_breaks_the_table(raw: object) -> None:
+    flat = normalise(raw, 0)
+    assert [type(v) for v in flat.values()] == [int, str, str, str, str, str]
+    assert "".join(str(v) for v in flat.values()).encode()  # Arrow stores UTF-8
+
+
+def test_the_second_good_row_of_an_image_is_a_duplicate(row: Callable) -> None:
+    rows = [row("a.jpg", caption=""), row("a.jpg"), row("b.jpg"), row("a.jpg")]
+    assert [r["problem"] for r in flat_rows(rows)] == ["no_caption", "", "", "duplicate_image"]
+
+
+@given(st.lists(json_values, max_size=6), st.sampled_from([None, 1]))
+def test_an_array_is_parsed_as_json_does(
+    tmp_path_factory: pytest.TempPathFactory, rows: list, indent: int | None
+) -> None:
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    path.write_text(json.dumps(rows, indent=indent))
+    assert list(parse_rows(path)) == rows
+
+
+def test_json_lines_cost_only_the_broken_line(tmp_path: Path, row: Callable) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps(row("a.jpg")), "{broken", "", json.dumps(row("b.jpg"))]))
+    flat = list(flat_rows(parse_rows(path)))
+    assert [r["problem"] for r in flat] == ["", "malformed_row", ""]
+    assert "line 2" in flat[1]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("hello", "starts with 'hello'"),
+        ('{\n "rows": []}', "expected a JSON array"),
+        ('[{"image": "a"},\n {"image": "b"', "line 2, column 15 .* in row 1.*breaks off"),
+        ('[{"image": "a"}, {"image" "b"}]', "line 1, column 27 .*Mend that place"),
+        ('[{"image": "a"} {"image": "b"}]', "expected ',' or ']' after row 0"),
+        ('[{"image": "a"}] trailing]', "after the end of the array"),
+        ("[" + "[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_a_broken_file_is_an_error_that_says_where(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        load_rows(str(path), cache_dir=str(tmp_path / "cache"))
+    assert str(caught.value).startswith(f"data.data: {path}")
+
+
+def test_bytes_that_are_not_utf8_cost_their_row(tmp_path: Path, row: Callable) -> None:
+    path = tmp_path / "rows.json"
+    text = json.dumps([row("a.jpg"), row("b.jpg", "caf@"), row("c.jpg")]).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace(b"@", b"\xe9"))
+    table, _ = load_rows(str(path), cache_dir=str(tmp_path / "cache"))
+    assert column(table, "problem") == ["", "not_utf8", ""]
+    assert column(table, "sample_id") == ["a.jpg", "b.jpg", "c.jpg"]
+
+
+def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(tmp_path: Path, row: Callable) -> None:
+    path, cache = tmp_path / "rows.json", str(tmp_path / "cache")
+    path.write_text(json.dumps([row("a.jpg")]))
+    stat = path.stat()
+    first, digest = load_rows(str(path), cache_dir=cache)
+    again, same = load_rows(str(path), cache_dir=cache)
+    assert (first.cache_files, digest) == (again.cache_files, same)
+    path.write_text(json.dumps([row("b.jpg")]))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same size and time: only the content tells
+    changed, other = load_rows(str(path), cache_dir=cache)
+    assert column(changed, "sample_id") == ["b.jpg"]
+    assert other != digest
+
+
+def _load_in_process(path: str, cache: str, queue: multiprocessing.Queue) -> None:
+    queue.put(column(load_rows(path, cache_dir=cache)[0], "sample_id"))
+
+
+def test_several_ranks_may_start_at_once(tmp_path: Path, row: Callable) -> None:
+    path, cache = tmp_path / "rows.json", str(tmp_path / "cache")
+    names = [f"{i}.jpg" for i in range(3000)]
+    path.write_text(json.dumps([row(name) for name in names]))
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    ranks = [context.Process(target=_load_in_process, args=(str(path), cache, queue)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    assert [queue.get(timeout=60) for _ in ranks] == [names] * 3
+    for rank in ranks:
+        rank.join()
+
+
+def test_a_hub_id_is_loaded_with_its_configuration(
+    tmp_path: Path, row: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    asked = []
+
+    def fake_load_dataset(path: str, name: str | None, split: str, cache_dir: str | None) -> datasets.Dataset:
+        asked.append((path, name, split))
+        return datasets.Dataset.from_list([row("coco/a.jpg", "A cat."), row("coco/a.jpg")])
+
+    monkeypatch.setattr(datasets, "load_dataset", fake_load_dataset)
+    table, digest = load_rows("Lin-Chen/ShareGPT4V", "ShareGPT4V", cache_dir=str(tmp_path))
+    assert asked == [("Lin-Chen/ShareGPT4V", "ShareGPT4V", "train")]
+    assert column(table, "problem") == ["", "duplicate_image"]
+    assert table[0]["caption"] == "A cat."
+    assert digest
+
+
+def test_a_hub_that_cannot_be_reached_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"data\.data: no file 'a/b' here.*no route.*give its path"):
+        load_rows("a/b")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, row: Callable) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row("a.jpg")]))
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    with pytest.raises(DataError, match=r"data\.cache_dir: cannot write"):
+        load_rows(str(path), cache_dir=str(tmp_path / "cache"))

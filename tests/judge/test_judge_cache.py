@@ -1,0 +1,201 @@
+"""The cache: paid for once, by whatever process, whenever it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+from balcap.judge import CacheError, Judge, JudgeFailure
+from balcap.judge.cache import JudgmentCache, cache_problem
+from balcap.judge.request import Request
+from balcap.judge.tasks import Rate, Verify
+
+
+def test_the_second_time_is_free(make_judge, server, tmp_path):
+    path = str(tmp_path / "runs" / "c.sqlite")
+    first = make_judge(cache=path)
+    rating = first.run(first.rate("A cat."))
+    assert first.run(first.rate("A cat.")) == rating  # at once: the write may still be under way
+    first.close()
+    second = make_judge(cache=path)
+    assert second.run(second.rate("A cat.")) == rating
+    assert server.calls == 1
+    assert (second.stats().calls, second.stats().cache_hits) == (0, 1)
+
+
+def test_failures_are_not_kept(make_judge, server, tmp_path):
+    judge = make_judge(cache=str(tmp_path / "c.sqlite"), retries=0)
+    server.script = ["out_of_range"]
+    with pytest.raises(JudgeFailure):
+        judge.run(judge.rate("A cat."))
+    assert judge.run(judge.rate("A cat.")).clarity == 1.0
+
+
+def test_another_version_of_the_prompt_asks_again(make_judge, server, tmp_path, monkeypatch):
+    judge = make_judge(cache=str(tmp_path / "c.sqlite"))
+    judge.run(judge.rate("A cat."))
+    monkeypatch.setattr(Rate, "version", "another")
+    judge.run(judge.rate("A cat."))
+    assert server.calls == 2
+
+
+def test_a_stored_answer_that_no_longer_fits_is_asked_again(make_judge, server, tmp_path):
+    path = tmp_path / "c.sqlite"
+    judge = make_judge(cache=str(path))
+    judge.run(judge.rate("A cat."))
+    judge.close()
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE answers SET answer = ?", ('{"clarity": 99}',))
+    assert judge.run(judge.rate("A cat.")).clarity == 1.0
+    assert server.calls == 2
+
+
+def test_the_key_depends_on_all_that_changes_an_answer(png):
+    def key(**changes):
+        messages = Verify().messages(image=changes.pop("image", png), assertions=changes.pop("says", ["A"]))
+        given = {"task": "verify", "version": "1", "model": "m", "params": {"temperature": 0}}
+        return Request(messages=messages, schema=Verify.schema, **{**given, **changes}).key
+
+    keys = [
+        key(),
+        key(image=png + b"x"),
+        key(says=["B"]),
+        key(task="other"),
+        key(version="2"),
+        key(model="n"),
+        key(params={"temperature": 1}),
+        key(params={}),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
+
+
+def test_no_text_of_the_prompt_is_stored(make_judge, tmp_path, png):
+    path = tmp_path / "c.sqlite"
+    judge = make_judge(cache=str(path))
+    judge.run(judge.verify(png, ["A planted assertion"]))
+    judge.close()
+    rows = sqlite3.connect(path).execute("SELECT task, model, answer FROM answers").fetchall()
+    answer = {"verdicts": [{"id": 1, "true": True, "pointable": True}]}
+    assert rows == [("verify", "openai/gpt-4o-mini", json.dumps(answer))]
+
+
+WRITER = """
+import sys, time
+from balcap.judge.cache import JudgmentCache
+path, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+cache = JudgmentCache(path)
+print("open", flush=True)
+sys.stdin.readline()
+for i in range(count):
+    cache.put(f"{name} {i}", "rate", "m", '{"i": %d}' % i)
+    print(i, flush=True)
+    time.sleep(0.0005)
+cache.close()
+"""
+
+
+def writer(path, name: str, count: int) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), name, str(count)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_ranks_that_start_and_write_together(tmp_path):
+    path = tmp_path / "c.sqlite"
+    ranks = [writer(path, f"rank{rank}", 300) for rank in range(3)]
+    for rank in ranks:
+        rank.communicate("go\n", timeout=60)
+        assert rank.returncode == 0
+    cache = JudgmentCache(path)
+    assert [cache.get(f"rank{rank} {i}") for rank in range(3) for i in (0, 299)] == [
+        '{"i": 0}',
+        '{"i": 299}',
+    ] * 3
+    cache.close()
+    assert sqlite3.connect(path).execute("SELECT count(*) FROM answers").fetchone() == (900,)
+
+
+def test_killed_in_the_middle_of_writing(tmp_path):
+    path = tmp_path / "c.sqlite"
+    process = writer(path, "killed", 100_000)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    arrived = []
+    for line in process.stdout:
+        if line.strip().isdigit():
+            arrived.append((time.monotonic(), int(line)))
+        if len(arrived) == 500:
+            os.kill(process.pid, signal.SIGKILL)
+            died = time.monotonic()
+            break
+    process.communicate(timeout=30)
+    cache = JudgmentCache(path)
+    # All that had arrived a quarter of a second before the end is there (busy machines write late).
+    old = [i for when, i in arrived if when < died - 0.25]
+    assert old
+    assert all(cache.get(f"killed {i}") is not None for i in old)
+    cache.put("after", "rate", "m", "{}")
+    cache.close()
+    database = sqlite3.connect(path)
+    assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert database.execute("SELECT answer FROM answers WHERE key = 'after'").fetchone() == ("{}",)
+
+
+def test_a_file_that_is_something_else(tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("not a database, but long enough to look like one. " * 100)
+    other = tmp_path / "other.sqlite"
+    with sqlite3.connect(other) as database:
+        database.execute("CREATE TABLE mine (x)")
+    newer = tmp_path / "newer.sqlite"
+    JudgmentCache(newer).close()
+    with sqlite3.connect(newer) as database:
+        database.execute("PRAGMA user_version = 99")
+    for path, why in ((text, "not a database"), (other, "something else"), (newer, "format 99")):
+        judge = Judge("openai/gpt-4o-mini", cache=str(path))
+        with pytest.raises(CacheError, match=rf"model\.judge\.cache: .*{path.name}.*{why}"):
+            judge.run(judge.rate("A cat."))
+        assert str(path) in (cache_problem(path) or "")
+    assert text.read_text().startswith("not a database")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    problem = cache_problem(tmp_path / "file" / "c.sqlite")
+    assert problem is not None
+    assert problem.startswith("model.judge.cache: ")
+
+
+def test_no_cache_keeps_nothing():
+    cache = JudgmentCache(None)
+    cache.put("key", "rate", "m", "{}")
+    assert cache.get("key") is None
+    cache.close()
+
+
+def test_damage_is_named(tmp_path):
+    path = tmp_path / "c.sqlite"
+    cache = JudgmentCache(path)
+    for i in range(2000):
+        cache.put(f"{i:064d}", "rate", "m", "{}")
+    cache.close()
+    content = bytearray(path.read_bytes())
+    content[4096:] = b"\xff" * (len(content) - 4096)
+    path.write_bytes(content)
+    damaged = JudgmentCache(path)
+    with pytest.raises(CacheError, match=r"model\.judge\.cache: .*malformed"):
+        damaged.get(f"{7:064d}")
+    damaged.close()

@@ -1,0 +1,231 @@
+"""The small parts: fences, JSON in prose, images, secrets, prompts."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+from balcap.judge import Decompose, InvalidAnswer, JudgeStats, Match, Rate, Rating, Verdict, Verify
+from balcap.judge.answers import extract_json
+from balcap.judge.fence import fence
+from balcap.judge.images import ImageError, data_url
+from balcap.judge.redact import redact
+from balcap.judge.request import response_format
+from balcap.judge.tasks.base import Schema
+
+any_text = st.text(st.characters(exclude_categories=[]))  # lone surrogates and control characters too
+nasty = st.sampled_from(["</caption>", "<|im_start|>", "\n", "\x00", "\u2028", "\u202e", "\ud800", '"', "\\"])
+
+
+@given(st.lists(any_text | nasty).map("".join))
+def test_a_caption_cannot_end_its_fence(caption):
+    opening, middle, closing = fence("caption", caption).split("\n")
+    assert (opening, closing) == ("<caption>", "</caption>")
+    assert "<" not in middle
+    assert ">" not in middle
+    assert not {unicodedata.category(character) for character in middle} & {"Cc", "Cs", "Zl", "Zp"}
+    assert len(middle.splitlines()) == 1
+    middle.encode()  # can be sent
+    assert json.loads(middle) == caption
+
+
+@given(st.lists(any_text, max_size=5))
+def test_lists_in_fences_come_back(texts):
+    message = Verify().messages(image=_png(), assertions=texts)[1]["content"][1]["text"]
+    assert [item["text"] for item in json.loads(message.split("\n")[1])] == texts
+
+
+def test_ordinary_text_stays_readable():
+    assert fence("caption", "Ein „Café“ – 猫 😀") == '<caption>\n"Ein „Café“ – 猫 😀"\n</caption>'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": 1}',
+        'Sure:\n```json\n{"a": 1}\n```\nDone {really}.',
+        '<think>maybe {"a": 2}</think>{"a": 1}',
+    ],
+)
+def test_one_object_is_found(text):
+    assert extract_json(text) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "no", '{"a": ', '[{"a": 1}, {"a": 2}]', '{"a": 1} {"a": 2}', '{"a":' * 100_000, "1" * 500_000],
+)
+def test_none_or_several_objects_are_invalid(text):
+    with pytest.raises(InvalidAnswer):
+        extract_json(text)
+
+
+@given(st.text(alphabet='{}[]":,a1\\ ntrue'))
+def test_no_text_crashes_the_search(text):
+    try:
+        found = extract_json(text)
+    except InvalidAnswer:
+        return
+    assert isinstance(found, dict)
+
+
+# ---- tasks
+
+
+def test_messages_of_every_task_name_it_first():
+    for task, messages in (
+        (Decompose, Decompose().messages(caption="x")),
+        (Verify, Verify().messages(image=_png(), assertions=["x"])),
+        (Match, Match().messages(units=["x"], assertions=["y"])),
+        (Rate, Rate().messages(caption="x")),
+    ):
+        assert messages[0]["content"].splitlines()[0] == f"Task: {task.name}"
+        assert [message["role"] for message in messages] == ["system", "user"]
+        assert messages[1]["content"][-1]["type"] == "text"
+
+
+def test_fences_of_match():
+    text = Match().messages(units=["u"], assertions=["a", "b"])[1]["content"][0]["text"]
+    assert text == (
+        '<reference_units>\n[{"id": 1, "text": "u"}]\n</reference_units>\n'
+        '<assertions>\n[{"id": 1, "text": "a"}, {"id": 2, "text": "b"}]\n</assertions>'
+    )
+
+
+def test_decompose_drops_empty_and_repeated_assertions():
+    answer = Decompose().read({"assertions": [" A cat. ", "", "A cat.", "A mat\ud800."]})
+    assert Decompose().parse(answer, caption="x") == ["A cat.", "A mat\ufffd."]
+
+
+def test_verdicts_are_sorted_by_id():
+    items = [{"id": 2, "true": False, "pointable": True}, {"id": 1, "true": True, "pointable": False}]
+    answer = Verify().read({"verdicts": items, "reason": "an extra key is dropped"})
+    assert Verify().parse(answer, image=b"", assertions=["a", "b"]) == [
+        Verdict(True, False),
+        Verdict(False, True),
+    ]
+
+
+@pytest.mark.parametrize("score", [-0.1, 10.1, float("nan"), float("inf")])
+def test_ratings_out_of_range_are_invalid(score):
+    answer = Rate().read({"clarity": 1, "fluency": score, "coherency": 1})
+    with pytest.raises(InvalidAnswer, match="fluency"):
+        Rate().parse(answer, caption="x")
+
+
+def test_rating_is_scaled():
+    # (8 + 6.5 + 2) / 10 / 3 = 0.55
+    answer = Rate().read({"clarity": 8, "fluency": 6.5, "coherency": 2})
+    assert Rate().parse(answer, caption="x") == Rating(0.8, 0.65, 0.2)
+    assert Rate().parse(answer, caption="x").mean == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize("answer", [{}, {"units": [{"id": 1}]}, {"units": "x"}, {"units": [1]}])
+def test_answers_of_another_form_are_invalid(answer):
+    with pytest.raises(InvalidAnswer, match="units"):
+        Match().read(answer)
+
+
+@pytest.mark.parametrize("task", [Decompose, Verify, Match, Rate])
+def test_schemas_are_strict(task):
+    form = response_format(task.name, task.schema)["json_schema"]
+    assert form["strict"] is True
+    for schema in (form["schema"], *form["schema"].get("$defs", {}).values()):
+        assert schema["additionalProperties"] is False
+        assert set(schema["required"]) == set(schema["properties"])
+        for field in schema["properties"].values():
+            assert not {"minimum", "maximum", "default", "minItems"} & set(field)
+    assert issubclass(task.schema, Schema)
+
+
+# ---- images
+
+
+def _png(**save) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 2), (255, 0, 0)).save(buffer, "PNG", **save)
+    return buffer.getvalue()
+
+
+def _file(image: Image.Image, kind: str, **save) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **save)
+    return buffer.getvalue()
+
+
+def _decoded(url: str) -> bytes:
+    return base64.b64decode(url.partition(",")[2])
+
+
+def test_ordinary_files_travel_untouched():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("scene", '{"objects": []}')
+    png = _png(pnginfo=info)
+    assert data_url(png).startswith("data:image/png;base64,")
+    assert _decoded(data_url(png)) == png
+    for kind in ("JPEG", "WEBP", "GIF"):
+        file = _file(Image.new("RGB", (4, 2)), kind)
+        assert data_url(file) == f"data:image/{kind.lower()};base64,{base64.b64encode(file).decode()}"
+
+
+def test_rotated_photos_are_turned_upright():
+    picture = Image.new("RGB", (32, 16), (255, 0, 0))
+    picture.paste((0, 0, 255), (0, 0, 16, 16))  # blue left, red right
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise: blue above, red below
+    url = data_url(_file(picture, "JPEG", exif=exif, quality=95))
+    assert url.startswith("data:image/jpeg;")
+    shown = Image.open(io.BytesIO(_decoded(url)))
+    assert shown.size == (16, 32)
+    assert shown.getexif().get(0x0112, 1) == 1
+    top, bottom = shown.getpixel((8, 4)), shown.getpixel((8, 28))
+    assert top[2] > 200 > 60 > top[0]
+    assert bottom[0] > 200 > 60 > bottom[2]
+
+
+def test_what_providers_refuse_is_encoded_again():
+    cmyk = _file(Image.new("CMYK", (4, 2)), "JPEG")
+    frames = [Image.new("RGB", (4, 2), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    animated = _file(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    bmp = _file(Image.new("RGB", (4, 2)), "BMP")
+    for file, mime in ((cmyk, "jpeg"), (animated, "png"), (bmp, "png")):
+        url = data_url(file)
+        assert url.startswith(f"data:image/{mime};")
+        shown = Image.open(io.BytesIO(_decoded(url)))
+        assert (shown.mode, shown.size, getattr(shown, "n_frames", 1)) == ("RGB", (4, 2), 1)
+        data_url.cache_clear()
+        assert data_url(file) == url
+
+
+def test_no_image_is_an_error():
+    for file in (b"", b"text", _file(Image.new("CMYK", (64, 64)), "JPEG")[:200]):
+        with pytest.raises(ImageError):
+            data_url(file)
+
+
+# ---- secrets and counters
+
+
+def test_secrets_leave_texts(monkeypatch):
+    monkeypatch.setenv("SOME_PROVIDER_API_KEY", "planted-0123456789")
+    text = "key planted-0123456789, sk-abcdefgh1234, Bearer xyz.abc, https://me:word@host/, AIzaSyA1234567890"
+    kept = redact(text)
+    for secret in ("planted", "abcdefgh", "xyz", "me:word", "AIzaSy"):
+        assert secret not in kept
+    assert "host" in kept
+    assert len(redact("long " * 1000)) <= 300
+
+
+def test_stats_add_and_subtract():
+    one = JudgeStats(calls=3, failures={"rate": 2, "match": 1}, cost_usd=0.5)
+    two = JudgeStats(calls=1, failures={"rate": 2}, cost_usd=0.25)
+    assert one - two == JudgeStats(calls=2, failures={"match": 1}, cost_usd=0.25)
+    assert one + two == JudgeStats(calls=4, failures={"rate": 4, "match": 1}, cost_usd=0.75)
+    assert one.failed == 3
