@@ -101,7 +101,7 @@ class Rollouts:
     sampler_logps: Float[Tensor, "B G T"]
     truncated: Bool[Tensor, "B G"]
     lengths: Int[Tensor, "B G"]
-    reference_lengths: Int[Tensor, "B"]  # noqa: F821
+    reference_lengths: Int[Tensor, B]  # noqa: F821
     weights_version: int = field(default=0)
 
     def __len__(self) -> int:

@@ -12,8 +12,9 @@ from balcap.imports import import_torchmetrics_lightly
 
 import_torchmetrics_lightly()  # before Lightning, which imports torchmetrics
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from balcap.data import CaptionDataModule  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
@@ -60,7 +61,9 @@ class BalCapCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run_dir", type=str, default="runs/latest", help="Folder for all outputs of the run.")
+        parser.add_argument(
+            "--run_dir", type=str, default="runs/latest", help="Folder for all outputs of the run."
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutLog, "rollout_log")
         parser.add_lightning_class_args(CaptionProgressBar, "progress")
@@ -104,18 +107,21 @@ class BalCapCLI(LightningCLI):
                 RunCSVLogger(options.run_dir, keep=keep),
                 TensorBoardLogger(options.run_dir, name="tensorboard", version=""),
             ]
-        return super().instantiate_trainer(**kwargs)
-
-    def instantiate_classes(self) -> None:
-        super().instantiate_classes()
-        problems = self._problems(self.model, self.datamodule, self.trainer)
-        if problems:
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except MisconfigurationException as error:  # no such device here, for one
+            raise ConfigError([*self._problems(), f"trainer: {error}"]) from None
+        if problems := [*self._problems(), *self._trainer_problems(trainer)]:
             raise ConfigError(problems)
+        return trainer
 
-    def _problems(self, model: LightningModule, data: LightningDataModule, trainer: Trainer) -> list[str]:
-        assert isinstance(model, BalCapModule)
-        assert isinstance(data, CaptionDataModule)
-        found = [*model.problems(), *data.problems(self.subcommand)]
+    def _problems(self) -> list[str]:
+        assert isinstance(self.model, BalCapModule)
+        assert isinstance(self.datamodule, CaptionDataModule)
+        return [*self.model.problems(), *self.datamodule.problems(str(self.subcommand))]
+
+    def _trainer_problems(self, trainer: Trainer) -> list[str]:
+        found = []
         if self.subcommand == "fit" and trainer.max_steps == -1 and trainer.max_epochs in (-1, None):
             found.append("trainer.max_steps: the run would never end; set it, or trainer.max_epochs")
         if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, MetricCollection
 
 from balcap.batch import CaptionBatch, Rollouts, StepRecord
 from balcap.judge import Judge
@@ -109,7 +109,9 @@ class BalCapModule(L.LightningModule):
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.engine = engine
         self.val_rewards = copy.deepcopy(self.rewards)
-        self.val_means = torch.nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in _VAL_MEANS})
+        self.val_means = MetricCollection(
+            {name: MeanMetric(nan_strategy="ignore") for name in _VAL_MEANS}, compute_groups=False
+        )
         self.skipped_in_a_row = self.skipped_total = 0
         self._attached = False
         self._seconds: dict[str, float] = {}
@@ -120,16 +122,28 @@ class BalCapModule(L.LightningModule):
         """Everything in the settings that contradicts itself, each with the key to change. Loads nothing."""
         found = [*self.policy_config.problems(), *self.judge.problems(), *self.sampling.problems()]
         names = ", ".join(self.rewards.names)
-        found += [f"model.weights.{n}: no such reward; there are {names}" for n in self.weights if n not in self.rewards.names]
+        found += [
+            f"model.weights.{n}: no such reward; there are {names}"
+            for n in self.weights
+            if n not in self.rewards.names
+        ]
         found += [f"model.weights.{n}: {w} is negative" for n, w in self.weights.items() if w < 0]
         if not any(self.weights.values()):
-            found.append(f"model.weights: all weights are 0, nothing would be trained; give one of {names} a weight")
+            found.append(
+                f"model.weights: all weights are 0, nothing would be trained; give one of {names} a weight"
+            )
         if self.num_captions < 2:
-            found.append(f"model.num_captions: a group of {self.num_captions} has no spread to normalise; use 2 or more")
+            found.append(
+                f"model.num_captions: a group of {self.num_captions} has no spread to normalise; use 2 or more"
+            )
         if self.length_control != "none" and self.length_reward not in self.rewards.names:
-            found.append(f"model.length_reward: there is no reward {self.length_reward!r} to control; there are {names}")
+            found.append(
+                f"model.length_reward: there is no reward {self.length_reward!r} to control; there are {names}"
+            )
         if not 0 <= self.tau_low <= self.tau_high:
-            found.append(f"model.tau_low: {self.tau_low} must lie between 0 and model.tau_high: {self.tau_high}")
+            found.append(
+                f"model.tau_low: {self.tau_low} must lie between 0 and model.tau_high: {self.tau_high}"
+            )
         if not 0 < self.clip_eps_low < 1:
             found.append(f"model.clip_eps_low: {self.clip_eps_low} is outside (0, 1)")
         if self.clip_eps_high <= 0:
@@ -151,7 +165,8 @@ class BalCapModule(L.LightningModule):
         from balcap.policy.policy import Policy
         from balcap.rollout.hf import HFGenerate
 
-        self.policy = Policy.load(self.policy_config, with_reference=self.kl_coef > 0)
+        trains = self._trainer is None or self._trainer.state.fn == "fit"
+        self.policy = Policy.load(self.policy_config, with_reference=trains and self.kl_coef > 0)
         self.engine = self.engine or HFGenerate()
 
     def configure_optimizers(self) -> Any:
@@ -161,7 +176,9 @@ class BalCapModule(L.LightningModule):
         return [optimizer], [self.scheduler_factory(optimizer)]
 
     def setup(self, stage: str) -> None:
-        rank_zero_info(f"judge: {self.judge.model}; rewards: {', '.join(self.rewards.names)}; {self.advantage}")
+        rank_zero_info(
+            f"judge: {self.judge.model}; rewards: {', '.join(self.rewards.names)}; {self.advantage}"
+        )
 
     # ── the step ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -181,8 +198,9 @@ class BalCapModule(L.LightningModule):
                 tally = update(self, rollouts, prompts, advantages)
                 self._engine().sync(self.policy, self.global_step)
         self._log_step(tally, rollouts, judgments, rewards, before)
-        if self.trainer.datamodule is not None:
-            self.trainer.datamodule.consumed(batch)
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            data.consumed(batch)
         return {"record": StepRecord(rollouts, judgments, self.rewards.names, rewards, gated, advantages)}
 
     def control_length(self, rewards: Tensor, rollouts: Rollouts) -> Tensor:
@@ -227,7 +245,9 @@ class BalCapModule(L.LightningModule):
         """One caption per image."""
         with self._seeded(batch_idx, stage=2):
             rollouts = self._engine().generate(batch, self.policy.encode(batch), 1, self.sampling)
-        rows = zip(batch.sample_ids, batch.prompts, rollouts.captions, rollouts.truncated[:, 0].tolist(), strict=True)
+        rows = zip(
+            batch.sample_ids, batch.prompts, rollouts.captions, rollouts.truncated[:, 0].tolist(), strict=True
+        )
         return [
             {"image": sample_id, "prompt": prompt, "caption": texts[0], "truncated": cut}
             for sample_id, prompt, texts, cut in rows
@@ -267,14 +287,18 @@ class BalCapModule(L.LightningModule):
             tally.add_values(name, values)
             spread = _group_std(values)
             tally.add_values(f"reward_std/{name}", spread)
-            tally.add_values(f"zero_variance/{name}", torch.where(spread.isnan(), spread, (spread == 0).double()))
+            tally.add_values(
+                f"zero_variance/{name}", torch.where(spread.isnan(), spread, (spread == 0).double())
+            )
         for name, values in self._scores(rollouts, rewards).items():
             tally.add_values(name, values)
         metrics = {f"train/{name}": value for name, value in tally.means(self.gather).items()}
         metrics["train/skipped_updates"] = float(self.skipped_total)
         metrics["train/lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         totals = self.gather(self._judge_totals(judgments, before)).reshape(-1, 4).sum(0).tolist()
-        metrics |= dict(zip(("judge/failed", "judge/calls", "judge/cache_hits", "judge/cost_usd"), totals, strict=True))
+        metrics |= dict(
+            zip(("judge/failed", "judge/calls", "judge/cache_hits", "judge/cost_usd"), totals, strict=True)
+        )
         metrics |= {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         self.log_dict(metrics, batch_size=len(rollouts))
 
@@ -283,7 +307,8 @@ class BalCapModule(L.LightningModule):
         now = self.judge.stats()
         failed = float(sum(judgments.failures.values()))
         return torch.tensor(
-            [failed, now.calls - before.calls, now.cache_hits - before.cache_hits, now.cost_usd], dtype=torch.float64
+            [failed, now.calls - before.calls, now.cache_hits - before.cache_hits, now.cost_usd],
+            dtype=torch.float64,
         )
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -323,7 +348,10 @@ class BalCapModule(L.LightningModule):
         """Only what is trained: the frozen rest is in the base model, where it came from."""
         trained = {f"policy.{n}" for n, p in self.policy.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["balcap"] = {"skipped_total": self.skipped_total, "judge_cost_usd": self.judge.stats().cost_usd}
+        checkpoint["balcap"] = {
+            "skipped_total": self.skipped_total,
+            "judge_cost_usd": self.judge.stats().cost_usd,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of something else: strict loading is off, and would let it pass in silence."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from balcap.batch import Rollouts
@@ -22,9 +23,7 @@ class UpdatesDiverged(RuntimeError):
     """Too many optimizer updates in a row had a non-finite gradient."""
 
 
-def update(
-    module: BalCapModule, rollouts: Rollouts, prompts: Prompts, advantages: Tensor
-) -> Tally:
+def update(module: BalCapModule, rollouts: Rollouts, prompts: Prompts, advantages: Tensor) -> Tally:
     """`module.updates_per_rollout` optimizer steps on one batch of rollouts.
 
     Every optimizer step sees the whole batch, in micro-batches whose losses share one denominator: the
@@ -50,6 +49,7 @@ def update(
     old: list[Tensor] = []
     module.policy.model.train()
     optimizer = module.optimizers()
+    assert isinstance(optimizer, LightningOptimizer)
     for step in range(module.updates_per_rollout):
         optimizer.zero_grad()
         for i, rows in enumerate(micro):
@@ -70,9 +70,10 @@ def update(
             )
             with _without_sync(module, i < len(micro) - 1):
                 module.manual_backward(part.loss)
-            tally.add("loss", part.loss.detach() / module.updates_per_rollout, 1 / len(micro))
+            tally.add("loss", part.loss.detach(), 1 / len(micro))
             tally.add("clip_fraction", part.clipped, part.tokens)
-            tally.add("kl", 0.0 if part.kl is None else part.kl, part.tokens)
+            if part.kl is not None:
+                tally.add("kl", part.kl, part.tokens)
             if entropy is not None:
                 tally.add("entropy", entropy.sum(), part.tokens)
         tally.add("grad_norm", _step(module, optimizer), 1)
@@ -92,7 +93,7 @@ def _without_sync(module: BalCapModule, active: bool) -> AbstractContextManager:
     return no_sync() if active and no_sync is not None else nullcontext()
 
 
-def _step(module: BalCapModule, optimizer: torch.optim.Optimizer) -> float:
+def _step(module: BalCapModule, optimizer: Any) -> float:
     """Clip and step, or skip: gradients are already reduced, so that all ranks decide alike."""
     gradients = [p.grad for p in module.policy.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0

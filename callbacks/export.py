@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -25,6 +26,6 @@ class ExportPolicy(Callback):
         if not self.enabled or not trainer.is_global_zero:
             return
         folder = Path(self.dirpath or Path(trainer.default_root_dir) / "export")
-        policy = pl_module.policy
+        policy: Any = pl_module.policy
         policy.model.save_pretrained(folder)
         policy.encoder.processor.save_pretrained(folder)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from balcap.batch import CaptionBatch, Rollouts
 
@@ -72,13 +73,13 @@ def _tokenizer(special: Sequence[str], bos: str | None, **roles: str) -> Any:
     )
 
 
-def _loud(model: torch.nn.Module) -> torch.nn.Module:
+def _loud(model: Any) -> Any:
     """Weights of about 1/sqrt(fan in), so that every part of the input matters to every logit."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            scale = 1.0 if parameter.shape[0] > 300 else parameter[0].numel() ** -0.5
-            parameter.data.normal_(0, scale, generator=generator)
+            parameter.data.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+    model.lm_head.weight.data.mul_(2)
     return model
 
 
@@ -163,7 +164,9 @@ def tiny_llava(path: Path) -> Path:
     ).save_pretrained(path)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**shape, num_hidden_layers=3, image_size=56, patch_size=14, projection_dim=32),
+        vision_config=CLIPVisionConfig(
+            **shape, num_hidden_layers=3, image_size=56, patch_size=14, projection_dim=32
+        ),
         text_config=LlamaConfig(
             **shape,
             num_hidden_layers=2,
@@ -211,7 +214,9 @@ def mixed_batch() -> CaptionBatch:
     return batch_of([picture(w, h, seed=i) for i, (w, h) in enumerate(sizes)], prompts)
 
 
-def rollouts_of(batch: CaptionBatch, lengths: Sequence[Sequence[int]], words: Iterable[int], seed: int = 0) -> Rollouts:
+def rollouts_of(
+    batch: CaptionBatch, lengths: Sequence[Sequence[int]], words: Iterable[int], seed: int = 0
+) -> Rollouts:
     """Captions [B, G] of these token counts, drawn from `words`; what stands in the padding is junk."""
     B, G, T = len(lengths), len(lengths[0]), max(map(max, lengths))
     pool = torch.tensor(list(words))
@@ -227,3 +232,27 @@ def rollouts_of(batch: CaptionBatch, lengths: Sequence[Sequence[int]], words: It
         lengths=mask.sum(-1),
         reference_lengths=torch.ones(B, dtype=torch.long),
     )
+
+
+def prompt_by_hand(family: str, question: str) -> str:
+    """What the hub's templates write, spelled out."""
+    if family == "llava":
+        return f"USER: <image>\n{question} ASSISTANT:"
+    return (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def own_logits(
+    family: str, model: Any, processor: Any, image: Image.Image, question: str, ids: Tensor
+) -> Tensor:
+    """Logits [T, V] from which HF itself would draw the T tokens `ids`: one example, no padding."""
+    inputs = dict(processor(text=[prompt_by_hand(family, question)], images=[image], return_tensors="pt"))
+    width = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids[None]], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in inputs:
+        kinds = inputs["mm_token_type_ids"]
+        inputs["mm_token_type_ids"] = torch.cat([kinds, kinds.new_zeros(1, len(ids))], 1)
+    return model(**inputs).logits[0, width - 1 : -1]

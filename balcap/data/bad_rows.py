@@ -22,7 +22,7 @@ except ImportError:  # Windows: appends of one line are whole there too, a row m
 FILE_NAME = "bad_rows.jsonl"
 
 
-class TooManyBadRows(RuntimeError):  # noqa: N818
+class TooManyBadRows(RuntimeError):
     """More than ``data.max_bad_share`` of the rows read so far are bad: the set-up is wrong, not the data."""
 
 

@@ -42,7 +42,7 @@ _ORIENTATIONS = {
 }
 
 
-class BadImage(Exception):  # noqa: N818  the name says what was met, not that the program erred
+class BadImage(Exception):
     """A row or file that cannot be used.
 
     Attributes:

@@ -34,7 +34,7 @@ RESERVED = {"model", "messages", "response_format", "stream", "n", "timeout", "d
 RESERVED |= {"num_retries", "max_retries", "fallbacks", "caching"}
 
 
-class _Transient(Exception):  # noqa: N818
+class _Transient(Exception):
     """A failed call that may succeed when it is repeated; waits at least `after` seconds."""
 
     def __init__(self, reason: str, after: float = 0.0):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 
-class InvalidAnswer(ValueError):  # noqa: N818
+class InvalidAnswer(ValueError):
     """The judge answered, but not with what was asked for: no JSON, a wrong length, an unknown id.
 
     The message is for a person and quotes no text of the caption.
     """
 
 
-class JudgeFailure(RuntimeError):  # noqa: N818
+class JudgeFailure(RuntimeError):
     """A judgment that is missing for good: retries are used up, or a retry cannot help.
 
     Never a score of 0: whoever catches it stores None, which becomes NaN.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ class LoraSettings:
         r: rank, >= 1.
         alpha: scale; the update is multiplied by alpha / r.
         dropout: in [0, 1). Above 0 the first update's importance ratio is no longer exactly 1.
-        target_modules: names of the linear layers to adapt, or one regular expression over full names.
-            Layers of a frozen vision tower are left out whatever their name.
+        target_modules: names of the linear layers to adapt, or one regular expression over full names. Each name
+            must match something. Layers of a frozen vision tower are left out whatever their name.
     """
 
     target_modules: str | list[str] | None = None
@@ -60,12 +61,19 @@ class PolicyConfig:
         found = []
         key = "model.policy"
         path = Path(self.model).expanduser()
-        if self.model.startswith((".", "/", "~")) or len(path.parts) > 2 or (path.parts and path.is_dir()):
-            if not (path / "config.json").is_file():
-                found.append(f"{key}.model: {path} is no folder of an HF model (it has no config.json)")
+        local = self.model.startswith((".", "/", "~")) or len(path.parts) > 2 or path.is_dir()
+        if local and not (path / "config.json").is_file():
+            found.append(f"{key}.model: {path} is no folder of an HF model (it has no config.json)")
         if self.lora is not None:
             if not self.lora.target_modules:
                 found.append(f"{key}.lora.target_modules: LoRA has nothing to adapt; name the linear layers")
+            elif isinstance(self.lora.target_modules, str):
+                try:
+                    re.compile(self.lora.target_modules)
+                except re.error as error:
+                    found.append(
+                        f"{key}.lora.target_modules: {self.lora.target_modules!r} is no regular expression: {error}"
+                    )
             if self.lora.r < 1:
                 found.append(f"{key}.lora.r: {self.lora.r} is no rank; use 1 or more")
             if not 0 <= self.lora.dropout < 1:

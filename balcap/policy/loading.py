@@ -14,8 +14,25 @@ def load_processor(config: PolicyConfig) -> Any:
     """The model's own processor, with the image area limits of the config."""
     from transformers import AutoProcessor
 
-    limits = {k: v for k, v in (("min_pixels", config.min_pixels), ("max_pixels", config.max_pixels)) if v}
-    return AutoProcessor.from_pretrained(config.model, revision=config.revision, **limits)
+    processor = AutoProcessor.from_pretrained(config.model, revision=config.revision)
+    limits = {
+        k: v for k, v in (("shortest_edge", config.min_pixels), ("longest_edge", config.max_pixels)) if v
+    }
+    if limits:
+        own = processor.image_processor.size
+        if not {"shortest_edge", "longest_edge"} <= dict(own).keys():
+            raise ValueError(
+                f"model.policy.min_pixels, model.policy.max_pixels: the image processor of {config.model} does not "
+                f"scale to an area (its size is {dict(own)}); leave both null"
+            )
+        size = dict(own) | limits  # the names are Qwen2.5-VL's; both are areas
+        if size["shortest_edge"] > size["longest_edge"]:
+            raise ValueError(
+                f"model.policy.min_pixels: {size['shortest_edge']} is above model.policy.max_pixels: "
+                f"{size['longest_edge']}; where one is null, it is the model's own"
+            )
+        processor.image_processor.size = type(own)(**size)
+    return processor
 
 
 def load_model(config: PolicyConfig) -> Any:
@@ -55,8 +72,9 @@ def prepare(model: Any, config: PolicyConfig) -> Any:
         model = _adapt(model, config, vision)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if config.lora is not None:
-            model.enable_input_require_grads()
+        # HF makes embeddings, the vision tower's too, require gradients: re-entrant checkpointing needs that. Here it
+        # would only send a backward pass through a frozen tower.
+        model.disable_input_require_grads()
     return model
 
 
@@ -68,20 +86,24 @@ def _adapt(model: Any, config: PolicyConfig, vision: tuple[str, ...]) -> Any:
     assert lora.target_modules
     wanted = lora.target_modules
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    if isinstance(wanted, str):
-        chosen = [name for name in names if re.fullmatch(wanted, name)]
-    else:
-        chosen = [name for name in names if any(name == w or name.endswith(f".{w}") for w in wanted)]
     if config.freeze_vision:
-        chosen = [name for name in chosen if not name.startswith(vision)]
-    if not chosen:
+        names = [name for name in names if not name.startswith(vision)]
+    patterns = {wanted: wanted} if isinstance(wanted, str) else {w: rf"(.*\.)?{re.escape(w)}" for w in wanted}
+    found = {w: [name for name in names if re.fullmatch(pattern, name)] for w, pattern in patterns.items()}
+    idle = [w for w, matches in found.items() if not matches]
+    if idle:
         examples = sorted({name.rsplit(".", 1)[-1] for name in names})
         raise ValueError(
-            f"model.policy.lora.target_modules: {wanted!r} matches no linear layer of {config.model} that may be "
-            f"trained; its linear layers end in {', '.join(examples)}"
+            f"model.policy.lora.target_modules: {', '.join(map(repr, idle))} matches no linear layer of {config.model} "
+            f"that may be trained; those end in {', '.join(examples)}"
         )
+    chosen = [name for name in names if any(name in matches for matches in found.values())]
     pattern = "|".join(map(re.escape, chosen))  # full names, as one expression: exact, and serialisable
     settings = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=f"(?:{pattern})", bias="none"
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=f"(?:{pattern})",
+        bias="none",
     )
     return get_peft_model(model, settings)

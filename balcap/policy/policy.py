@@ -45,6 +45,13 @@ class Policy(nn.Module):
         copy = load_model(config) if with_reference and config.lora is None else None
         return cls(prepare(model, config), encoder, copy)
 
+    def train(self, mode: bool = True) -> Policy:
+        """As of any module, but the reference stays in evaluation mode: dropout would make it noisy."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -58,7 +65,12 @@ class Policy(nn.Module):
         return self.encoder.encode(batch)
 
     def logps(
-        self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int], temperature: float = 1.0, entropy: bool = False
+        self,
+        rollouts: Rollouts,
+        prompts: Prompts,
+        rows: Sequence[int],
+        temperature: float = 1.0,
+        entropy: bool = False,
     ) -> tuple[Float[Tensor, "b G T"], Float[Tensor, "b G T"] | None]:
         """Log-probs (and entropies) of the captions of these rows of the batch, with gradient.
 
@@ -79,7 +91,13 @@ class Policy(nn.Module):
             return self._logps(model, rollouts, prompts, rows, temperature, False)[0]
 
     def _logps(
-        self, model: Any, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int], temperature: float, entropy: bool
+        self,
+        model: Any,
+        rollouts: Rollouts,
+        prompts: Prompts,
+        rows: Sequence[int],
+        temperature: float,
+        entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         chosen = list(rows)
         token_ids, mask = rollouts.token_ids[chosen], rollouts.completion_mask[chosen]

@@ -74,27 +74,43 @@ class PromptEncoder:
 
     def _banned(self) -> list[int]:
         """Tokens that stand for pixels: a policy that emits one breaks the count of image features."""
-        ids = {getattr(self.config, f"{name}_token_id", None) for name in ("image", "video", "vision_start", "vision_end")}
+        ids = {
+            getattr(self.config, f"{name}_token_id", None)
+            for name in ("image", "video", "vision_start", "vision_end")
+        }
         ids |= {self.image_token_id}
         ids |= {
             id_
             for id_, token in self.tokenizer.added_tokens_decoder.items()
-            if re.search(r"vision|image|video|img", str(token), re.IGNORECASE)
+            if re.match(r"[<\[].*(vision|image|video|img)", str(token), re.IGNORECASE)
         }
         return sorted(id_ for id_ in ids if id_ is not None)
 
     def encode(self, batch: CaptionBatch) -> Prompts:
         """Prompts of B images. PlaceholderMismatch names the sample whose placeholders do not fit its image."""
         items = []
+        bos = self.tokenizer.bos_token
         for sample_id, image, prompt in zip(batch.sample_ids, batch.images, batch.prompts, strict=True):
+            self._check_question(sample_id, prompt)
             content = [{"type": "image"}, {"type": "text", "text": prompt}]
             text = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
-            out = dict(self.processor(text=[text], images=[image], return_tensors="pt"))
+            once = (
+                {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+            )  # some templates write it
+            out = dict(self.processor(text=[text], images=[image], return_tensors="pt", **once))
             self._check(sample_id, out)
             items.append(out)
         return Prompts(items, self.tokenizer.pad_token_id)
+
+    def _check_question(self, sample_id: str, prompt: str) -> None:
+        there = [t for t in self.tokenizer.convert_ids_to_tokens(self.banned_token_ids) if t in prompt]
+        if there:
+            raise PlaceholderMismatch(
+                f"sample {sample_id!r}: its question contains {', '.join(there)}, which stands for pixels; the chat "
+                "template places the image. Remove it from the question"
+            )
 
     def _check(self, sample_id: str, item: dict[str, Tensor]) -> None:
         there = int((item["input_ids"] == self.image_token_id).sum())
@@ -102,8 +118,8 @@ class PromptEncoder:
         if there == 0 or (wanted is not None and there != wanted):
             raise PlaceholderMismatch(
                 f"sample {sample_id!r}: the prompt holds {there} image placeholders, the image makes "
-                f"{wanted if wanted is not None else 'more than 0'} features. Does its question contain a "
-                "placeholder token, or is the processor not the model's own?"
+                f"{wanted if wanted is not None else 'more than 0'} features. Is the processor the "
+                "model's own?"
             )
 
     def _expected(self, item: dict[str, Tensor]) -> int | None:

@@ -46,7 +46,9 @@ class RolloutEngine(Protocol):
     def attach(self, policy: Policy) -> None:
         """Called once, when the policy is on its device."""
 
-    def generate(self, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling) -> Rollouts:
+    def generate(
+        self, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
+    ) -> Rollouts:
         """`num_captions` captions for each image of the batch."""
 
     def sync(self, policy: Policy, version: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +42,28 @@ class _Recorder:
             self._last = None
 
 
+@contextmanager
+def _for_sampling(model: Any) -> Iterator[None]:
+    """Evaluation mode, and none of the generation settings that the hub ships with the weights.
+
+    A model in training mode with checkpointing would forgo its cache. HF fills every setting that a call
+    leaves open from the model's own: a ``min_p`` or ``no_repeat_ngram_size`` there would change the distribution.
+    """
+    from transformers import GenerationConfig
+
+    inner = (
+        model.get_base_model() if hasattr(model, "get_base_model") else model
+    )  # peft's wrapper holds no settings
+    was_training, own = model.training, inner.generation_config
+    model.eval()
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        inner.generation_config = own
+
+
 class HFGenerate:
     """HF ``generate`` on the policy.
 
@@ -64,22 +88,25 @@ class HFGenerate:
         self._policy = None
 
     @torch.no_grad()
-    def generate(self, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling) -> Rollouts:
+    def generate(
+        self, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
+    ) -> Rollouts:
         """See `RolloutEngine.generate`; tensors come back on the CPU."""
         policy = self._policy
         if policy is None:
             raise RuntimeError("the rollout engine has no policy; call attach first")
-        encoder, was_training = policy.encoder, policy.model.training
-        policy.model.eval()  # a model in training mode with checkpointing would forgo its cache
-        per_call = max(1, self.max_sequences // num_captions)
-        turns = [range(i, min(i + per_call, len(batch))) for i in range(0, len(batch), per_call)]
-        parts = [self._turn(policy, prompts, list(rows), num_captions, sampling) for rows in turns]
-        policy.model.train(was_training)
+        encoder, stop_ids = policy.encoder, self._stop_ids(policy)
+        rows = [b for b in range(len(batch)) for _ in range(num_captions)]
+        turns = [rows[i : i + self.max_sequences] for i in range(0, len(rows), self.max_sequences)]
+        with _for_sampling(policy.model):
+            parts = [self._turn(policy, prompts, turn, stop_ids, sampling) for turn in turns]
         width = max(tokens.shape[1] for tokens, _ in parts)
         pad = encoder.tokenizer.pad_token_id
-        token_ids = torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1]), value=pad) for t, _ in parts])
+        token_ids = torch.cat(
+            [torch.nn.functional.pad(t, (0, width - t.shape[1]), value=pad) for t, _ in parts]
+        )
         logps = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for _, p in parts])
-        mask, truncated, ended = _completion_mask(token_ids, self._stop_ids(policy), sampling.max_tokens)
+        mask, truncated, ended = _completion_mask(token_ids, stop_ids, sampling.max_tokens)
         B, G = len(batch), num_captions
         captions = encoder.decode(token_ids, mask)
         return Rollouts(
@@ -101,31 +128,36 @@ class HFGenerate:
         return sorted({i for i in [*ids, policy.encoder.tokenizer.eos_token_id] if i is not None})
 
     def _turn(
-        self, policy: Policy, prompts: Prompts, rows: list[int], num_captions: int, sampling: Sampling
+        self, policy: Policy, prompts: Prompts, rows: list[int], stop_ids: list[int], sampling: Sampling
     ) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probs ``[len(rows) * G, T]`` of one call."""
+        """Tokens and log-probs ``[len(rows), T]`` of one call."""
         from transformers import GenerationConfig, LogitsProcessorList
 
-        inputs = prompts.inputs(rows, num_captions, policy.device)
+        inputs = prompts.inputs(rows, 1, policy.device)
         recorder = _Recorder(policy.encoder.banned_token_ids, sampling.temperature)
         config = GenerationConfig(
             do_sample=True,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            top_k=0,  # the model's own defaults, a repetition penalty among them, would change the distribution
-            repetition_penalty=1.0,
+            top_k=0,  # HF's default is 50
             max_new_tokens=sampling.max_tokens,
-            eos_token_id=self._stop_ids(policy),
+            eos_token_id=stop_ids,
             pad_token_id=policy.encoder.tokenizer.pad_token_id,
             use_cache=True,
         )
         model: Any = policy.model
-        out = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([recorder]))
+        out = model.generate(
+            **inputs, generation_config=config, logits_processor=LogitsProcessorList([recorder])
+        )
         recorder.finish(out)
-        return out[:, inputs["input_ids"].shape[1] :].cpu(), torch.cat(recorder.logps, 1).cpu()
+        tokens = out[:, inputs["input_ids"].shape[1] :]
+        # Where asking the device is slow (mps), HF sees one step late that all captions ended, and drops that step.
+        return tokens.cpu(), torch.cat(recorder.logps, 1)[:, : tokens.shape[1]].cpu()
 
 
-def _completion_mask(token_ids: Tensor, stop_ids: list[int], max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def _completion_mask(
+    token_ids: Tensor, stop_ids: list[int], max_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """(mask [N, T] up to and with the first end token, truncated [N], ended [N]); all bool."""
     stop = torch.isin(token_ids, torch.tensor(stop_ids))
     ended = stop.any(1)

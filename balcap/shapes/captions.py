@@ -85,9 +85,7 @@ def _sentence(thing: Thing, style: Style, rng: np.random.Generator, dull: bool) 
     """One sentence about one thing, in one of several orders."""
     size = f"{thing.size} " if rng.random() < style.size else ""
     name = article(f"{size}{thing.colour} {thing.shape}")
-    mark = (
-        f" with a tiny {thing.mark[0]} {thing.mark[1]}" if thing.mark and rng.random() < style.mark else ""
-    )
+    mark = f" with a tiny {thing.mark[0]} {thing.mark[1]}" if thing.mark and rng.random() < style.mark else ""
     if rng.random() >= style.place:
         return f"There is {name}{mark}."
     where = _pick(rng, PLACE_PHRASES[thing.place])
@@ -102,7 +100,9 @@ def _sentence(thing: Thing, style: Style, rng: np.random.Generator, dull: bool) 
 
 
 def _relation_sentence(things: list[Thing], rng: np.random.Generator) -> str | None:
-    pairs = [(a, b, how) for a in things for b in things if a is not b and (how := relation(a.place, b.place))]
+    pairs = [
+        (a, b, how) for a in things for b in things if a is not b and (how := relation(a.place, b.place))
+    ]
     if not pairs:
         return None
     a, b, how = pairs[int(rng.integers(len(pairs)))]
@@ -129,8 +129,8 @@ def describe(scene: Scene, rng: np.random.Generator, style: Style = CLEAN) -> li
         if i and not dull and rng.random() < style.transition:
             text = _pick(rng, TRANSITIONS) + text[0].lower() + text[1:]
         out.append(_capitalise(text))
-    if n > 1 and rng.random() < style.relation and (text := _relation_sentence(list(scene.things), rng)):
-        out.append(text)
+    if n > 1 and rng.random() < style.relation and (link := _relation_sentence(list(scene.things), rng)):
+        out.append(link)
     if rng.random() < style.closing:
         out.append(_pick(rng, CLOSINGS))
     return out

@@ -106,5 +106,7 @@ def scene_of(data: bytes) -> Scene:
     with Image.open(io.BytesIO(data)) as image:
         text = image.info.get("scene")
     if not isinstance(text, str):
-        raise ValueError("this image carries no scene: shapes/oracle judges pictures of the embedded world only")
+        raise ValueError(
+            "this image carries no scene: shapes/oracle judges pictures of the embedded world only"
+        )
     return Scene.from_json(text)

@@ -7,6 +7,7 @@ words, repetition, enumeration and length do not. Whether anything is true plays
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from balcap.shapes.language import read_facts, sentences
 from balcap.shapes.scene import COLOURS, SHAPES
@@ -75,7 +76,7 @@ def _coherency(parts: list[str]) -> float:
     score *= 0.55 + 0.45 * len(set(low)) / len(low)  # repetition
     openings = [" ".join(s.split()[:2]) for s in low]
     run = longest = 1
-    for a, b in zip(openings, openings[1:], strict=False):
+    for a, b in pairwise(openings):
         run = run + 1 if a == b else 1
         longest = max(longest, run)
     score *= 0.85 ** max(0, longest - 1)  # enumeration

@@ -17,7 +17,6 @@ from balcap.shapes.scene import (
     COUNTS,
     MARK_COLOURS,
     MARKS,
-    PLACES,
     SHAPES,
     SIZES,
     Scene,
@@ -185,7 +184,9 @@ def say(fact: Fact) -> str:
     if kind == "background":
         return f"The background is {fact[1]}."
     if kind == "count":
-        return f"There {'is' if fact[1] == 1 else 'are'} {COUNTS[fact[1]]} shape{'s' if fact[1] != 1 else ''}."
+        return (
+            f"There {'is' if fact[1] == 1 else 'are'} {COUNTS[fact[1]]} shape{'s' if fact[1] != 1 else ''}."
+        )
     return fact[1][0].upper() + fact[1][1:] + "."
 
 

@@ -65,7 +65,7 @@ class Oracle(CustomLLM):
 
     def _respond(self, messages: list[dict[str, Any]], response: ModelResponse) -> ModelResponse:
         content = json.dumps(answer(messages))
-        response.choices[0].message.content = content  # type: ignore[union-attr]
+        response.choices[0].message.content = content
         response.choices[0].finish_reason = "stop"
         asked = sum(
             len(part.get("text", "")) if isinstance(part, dict) else len(part)

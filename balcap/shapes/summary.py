@@ -48,12 +48,12 @@ def main(run: Path) -> None:
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
     for name in NAMES:
-        table.add_row(
-            name, f"{first[name]:.3f}", f"{last[name]:.3f}", f"{last[name] - first[name]:+.3f}"
-        )
+        table.add_row(name, f"{first[name]:.3f}", f"{last[name]:.3f}", f"{last[name] - first[name]:+.3f}")
     console.print(table)
     for image, reference, before, after in captions(run):
-        console.print(f"\n{image}\n  reference  {reference}\n  before     {before}\n  after      {after}", markup=False)
+        console.print(
+            f"\n{image}\n  reference  {reference}\n  before     {before}\n  after      {after}", markup=False
+        )
     console.print(
         f"\ncurve     {run}/curves.png\nrollouts  {run}/rollouts/\nmetrics   {run}/metrics.csv"
         f"\nexport    {run}/export/  (AutoModelForImageTextToText.from_pretrained)"

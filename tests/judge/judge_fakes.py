@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import litellm
@@ -48,7 +49,8 @@ class JudgeServer:
     for None, the answer is right. `always` overrides it. `requests` keeps all request bodies.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answer: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None) -> None:
+        self.right_answer = answer or right_answer
         self.script: list[str | None] = []
         self.always: str | None = None
         self.requests: list[dict[str, Any]] = []
@@ -108,7 +110,7 @@ class JudgeServer:
             )
         if fault == "hang":
             await asyncio.sleep(5)
-        content, finish, refusal = self._wrong(fault, right_answer(body["messages"]))
+        content, finish, refusal = self._wrong(fault, self.right_answer(body["messages"]))
         message = {"role": "assistant", "content": content, "refusal": refusal}
         return web.json_response(
             {

@@ -1,0 +1,63 @@
+"""Fixtures that several rooms share: a small embedded world on disk, and the command line in process."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with ``shapes.json`` and 60 pictures."""
+    from balcap.shapes.dataset import write_dataset
+
+    out = tmp_path_factory.mktemp("world")
+    write_dataset(out, images=60, seed=7)
+    return out
+
+
+@pytest.fixture
+def fit_arguments(world: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Arguments of a fit on the small world that takes seconds."""
+
+    def arguments(command: str = "fit", **options: object) -> list[str]:
+        defaults: dict[str, object] = {
+            "run_dir": tmp_path / "run",
+            "data.data": world / "shapes.json",
+            "data.image_root": world,
+            "data.cache_dir": tmp_path / "cache",
+            "data.batch_size": 2,
+            "data.val_size": 4,
+            "data.val_batch_size": 4,
+            "model.num_captions": 3,
+            "model.sampling.max_tokens": 24,
+            "model.policy.model": ROOT / "assets/shapes-base",
+            "model.judge.cache": tmp_path / "judge.sqlite",
+            "checkpoint.every_n_train_steps": 1,
+            "trainer.max_steps": 2,
+        }
+        if command != "fit":
+            del defaults["trainer.max_steps"]
+        pairs = {**defaults, **{key.replace("__", "."): value for key, value in options.items()}}
+        flags = [f"--{key}={value}" for key, value in pairs.items() if value is not None]
+        return [command, "--config", str(ROOT / "configs/shapes.yaml"), *flags]
+
+    return arguments
+
+
+@pytest.fixture
+def cli() -> Callable[[list[str]], None]:
+    """``main(args)`` without the remark that arguments came from Python."""
+    from main import main
+
+    def run(args: list[str]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            main(args)
+
+    return run

@@ -1,0 +1,200 @@
+"""The command line: what it imports, what it refuses, and that every config parses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from balcap.cli import BalCapCLI, ConfigError
+from tests.support import ROOT, metrics
+
+CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+OVERLAYS = sorted(ROOT.glob("configs/judge/*.yaml"))
+
+
+def _imported(*command: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+
+
+@pytest.mark.parametrize("command", [["--help"], ["fit", "--help"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    names = _imported("main.py", *command)
+    assert "lightning.pytorch.cli" in names
+    assert not names & {"transformers", "litellm", "vllm", "peft", "datasets"}
+
+
+def test_import_balcap_is_instant() -> None:
+    assert not _imported("-c", "import balcap") & {"torch", "lightning", "transformers", "numpy"}
+
+
+class ParsedCLI(BalCapCLI):
+    """Everything up to the command itself."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        return
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=lambda p: p.stem if p else "own judge")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_instantiates_without_weights(
+    config: Path, overlay: Path | None, world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    local = ["--data.image_root", str(world), "--run_dir", str(tmp_path), "--trainer.accelerator", "cpu"]
+    local += ["--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.precision", "32-true"]
+    if config.stem == "shapes":
+        local += ["--data.data", str(world / "shapes.json")]
+    configs = ["--config", str(config), *(["--config", str(overlay)] if overlay else [])]
+    cli = ParsedCLI(args=["fit", *configs, *local])
+    wanted = yaml.safe_load((overlay or config).read_text())["model"]["judge"]["model"]
+    assert cli.model.judge.model == wanted
+    assert cli.model.policy_config.model == yaml.safe_load(config.read_text())["model"]["policy"]["model"]
+    assert cli.datamodule.batch_size >= 1
+    assert not hasattr(cli.model, "policy")
+
+
+def test_configs_repeat_no_default() -> None:
+    from inspect import signature
+
+    from balcap.module import BalCapModule
+
+    defaults = {name: p.default for name, p in signature(BalCapModule).parameters.items()}
+    for config in CONFIGS:
+        model = yaml.safe_load(config.read_text())["model"]
+        assert not [k for k, v in model.items() if not isinstance(v, (dict, list)) and defaults[k] == v], (
+            config
+        )
+
+
+def test_all_problems_are_reported_together_each_with_its_key(fit_arguments, cli, monkeypatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    args = fit_arguments(
+        **{
+            "model.num_captions": 1,
+            "model.tau_low": 3,
+            "model.weights": "{precision: 0, recall: 0, linguistic: 0}",
+            "model.policy.lora": "{target_modules: null}",
+            "model.judge.model": "openai/gpt-4o-mini",
+            "data.image_root": "/no/such/folder",
+            "model.clip_eps_low": 1.5,
+            "model.kl_coef": -1,
+        }
+    )
+    with pytest.raises(ConfigError) as refused:
+        cli(args)
+    for key in (
+        "model.num_captions",
+        "model.tau_low",
+        "model.weights",
+        "model.policy.lora.target_modules",
+        "OPENAI_API_KEY",
+        "data.image_root",
+        "model.clip_eps_low",
+        "model.kl_coef",
+    ):
+        assert key in str(refused.value), key
+    assert len(refused.value.problems) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"model.judge.model": "nowhere/model"}, "model.judge.model"),
+        ({"model.weights": "{precision: 1, beauty: 1}"}, "model.weights.beauty"),
+        ({"model.weights": "{precision: -1, recall: 1}"}, "model.weights.precision"),
+        ({"model.length_reward": "beauty"}, "model.length_reward"),
+        ({"model.sampling.temperature": 0}, "model.sampling.temperature"),
+        ({"model.policy.load_in_4bit": "true"}, "model.policy.load_in_4bit"),
+        ({"model.policy.model": "./nowhere/at/all"}, "model.policy.model"),
+        ({"model.micro_batch_size": 0}, "model.micro_batch_size"),
+        ({"model.max_grad_norm": 0}, "model.max_grad_norm"),
+        ({"model.clip_eps_high": 0}, "model.clip_eps_high"),
+        ({"data.batch_size": 0}, "data.batch_size"),
+        ({"trainer.max_steps": -1}, "trainer.max_steps"),
+        ({"ckpt_path": "/no/such.ckpt"}, "ckpt_path"),
+        ({"trainer.accelerator": "gpu"}, "trainer:"),
+    ],
+)
+def test_a_contradiction_names_its_key(fit_arguments, cli, options: dict, key: str) -> None:
+    if key == "trainer:" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError) as refused:
+        cli(fit_arguments(**options))
+    assert [p for p in refused.value.problems if p.startswith(key)], refused.value.problems
+
+
+def test_a_fit_writes_its_run_folder_and_refuses_to_write_over_it(fit_arguments, cli, tmp_path: Path) -> None:
+    cli(fit_arguments())
+    run = tmp_path / "run"
+    rows = metrics(run)
+    train = [row for row in rows if row["train/loss"]]
+    assert [row["step"] for row in rows if row["val/b_capscore"]] == ["0", "2"]
+    assert len(train) == 2
+    for name in (
+        "precision",
+        "recall",
+        "linguistic",
+        "b_capscore",
+        "length_ratio",
+        "caption_tokens",
+        "length_masked",
+    ):
+        assert all(float(row[f"train/{name}"]) >= 0 for row in train), name
+        assert any(row[f"val/{name}"] for row in rows), name
+    for name in (
+        "loss",
+        "kl",
+        "clip_fraction",
+        "entropy",
+        "grad_norm",
+        "reward_std/recall",
+        "zero_variance/recall",
+    ):
+        assert all(row[f"train/{name}"] for row in train), name
+    for name in ("judge/failed", "judge/cost_usd", "judge/cache_hits", "time/rollout_s", "time/step_s"):
+        assert all(row[name] for row in train), name
+    assert {"config.yaml", "curves.png", "export", "checkpoints", "rollouts", "tensorboard"} <= {
+        p.name for p in run.iterdir()
+    }
+    assert list((run / "tensorboard").glob("events*"))
+    with pytest.raises(ConfigError, match="--ckpt_path last"):
+        cli(fit_arguments())
+
+    from transformers import AutoModelForImageTextToText
+
+    exported = AutoModelForImageTextToText.from_pretrained(run / "export")
+    saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(exported.get_parameter(name), saved[f"policy.model.{name}"])
+    assert not [key for key in saved if ".visual." in key]  # frozen weights are in the base, not here
+
+
+def test_a_lora_run_exports_an_adapter_that_peft_loads(fit_arguments, cli, tmp_path: Path) -> None:
+    lora = "{r: 4, alpha: 8, target_modules: [q_proj, v_proj]}"
+    cli(fit_arguments(**{"model.policy.lora": lora, "trainer.max_steps": 1}))
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    base = AutoModelForImageTextToText.from_pretrained(ROOT / "assets/shapes-base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tmp_path / "run/export")
+    grown = [p for n, p in model.named_parameters() if "lora_B" in n]
+    assert grown
+    assert any(bool(p.abs().sum() > 0) for p in grown)
+    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert all("lora_" in key for key in saved)
+
+
+def test_validate_scores_held_out_images(fit_arguments, cli, tmp_path: Path) -> None:
+    cli(fit_arguments("validate"))
+    (row,) = metrics(tmp_path / "run")
+    assert 0 <= float(row["val/b_capscore"]) <= 1
+    assert 0 < float(row["val/linguistic"]) <= 1

@@ -1,0 +1,81 @@
+"""Two processes (gloo) take the step that one process takes on the same data."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.support import ROOT, metrics
+
+
+def _fit(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "main.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_ranks_take_the_step_of_one(fit_arguments, tmp_path: Path) -> None:
+    shared = {
+        "model.engine": "tests.fakes.FixedEngine",
+        "model.optimizer": "torch.optim.SGD",  # Adam's first step is the sign of the gradient: it hides its size
+        "model.optimizer.lr": 0.5,
+        "model.max_grad_norm": 0.05,
+        "model.kl_coef": 0.1,
+        "model.updates_per_rollout": 2,
+        "model.micro_batch_size": 1,
+        "data.val_size": 4,
+        "trainer.max_steps": 4,
+    }
+    one = {**shared, "run_dir": tmp_path / "one", "data.batch_size": 4, "trainer.devices": 1}
+    two = {
+        **shared,
+        "run_dir": tmp_path / "two",
+        "data.batch_size": 2,
+        "trainer.devices": 2,
+        "trainer.strategy": "ddp",
+    }
+    _fit(fit_arguments(**one))
+    _fit(fit_arguments(**two))
+    states = [
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("one", "two")
+    ]
+    from safetensors.torch import load_file
+
+    base = load_file(ROOT / "assets/shapes-base/model.safetensors")
+    moved = 0.0
+    for key, value in states[0].items():
+        torch.testing.assert_close(
+            value, states[1][key], atol=2e-6, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
+        )
+        start = base.get(key.removeprefix("policy.model."))
+        moved = max(moved, 0.0 if start is None else float((value - start.float()).abs().max()))
+    assert moved > 1e-4  # both went somewhere
+    rows = [[r for r in metrics(tmp_path / name) if r["train/loss"]] for name in ("one", "two")]
+    for a, b in zip(*rows, strict=True):
+        for name in (
+            "train/precision",
+            "train/recall",
+            "train/kl",
+            "train/grad_norm",
+            "train/loss",
+            "train/entropy",
+        ):
+            assert abs(float(a[name]) - float(b[name])) < 1e-4, (name, a[name], b[name])
+    val = [
+        [r["val/b_capscore"] for r in metrics(tmp_path / name) if r["val/b_capscore"]]
+        for name in ("one", "two")
+    ]
+    for a, b in zip(*val, strict=True):
+        assert abs(float(a) - float(b)) < 1e-4

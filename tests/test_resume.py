@@ -1,0 +1,86 @@
+"""Killed at any moment, continued with the same command: the same numbers, and nothing paid twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, metrics
+
+STEPS = 5
+
+
+def _trained(run: Path) -> dict[int, dict[str, str]]:
+    """Step -> what training logged, but for clocks and who paid."""
+    rows = [row for row in metrics(run) if row.get("train/loss")] if (run / "metrics.csv").exists() else []
+    return {
+        int(row["step"]): {k: v for k, v in row.items() if k.startswith("train/")}
+        for row in rows
+        if row["train/lr"]
+    }
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+def test_a_killed_run_continues_as_if_nothing_had_happened(
+    fit_arguments, cli, tmp_path: Path, monkeypatch, sign
+) -> None:
+    log = tmp_path / "requests.log"
+    monkeypatch.setenv("ORACLE_LOG", str(log))
+    shared = {
+        "trainer.max_steps": STEPS,
+        "checkpoint.every_n_train_steps": 2,
+        "model.judge.providers": "{shapes: tests.fakes.CountingOracle}",
+        "data.val_size": 2,
+    }
+    whole = {**shared, "run_dir": tmp_path / "whole", "model.judge.cache": tmp_path / "whole.sqlite"}
+    cli(fit_arguments(**whole))
+    expected = _trained(tmp_path / "whole")
+    assert sorted(expected) == list(range(STEPS))
+    log.unlink()
+
+    run = tmp_path / "killed"
+    command = [sys.executable, "main.py", *fit_arguments(**shared, run_dir=run)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 240
+    while len(_trained_now(run)) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(sign)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode != 0, error
+    done = len(_trained_now(run))
+    assert 3 <= done < STEPS, error
+    assert (run / "checkpoints/last.ckpt").exists()
+
+    cli([*fit_arguments(**shared, run_dir=run), "--ckpt_path", "last"])
+    assert _trained(run) == expected
+    rows = {int(row["step"]): row for row in metrics(run) if row["train/loss"]}
+    if sign == signal.SIGKILL:  # the checkpoint is of step 2: step 2 runs again, from the cache alone
+        assert float(rows[2]["judge/calls"]) == 0
+        assert float(rows[2]["judge/cache_hits"]) > 0
+    twice = [n for n in Counter(log.read_text().split()).values() if n > 1]
+    assert len(twice) <= 64  # what was in flight when the run died: at most the judge's concurrency
+    assert [row["step"] for row in metrics(run) if row["val/b_capscore"]] == ["0", str(STEPS)]
+
+
+def _trained_now(run: Path) -> dict[int, dict[str, str]]:
+    """The same of a file that is being written."""
+    try:
+        return _trained(run)
+    except (KeyError, ValueError, OSError):
+        return {}
+
+
+def test_a_checkpoint_of_another_policy_is_refused(fit_arguments, cli, tmp_path: Path) -> None:
+    cli(fit_arguments(**{"trainer.max_steps": 1}))
+    lora = "{r: 4, alpha: 8, target_modules: [q_proj]}"
+    with pytest.raises(RuntimeError, match=r"model\.policy\.lora"):
+        cli([*fit_arguments(**{"model.policy.lora": lora}), "--ckpt_path", "last"])

@@ -1,0 +1,170 @@
+"""Whole runs on awkward input: bad rows, another judge, a judge that fails, gradients that are not finite."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from balcap.shapes.oracle import answer
+from balcap.update import UpdatesDiverged
+from tests.judge.judge_fakes import JudgeServer
+from tests.support import ROOT, metrics
+
+
+def _spoil(world: Path, out: Path) -> set[str]:
+    """A copy of the world with eleven kinds of bad rows among its rows; returns their causes."""
+    shutil.copytree(world, out)
+    rows = json.loads((out / "shapes.json").read_text())
+    good = (out / rows[0]["image"]).read_bytes()
+    folder = out / "shapes"
+    (folder / "cut.png").write_bytes(good[: len(good) // 2])
+    (folder / "text.png").write_text("this is no image")
+    (folder / "folder.png").mkdir()
+    Image.new("1", (12_000, 12_000)).save(folder / "bomb.png")
+    for name in ("no-caption", "no-placeholder", "odd"):
+        (folder / f"{name}.png").write_bytes(good)
+    (out.parent / "outside.png").write_bytes(good)
+    ask, say = {"from": "human", "value": "What is this?\n<image>"}, {"from": "gpt", "value": "A red circle."}
+    bad = [
+        {"id": "1", "image": "shapes/missing.png", "conversations": [ask, say]},
+        {"id": "2", "image": "shapes/cut.png", "conversations": [ask, say]},
+        {"id": "3", "image": "shapes/text.png", "conversations": [ask, say]},
+        {"id": "4", "image": "shapes/bomb.png", "conversations": [ask, say]},
+        {"id": "5", "image": "shapes/no-caption.png", "conversations": [ask, {"from": "gpt", "value": "  "}]},
+        {"id": "6", "image": "shapes/no-placeholder.png", "conversations": [{**ask, "value": "What?"}, say]},
+        {"id": "7", "image": "../outside.png", "conversations": [ask, say]},
+        {"id": "8", "image": rows[1]["image"], "conversations": [ask, say]},
+        {"id": "9", "conversations": [ask, say]},
+        {"id": "10", "image": "shapes/folder.png", "conversations": [ask, say]},
+        {"id": "11", "image": "shapes/odd.png", "conversations": "neither list nor text"},
+        {
+            "id": "12",
+            "image": "shapes/latin.png",
+            "conversations": [ask, {"from": "gpt", "value": "caf\ufffd"}],
+        },
+    ]
+    mixed = [row for pair in zip(rows, bad, strict=False) for row in pair] + rows[len(bad) :]
+    text = json.dumps(mixed, ensure_ascii=False).encode().replace("\ufffd".encode(), b"\xe9")
+    (out / "shapes.json").write_bytes(text)
+    return {
+        "missing_file", "truncated_image", "not_an_image", "decompression_bomb", "no_caption", "no_image_placeholder",
+        "outside_image_root", "duplicate_image", "no_image_field", "unreadable_file", "malformed_row", "not_utf8",
+    }  # fmt: skip
+
+
+def test_bad_rows_are_listed_with_their_cause_and_cost_nothing_else(
+    fit_arguments, cli, world: Path, tmp_path: Path
+) -> None:
+    causes = _spoil(world, tmp_path / "spoilt")
+    options = {
+        "data.data": tmp_path / "spoilt/shapes.json",
+        "data.image_root": tmp_path / "spoilt",
+        "data.batch_size": 14,
+        "trainer.max_steps": 5,  # more than one round through all rows
+        "data.max_bad_share": 0.5,
+        "model.num_captions": 2,
+        "model.sampling.max_tokens": 6,
+    }
+    cli(fit_arguments(**options))
+    listed = [json.loads(line) for line in (tmp_path / "run/bad_rows.jsonl").read_text().splitlines()]
+    assert {row["cause"] for row in listed} == causes
+    assert len(listed) == len(causes)
+    assert len([row for row in metrics(tmp_path / "run") if row["train/loss"]]) == 5
+
+
+def test_another_judge_is_one_more_config(fit_arguments, cli, tmp_path: Path) -> None:
+    server = JudgeServer(answer)
+    try:
+        overlay = str(ROOT / "configs/judge/local-vllm.yaml")
+        args = fit_arguments(**{"model.judge.params.api_base": server.url, "trainer.max_steps": 1})
+        cli([*args[:3], "--config", overlay, *args[3:]])
+    finally:
+        server.close()
+    (row,) = [row for row in metrics(tmp_path / "run") if row["train/loss"]]
+    assert server.calls > 10
+    assert {body["model"] for body in server.requests} == {"Qwen/Qwen2.5-VL-72B-Instruct"}
+    assert float(row["judge/failed"]) == 0
+    assert 0 <= float(row["train/precision"]) <= 1
+
+
+def test_a_judge_that_is_down_makes_rewards_missing_and_moves_nothing(
+    fit_arguments, cli, tmp_path: Path
+) -> None:
+    server = JudgeServer(answer)
+    server.always = "400"
+    try:
+        overlay = str(ROOT / "configs/judge/local-vllm.yaml")
+        args = fit_arguments(
+            **{"model.judge.params.api_base": server.url, "trainer.max_steps": 1, "model.kl_coef": 0}
+        )
+        cli([*args[:3], "--config", overlay, *args[3:]])
+    finally:
+        server.close()
+    (row,) = [row for row in metrics(tmp_path / "run") if row["train/loss"]]
+    assert row["train/precision"] == row["train/linguistic"] == "nan"
+    assert float(row["judge/failed"]) > 0
+    assert float(row["train/grad_norm"]) == 0
+
+
+def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(
+    fit_arguments, cli, monkeypatch, tmp_path: Path
+) -> None:
+    import balcap.update as room
+
+    real = room.policy_loss
+    calls = []
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        part = real(*args, **kwargs)
+        return type(part)(part.loss * torch.nan, part.tokens, part.clipped, part.kl)
+
+    monkeypatch.setattr(room, "policy_loss", poisoned)
+    with pytest.raises(UpdatesDiverged, match=r"model\.optimizer"):
+        cli(fit_arguments(**{"trainer.max_steps": 9, "model.max_skipped_updates": 2}))
+    assert len(calls) == 3
+    rows = [row for row in metrics(tmp_path / "run") if row["train/loss"]]
+    assert [float(row["train/skipped_updates"]) for row in rows] == [1, 2]
+
+
+def test_predict_captions_a_folder_and_goes_on_where_it_stopped(fit_arguments, cli, tmp_path: Path) -> None:
+    from sklearn.datasets import load_sample_images
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, pixels in enumerate(load_sample_images().images):
+        Image.fromarray(pixels).save(photos / f"photo-{i}.jpg")
+    Image.fromarray(np.full((40, 300), 90, np.uint8)).save(photos / "wide-grey.png")
+    Image.new("CMYK", (64, 64), (0, 80, 80, 10)).save(photos / "cmyk.jpg")
+    (photos / "broken.jpg").write_bytes((photos / "photo-0.jpg").read_bytes()[:2000])
+    args = fit_arguments(
+        "predict",
+        **{"data.predict_from": photos, "data.data": None, "data.image_root": None, "data.val_batch_size": 1},
+    )
+    out = tmp_path / "run/captions.jsonl"
+    cli(args)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(row["image"] for row in rows) == ["cmyk.jpg", "photo-0.jpg", "photo-1.jpg", "wide-grey.png"]
+    assert all(set(row) == {"image", "prompt", "caption", "truncated"} for row in rows)
+    assert "broken.jpg" in (tmp_path / "run/bad_rows.jsonl").read_text()
+
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:2]) + lines[2][:20])  # killed in the middle of the third line
+    cli(args)
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [json.dumps(row) for row in again[:2]] == [json.dumps(row) for row in rows[:2]]
+    assert sorted(row["image"] for row in again) == sorted(row["image"] for row in rows)
+
+
+def test_the_length_schedule_moves_the_mask(fit_arguments, cli, tmp_path: Path) -> None:
+    schedule = "{class_path: callbacks.length_mask.LengthMaskSchedule, init_args: {schedule: [[0, 0.1, 9.0], [2, 0.3, 5.0]]}}"
+    cli([*fit_arguments(**{"trainer.max_steps": 3}), f"--trainer.callbacks+={schedule}"])
+    rows = [row for row in metrics(tmp_path / "run") if row["train/loss"]]
+    assert [float(row["train/tau_low"]) for row in rows] == pytest.approx([0.1, 0.2, 0.3])
+    assert [float(row["train/tau_high"]) for row in rows] == pytest.approx([9.0, 7.0, 5.0])
