@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test lint format base clean
+.PHONY: demo seeds test lint format base clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,14 @@ demo: $(VENV)/.installed data/shapes/shapes.json
 	rm -rf $(RUN)
 	$(BIN)/python main.py fit --config configs/shapes.yaml --run_dir $(RUN) --seed_everything $(SEED)
 	$(BIN)/python -m balcap.shapes.summary $(RUN)
+
+## the table of the README: three seeds of the demo
+seeds: $(VENV)/.installed data/shapes/shapes.json
+	for seed in 0 1 2; do \
+	  rm -rf runs/seed-$$seed; \
+	  $(BIN)/python main.py fit --config configs/shapes.yaml --run_dir runs/seed-$$seed --seed_everything $$seed || exit 1; \
+	done
+	$(BIN)/python -m balcap.shapes.summary runs/seed-0 runs/seed-1 runs/seed-2
 
 ## every test
 test: $(VENV)/.installed

@@ -163,7 +163,8 @@ def test_predict_captions_a_folder_and_goes_on_where_it_stopped(fit_arguments, c
 
 
 def test_the_length_schedule_moves_the_mask(fit_arguments, cli, tmp_path: Path) -> None:
-    schedule = "{class_path: callbacks.length_mask.LengthMaskSchedule, init_args: {schedule: [[0, 0.1, 9.0], [2, 0.3, 5.0]]}}"
+    points = "[[0, 0.1, 9.0], [2, 0.3, 5.0]]"
+    schedule = f"{{class_path: callbacks.length_mask.LengthMaskSchedule, init_args: {{schedule: {points}}}}}"
     cli([*fit_arguments(**{"trainer.max_steps": 3}), f"--trainer.callbacks+={schedule}"])
     rows = [row for row in metrics(tmp_path / "run") if row["train/loss"]]
     assert [float(row["train/tau_low"]) for row in rows] == pytest.approx([0.1, 0.2, 0.3])

@@ -395,7 +395,8 @@ def build(
 ) -> dict:
     """Train, save to `out`, and return (and write beside it) what the model sees and how it was made.
 
-    `facts` is the number of unseen pictures that the report is about. With `stages`, weights are kept there after each stage, and a stage that is there is not run again.
+    `facts` is the number of unseen pictures that the report is about. With `stages`, weights are kept
+    there after each stage, and a stage that is there is not run again.
     """
     processor = build_processor(seed)
     model = build_model(processor, seed=seed)

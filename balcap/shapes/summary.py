@@ -1,6 +1,7 @@
 """What a run on the embedded world changed: scores and captions before and after.
 
-python -m balcap.shapes.summary runs/demo
+python -m balcap.shapes.summary runs/demo                   one run, with captions
+python -m balcap.shapes.summary runs/seed-0 runs/seed-1 …   a Markdown table of several seeds
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 NAMES = ("precision", "recall", "linguistic", "b_capscore", "length_ratio", "caption_tokens")
 
@@ -37,6 +39,23 @@ def captions(run: Path, n: int = 3) -> list[tuple[str, str, str, str]]:
     return [(i, before[i]["reference"], before[i]["caption"], after[i]["caption"]) for i in both]
 
 
+def markdown(runs: list[Path]) -> str:
+    """One row per run, before → after, and the mean change with its standard deviation over runs."""
+    names = ("precision", "recall", "linguistic", "b_capscore", "length_ratio")
+    titles = ("", "precision", "recall", "linguistic", "b-CapScore", "length ratio")
+    lines = ["| " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(names)]
+    changes: dict[str, list[float]] = {name: [] for name in names}
+    for run in runs:
+        first, last = validations(run)
+        cells = [f"{first[name]:.3f} → {last[name]:.3f}" for name in names]
+        lines.append("| " + " | ".join([run.name, *cells]) + " |")
+        for name in names:
+            changes[name].append(last[name] - first[name])
+    spread = [f"{mean(v):+.3f} ± {stdev(v) if len(v) > 1 else 0:.3f}" for v in changes.values()]
+    lines.append("| " + " | ".join(["**change**", *(f"**{cell}**" for cell in spread)]) + " |")
+    return "\n".join(lines)
+
+
 def main(run: Path) -> None:
     """Print the summary with Rich."""
     from rich.console import Console
@@ -63,4 +82,8 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    folders = [Path(argument) for argument in sys.argv[1:]]
+    if len(folders) == 1:
+        main(folders[0])
+    else:
+        print(markdown(folders))

@@ -125,7 +125,7 @@ def test_a_caption_with_a_placeholder_names_its_sample(load: Load, family: str):
         assert policy.logps(rollouts, prompts, [0, 2])[0].isfinite().all()
         for score in (policy.logps, policy.reference_logps):
             with pytest.raises(PlaceholderMismatch, match=r"'img1.png'.*caption"):
-                score(rollouts, prompts, [2, 1])
+                score(rollouts, prompts, [1, 2])
         rollouts.completion_mask[1, 1, 1] = False  # in the padding it means nothing
         assert policy.logps(rollouts, prompts, [1])[0].isfinite().all()
 

@@ -134,15 +134,17 @@ def test_what_covers_a_reference_unit() -> None:
 def test_relations_follow_the_longer_axis() -> None:
     assert relation("top left", "bottom middle") == "above"
     assert relation("top right", "middle left") == "right of"
-    assert relation("top left", "middle middle".replace("middle middle", "center")) is None
+    assert relation("top left", "center") is None
 
 
 def test_language_is_rated_by_degrees() -> None:
-    plain = "This image shows two shapes on a grey background. A red circle sits at the top left. Nearby, a blue square sits at the bottom left."
-    closed = plain + " Overall, the composition feels calm and balanced."
-    broken = "this image shows two shapes on a grey background. red circle sits at the top left. Nearby nearby, a blue square sits at the bottom left"
+    opening, first = "This image shows two shapes on a grey background.", "A red circle sits at the top left."
+    second = "a blue square sits at the bottom left."
+    plain = f"{opening} {first} Nearby, {second}"
+    closed = f"{plain} Overall, the composition feels calm and balanced."
+    broken = f"{opening.lower()} red circle sits at the top left. Nearby nearby, {second[:-1]}"
     listed = "There is a red circle. There is a blue square. There is a green star. There is a pink cross."
-    twice = plain + " A red circle sits at the top left. A red circle sits at the top left."
+    twice = f"{plain} {first} {first}"
     total = {name: sum(rate(text)) / 3 for name, text in
              {"plain": plain, "closed": closed, "broken": broken, "listed": listed, "twice": twice}.items()}  # fmt: skip
     assert total["closed"] > total["plain"] > total["broken"]
