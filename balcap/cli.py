@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import_torchmetrics_lightly()  # before Lightning, which imports torchmetrics
 
 from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
-from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException  # noqa: E402
 
 from balcap.data import CaptionDataModule  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
@@ -134,6 +135,12 @@ class BalCapCLI(LightningCLI):
             found.append(f"ckpt_path: {path} does not exist")
         return found
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SIGTERMException:  # its own exit status would be 0, and a scheduler would call the run finished
+            raise SystemExit(128 + signal.SIGTERM) from None
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         kwargs["weights_only"] = True  # a checkpoint is data: it must not run code when it is read
@@ -150,8 +157,11 @@ def _below(name: str) -> Callable[[str], str]:
 
 
 def _quieten() -> None:
-    """What users cannot act on: loaders that have no workers to lend, length of a stream, litmodels adverts."""
+    """What users cannot act on: how loaders, the model summary and manual optimization are meant here."""
     for message in (
+        ".*Using ModelCheckpoint with manual optimization.*",
+        r".*module\(s\) in eval mode at the start of training.*",
+        ".*is not supported by the model summary.*",
         ".*does not have many workers.*",
         ".*`__len__` method defined.*",
         ".*Starting from v1.9.0, `tensorboardX`.*",

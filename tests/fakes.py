@@ -9,6 +9,8 @@ import os
 import torch
 
 from balcap.batch import CaptionBatch, Rollouts
+from balcap.policy.policy import Policy
+from balcap.policy.prompts import Prompts
 from balcap.rollout import Sampling
 from balcap.shapes.oracle import Oracle
 
@@ -17,19 +19,19 @@ class FixedEngine:
     """Captions made from the reference, the same for the same image wherever and whenever it is sampled."""
 
     def __init__(self) -> None:
-        self.policy = None
+        self.policy: Policy | None = None
         self.version = 0
 
-    def attach(self, policy) -> None:
+    def attach(self, policy: Policy) -> None:
         self.policy = policy
 
-    def sync(self, policy, version: int) -> None:
+    def sync(self, policy: Policy, version: int) -> None:
         self.policy, self.version = policy, version
 
     def close(self) -> None:
         self.policy = None
 
-    def generate(self, batch: CaptionBatch, prompts, num_captions: int, sampling: Sampling) -> Rollouts:
+    def generate(self, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling) -> Rollouts:
         tokenizer = self.policy.encoder.tokenizer
         texts = [[self._caption(r, g) for g in range(num_captions)] for r in batch.references]
         ids = [[tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in group] for group in texts]
