@@ -191,7 +191,9 @@ class BalCapModule(L.LightningModule):
             with self._timed("judge"):
                 before = self.judge.stats()
                 judgments = self.rewards.gather(self.judge, rollouts)
-                rewards = self.rewards(judgments)  # [B, G, K]
+                rewards = self.rewards(
+                    judgments
+                ).cpu()  # [B, G, K]; beside lengths and masks, which are there
             gated = self.control_length(rewards, rollouts)
             advantages = self.advantages(gated)  # [B, G]
             with self._timed("update"), self._seeded(self.global_step):
@@ -226,7 +228,7 @@ class BalCapModule(L.LightningModule):
             prompts = self.policy.encode(batch)
             rollouts = self._engine().generate(batch, prompts, self.val_captions, self.sampling)
         judgments = self.rewards.gather(self.judge, rollouts)
-        rewards = self.val_rewards(judgments)
+        rewards = self.val_rewards(judgments).cpu()
         for name, values in self._scores(rollouts, rewards).items():
             if name in self.val_means:
                 self.val_means[name].update(values.float())

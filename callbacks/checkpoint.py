@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -33,10 +37,43 @@ class RunCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_train_steps,
             enable_version_counter=False,
         )
+        self._interrupted = self._agreed = False
+        self._handler_before: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if threading.current_thread() is threading.main_thread():
+            self._handler_before = signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def _on_interrupt(self, *_: Any) -> None:
+        """The first Ctrl-C waits for the step's end, where a checkpoint is exact; the second does not."""
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        rank_zero_info("Ctrl-C: stopping when this step has ended; once more stops at once")
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # All ranks stop at the same step: one that stopped alone would leave the others waiting for it.
+        self._agreed = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
+        if self._agreed:
+            raise KeyboardInterrupt
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if self._handler_before is not None:
+            signal.signal(signal.SIGINT, self._handler_before)
+            self._handler_before = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Ctrl-C, SIGTERM and errors: save what there is, as far as a fit has begun."""
+        """Ctrl-C, SIGTERM and errors: save what there is, as far as a fit has begun.
+
+        An error of one rank among several saves nothing: the others would not join. Their last checkpoint stands.
+        """
         if trainer.state.fn != "fit" or trainer.global_step == 0 or self.dirpath is None:
+            return
+        if trainer.world_size > 1 and not self._agreed and not isinstance(exception, SIGTERMException):
             return
         path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
         trainer.save_checkpoint(path, self.save_weights_only)

@@ -6,10 +6,15 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support import ROOT
+from tests.tiny_models import tiny_llava, tiny_qwen
+
+if TYPE_CHECKING:
+    from balcap.policy.policy import Policy
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no price table from the network
 
@@ -64,3 +69,28 @@ def cli() -> Callable[[list[str]], None]:
             main(args)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {"qwen": tiny_qwen(root / "qwen"), "llava": tiny_llava(root / "llava")}
+
+
+@pytest.fixture(params=["qwen", "llava"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def load(folders: dict[str, Path], family: str) -> Callable[..., Policy]:
+    """`load(with_reference=False, **config)`: the family's policy in float32."""
+
+    from balcap.policy import PolicyConfig
+    from balcap.policy.policy import Policy
+
+    def load(with_reference: bool = False, **config: Any) -> Policy:
+        settings = {"dtype": "float32"} | config
+        return Policy.load(PolicyConfig(model=str(folders[family]), **settings), with_reference)
+
+    return load

@@ -31,7 +31,9 @@ class FixedEngine:
     def close(self) -> None:
         self.policy = None
 
-    def generate(self, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling) -> Rollouts:
+    def generate(
+        self, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
+    ) -> Rollouts:
         tokenizer = self.policy.encoder.tokenizer
         texts = [[self._caption(r, g) for g in range(num_captions)] for r in batch.references]
         ids = [[tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in group] for group in texts]

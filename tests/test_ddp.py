@@ -57,7 +57,9 @@ def test_two_ranks_take_the_step_of_one(fit_arguments, tmp_path: Path) -> None:
     base = AutoModelForImageTextToText.from_pretrained(ROOT / "assets/shapes-base", dtype=torch.float32)
     moved = 0.0
     for key, value in states[0].items():
-        torch.testing.assert_close(value, states[1][key], atol=2e-6, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            value, states[1][key], atol=2e-6, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
+        )
         start = base.get_parameter(key.removeprefix("policy.model."))
         moved = max(moved, float((value - start.detach()).abs().max()))
     assert moved > 1e-4  # both went somewhere

@@ -27,7 +27,9 @@ def _trained(run: Path) -> dict[int, dict[str, str]]:
     }
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+@pytest.mark.parametrize(
+    "sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["kill -9", "SIGTERM", "Ctrl-C"]
+)
 def test_a_killed_run_continues_as_if_nothing_had_happened(
     fit_arguments, cli, tmp_path: Path, monkeypatch, sign
 ) -> None:

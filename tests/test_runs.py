@@ -133,16 +133,57 @@ def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(
     assert [float(row["train/skipped_updates"]) for row in rows] == [1, 2]
 
 
-def test_predict_captions_a_folder_and_goes_on_where_it_stopped(fit_arguments, cli, tmp_path: Path) -> None:
+def _photographs(folder: Path) -> list[str]:
+    """Real photographs as people have them; returns the names of those that can be captioned."""
+    from skimage import data
     from sklearn.datasets import load_sample_images
 
+    folder.mkdir()
+    china, flower = (Image.fromarray(pixels) for pixels in load_sample_images().images)
+    camera = Image.fromarray(data.camera())
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    china.save(folder / "photo.jpg")
+    china.save(folder / "rotated.jpg", exif=rotated)
+    flower.save(folder / "photo.webp")
+    flower.convert("P").save(folder / "photo.gif")
+    flower.convert("P").save(folder / "palette.png")
+    china.convert("CMYK").save(folder / "cmyk.jpg")
+    camera.save(folder / "grey.png")
+    alpha = china.convert("RGBA")
+    alpha.putalpha(camera.resize(china.size))
+    alpha.save(folder / "alpha.png")
+    Image.fromarray(np.asarray(camera).astype(np.uint16) * 257).save(folder / "sixteen-bit.png")
+    china.resize((1200, 30)).save(folder / "wide.png")
+    china.resize((1, 1)).save(folder / "tiny.png")
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_predict_reads_photographs_as_people_have_them(
+    fit_arguments, cli, folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    names = _photographs(tmp_path / "photos")
+    whole = (tmp_path / "photos/photo.jpg").read_bytes()
+    (tmp_path / "photos/broken.jpg").write_bytes(whole[: len(whole) // 2])
+    options = {
+        "data.predict_from": tmp_path / "photos",
+        "data.data": None,
+        "data.image_root": None,
+        "model.policy.model": folders[family],
+        "model.sampling.max_tokens": 4,
+    }
+    cli(fit_arguments("predict", **options))
+    rows = [json.loads(line) for line in (tmp_path / "run/captions.jsonl").read_text().splitlines()]
+    assert sorted(row["image"] for row in rows) == names
+    bad = [json.loads(line) for line in (tmp_path / "run/bad_rows.jsonl").read_text().splitlines()]
+    assert [(row["image"], row["cause"]) for row in bad] == [("broken.jpg", "truncated_image")]
+
+
+def test_predict_goes_on_where_it_stopped(fit_arguments, cli, world: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
-    for i, pixels in enumerate(load_sample_images().images):
-        Image.fromarray(pixels).save(photos / f"photo-{i}.jpg")
-    Image.fromarray(np.full((40, 300), 90, np.uint8)).save(photos / "wide-grey.png")
-    Image.new("CMYK", (64, 64), (0, 80, 80, 10)).save(photos / "cmyk.jpg")
-    (photos / "broken.jpg").write_bytes((photos / "photo-0.jpg").read_bytes()[:2000])
+    for i, path in enumerate(sorted((world / "shapes").iterdir())[:4]):
+        shutil.copy(path, photos / f"{i}.png")
     args = fit_arguments(
         "predict",
         **{"data.predict_from": photos, "data.data": None, "data.image_root": None, "data.val_batch_size": 1},
@@ -150,9 +191,8 @@ def test_predict_captions_a_folder_and_goes_on_where_it_stopped(fit_arguments, c
     out = tmp_path / "run/captions.jsonl"
     cli(args)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert sorted(row["image"] for row in rows) == ["cmyk.jpg", "photo-0.jpg", "photo-1.jpg", "wide-grey.png"]
+    assert sorted(row["image"] for row in rows) == ["0.png", "1.png", "2.png", "3.png"]
     assert all(set(row) == {"image", "prompt", "caption", "truncated"} for row in rows)
-    assert "broken.jpg" in (tmp_path / "run/bad_rows.jsonl").read_text()
 
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:2]) + lines[2][:20])  # killed in the middle of the third line

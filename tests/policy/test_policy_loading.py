@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import mixed_batch, rollouts_of
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from balcap.batch import Rollouts
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
+from tests.tiny_models import mixed_batch, rollouts_of
 
 Load = Callable[..., Policy]
 ROWS = [0, 1, 2]

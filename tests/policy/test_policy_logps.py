@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import mixed_batch, own_logits, rollouts_of
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from balcap.batch import Rollouts
 from balcap.policy import prompts as prompts_module
 from balcap.policy.policy import Policy
+from tests.tiny_models import mixed_batch, own_logits, rollouts_of
 
 Load = Callable[..., Policy]
 LENGTHS = [[3, 1, 5], [7, 2, 2], [4, 6, 1]]

@@ -12,13 +12,13 @@ import skimage
 import sklearn
 import torch
 from PIL import Image
-from tiny_models import batch_of, mixed_batch, picture, prompt_by_hand, rollouts_of
 
 from balcap.data.images import decode_image
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import PlaceholderMismatch
 from balcap.rollout import Sampling
 from balcap.rollout.hf import HFGenerate
+from tests.tiny_models import batch_of, mixed_batch, picture, prompt_by_hand, rollouts_of
 
 Load = Callable[..., Policy]
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import batch_of, mixed_batch, own_logits, picture
 from torch import Tensor
 
 from balcap.batch import CaptionBatch, Rollouts
@@ -14,6 +13,7 @@ from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout import Sampling
 from balcap.rollout.hf import HFGenerate, _completion_mask, _Recorder
+from tests.tiny_models import batch_of, mixed_batch, own_logits, picture
 
 Load = Callable[..., Policy]
 
