@@ -52,11 +52,18 @@ class RunCheckpoint(ModelCheckpoint):
         self._interrupted = True
         rank_zero_info("Ctrl-C: stopping when this step has ended; once more stops at once")
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        # All ranks stop at the same step: one that stopped alone would leave the others waiting for it.
+        self._agreed = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
+        if self._agreed:  # now, where Lightning's loops expect a checkpoint; the step is logged after this
+            self._save_last(trainer)
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # All ranks stop at the same step: one that stopped alone would leave the others waiting for it.
-        self._agreed = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
         if self._agreed:
             raise KeyboardInterrupt
 
@@ -71,10 +78,14 @@ class RunCheckpoint(ModelCheckpoint):
 
         An error of one rank among several saves nothing: the others would not join. Their last checkpoint stands.
         """
-        if trainer.state.fn != "fit" or trainer.global_step == 0 or self.dirpath is None:
+        if trainer.state.fn != "fit" or trainer.global_step == 0 or self._agreed:
             return
-        if trainer.world_size > 1 and not self._agreed and not isinstance(exception, SIGTERMException):
+        if trainer.world_size == 1 or isinstance(exception, SIGTERMException):
+            self._save_last(trainer)
+
+    def _save_last(self, trainer: Trainer) -> None:
+        if self.dirpath is None:
             return
         path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
         trainer.save_checkpoint(path, self.save_weights_only)
-        rank_zero_info(f"{type(exception).__name__}: saved {path}; continue with --ckpt_path last")
+        rank_zero_info(f"saved {path}; continue with --ckpt_path last")
