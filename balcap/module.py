@@ -191,9 +191,7 @@ class BalCapModule(L.LightningModule):
             with self._timed("judge"):
                 before = self.judge.stats()
                 judgments = self.rewards.gather(self.judge, rollouts)
-                rewards = self.rewards(
-                    judgments
-                ).cpu()  # [B, G, K]; beside lengths and masks, which are there
+                rewards = self.rewards(judgments).cpu()  # [B, G, K]; lengths and masks are there too
             gated = self.control_length(rewards, rollouts)
             advantages = self.advantages(gated)  # [B, G]
             with self._timed("update"), self._seeded(self.global_step):
@@ -233,6 +231,10 @@ class BalCapModule(L.LightningModule):
             if name in self.val_means:
                 self.val_means[name].update(values.float())
         return {"record": StepRecord(rollouts, judgments, self.rewards.names, rewards, rewards)}
+
+    def on_train_epoch_start(self) -> None:
+        for reward in self.rewards.rewards:
+            reward.reset()
 
     def on_validation_epoch_start(self) -> None:
         for metric in (*self.val_rewards.rewards, *self.val_means.values()):
@@ -303,6 +305,9 @@ class BalCapModule(L.LightningModule):
         )
         metrics |= {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         self.log_dict(metrics, batch_size=len(rollouts))
+        if judgments.failures:
+            missing = ", ".join(f"{n} {task}" for task, n in judgments.failures.items())
+            self.say(f"step {self.global_step}: judgments missing: {missing}; {'; '.join(judgments.reasons)}")
 
     def _judge_totals(self, judgments: Judgments, before: Any) -> Tensor:
         """This step's missing answers, calls and cache hits, and the dollars of the whole run."""

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -94,7 +95,7 @@ def test_another_judge_is_one_more_config(fit_arguments, cli, tmp_path: Path) ->
 
 
 def test_a_judge_that_is_down_makes_rewards_missing_and_moves_nothing(
-    fit_arguments, cli, tmp_path: Path
+    fit_arguments, cli, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = JudgeServer(answer)
     server.always = "400"
@@ -110,6 +111,7 @@ def test_a_judge_that_is_down_makes_rewards_missing_and_moves_nothing(
     assert row["train/precision"] == row["train/linguistic"] == "nan"
     assert float(row["judge/failed"]) > 0
     assert float(row["train/grad_norm"]) == 0
+    assert "judgments missing" in caplog.text
 
 
 def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(
@@ -200,6 +202,24 @@ def test_predict_goes_on_where_it_stopped(fit_arguments, cli, world: Path, tmp_p
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert [json.dumps(row) for row in again[:2]] == [json.dumps(row) for row in rows[:2]]
     assert sorted(row["image"] for row in again) == sorted(row["image"] for row in rows)
+
+
+@pytest.mark.parametrize(("advantage", "control"), [("grpo", "linear"), ("cgdpo", "none"), ("grpo", "mask")])
+def test_the_ablations_of_the_paper_are_settings(
+    fit_arguments, cli, tmp_path: Path, advantage: str, control: str
+) -> None:
+    options = {"model.advantage": advantage, "model.length_control": control, "trainer.max_steps": 3}
+    scheduler = {"model.scheduler": "torch.optim.lr_scheduler.StepLR", "model.scheduler.step_size": 1}
+    cli(fit_arguments(**options, **scheduler, **{"model.scheduler.gamma": 0.5}))
+    rows = [row for row in metrics(tmp_path / "run") if row["train/loss"]]
+    assert all(float(row["train/grad_norm"]) > 0 for row in rows)
+    assert [float(row["train/lr"]) for row in rows] == pytest.approx(
+        [1e-4, 5e-5, 2.5e-5]
+    )  # after each update
+    table = pq.read_table(sorted((tmp_path / "run/rollouts").glob("train-*"))[0]).to_pydict()
+    same = table["reward/linguistic"] == table["gated/linguistic"]
+    assert same == (control == "none")
+    assert any(table["advantage"])
 
 
 def test_the_length_schedule_moves_the_mask(fit_arguments, cli, tmp_path: Path) -> None:
