@@ -233,8 +233,8 @@ class BalCapModule(L.LightningModule):
         return {"record": StepRecord(rollouts, judgments, self.rewards.names, rewards, rewards)}
 
     def on_train_epoch_start(self) -> None:
-        for reward in self.rewards.rewards:
-            reward.reset()
+        for name in self.rewards.names:
+            self.rewards[name].reset()
 
     def on_validation_epoch_start(self) -> None:
         for metric in (*self.val_rewards.rewards, *self.val_means.values()):
