@@ -169,6 +169,7 @@ def _quieten() -> None:
         ".*Starting from v1.9.0, `tensorboardX`.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*barrier.*using the device under current context.*",
+        ".*Couldn.t infer the batch indices fetched from your dataloader.*",
     ):
         warnings.filterwarnings("ignore", message)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
