@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 from tests.support import ROOT
 from tests.tiny_models import tiny_llava, tiny_qwen
@@ -16,6 +17,8 @@ from tests.tiny_models import tiny_llava, tiny_qwen
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
 
+settings.register_profile("shared machines", deadline=None)  # how long an example takes proves nothing
+settings.load_profile("shared machines")
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no price table from the network
 
 
