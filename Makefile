@@ -44,7 +44,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-## rebuild the embedded world's base policy from its seed (about forty minutes on two cores)
+## rebuild the embedded world's base policy from its seed (about half an hour on two cores)
 base: $(VENV)/.installed
 	$(BIN)/python -m balcap.shapes.base_policy --out assets/shapes-base --seed 0
 

@@ -385,7 +385,7 @@ def save(model: Any, processor: Any, out: Path) -> None:
 def build(
     out: Path,
     seed: int = 0,
-    look_steps: int = 1200,
+    look_steps: int = 1000,
     clean_steps: int = 1800,
     flawed_steps: int = 200,
     batch: int = 64,
@@ -432,7 +432,7 @@ def build(
 def _arguments() -> Iterator[tuple[str, dict]]:
     yield "--out", {"type": Path, "default": Path("assets/shapes-base")}
     yield "--seed", {"type": int, "default": 0}
-    yield "--look_steps", {"type": int, "default": 1200}
+    yield "--look_steps", {"type": int, "default": 1000}
     yield "--clean_steps", {"type": int, "default": 1800}
     yield "--flawed_steps", {"type": int, "default": 200}
     yield "--batch", {"type": int, "default": 64}
