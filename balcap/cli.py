@@ -138,9 +138,8 @@ class BalCapCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except (
-            SIGTERMException
-        ):  # its own exit status would be 0, and a scheduler would call the run finished
+        except SIGTERMException:
+            # Its own exit status would be 0, and a scheduler would call the run finished.
             raise SystemExit(128 + signal.SIGTERM) from None
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

@@ -31,10 +31,6 @@ class Prompts:
     items: Sequence[dict[str, Tensor]]
     pad_token_id: int
 
-    def lengths(self) -> list[int]:
-        """``[B]`` P of every prompt, image tokens included."""
-        return [item["input_ids"].shape[1] for item in self.items]
-
     def inputs(self, rows: Sequence[int], repeat: int, device: torch.device | str) -> dict[str, Tensor]:
         """Model inputs ``[len(rows) * repeat, P]``, left-padded; each row stands `repeat` times in a row."""
         chosen = [self.items[i] for i in rows for _ in range(repeat)]
