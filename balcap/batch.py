@@ -52,6 +52,8 @@ class CaptionBatch:
         image_bytes: ``[B]`` the file as it is on disk: what the judge sees and what a cache keys on.
         prompts: ``[B]`` the instruction, without image placeholder.
         references: ``[B]`` the reference captions; an empty string where there is none (predict).
+        reference_units: ``[B]`` assertions of the references, as the data set holds them; None where it holds
+            none, for a row or for all.
         cursor: where the stream stands after this batch; None when not streamed.
     """
 
@@ -60,6 +62,7 @@ class CaptionBatch:
     image_bytes: Sequence[bytes]
     prompts: Sequence[str]
     references: Sequence[str]
+    reference_units: Sequence[Sequence[str] | None] | None = None
     cursor: Cursor | None = None
 
     def __len__(self) -> int:
@@ -74,6 +77,7 @@ class CaptionBatch:
             image_bytes=[self.image_bytes[i] for i in rows],
             prompts=[self.prompts[i] for i in rows],
             references=[self.references[i] for i in rows],
+            reference_units=self.reference_units and [self.reference_units[i] for i in rows],
         )
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa:
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException  # noqa: E402
 
 from balcap.data import CaptionDataModule  # noqa: E402
+from balcap.judge import BudgetSpent, RunStopped  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
 from callbacks.caption_writer import CaptionWriter  # noqa: E402
 from callbacks.checkpoint import RunCheckpoint  # noqa: E402
@@ -81,6 +82,9 @@ class BalCapCLI(LightningCLI):
             ("captions.path", "captions.jsonl"),
         ):
             parser.link_arguments("run_dir", target, compute_fn=_below(name))
+        parser.link_arguments(
+            "run_dir", "model.judge.init_args.ledger", compute_fn=_below("judge_ledger.sqlite")
+        )
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
@@ -141,6 +145,17 @@ class BalCapCLI(LightningCLI):
         except SIGTERMException:
             # Its own exit status would be 0, and a scheduler would call the run finished.
             raise SystemExit(128 + signal.SIGTERM) from None
+        except RunStopped as stop:
+            self._say_why(stop)
+
+    def _say_why(self, stop: RunStopped) -> None:
+        """One message instead of a traceback. A spent budget is an end as it was asked for: status 0."""
+        message = str(stop)
+        if self.subcommand == "fit" and self.trainer.global_step > 0:
+            message += f". Go on with: --run_dir {self.config[self.subcommand].run_dir} --ckpt_path last"
+        if not isinstance(stop, BudgetSpent):
+            raise SystemExit(f"Stopped: {message}") from None
+        print(f"Stopped: {message}", flush=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

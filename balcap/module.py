@@ -18,7 +18,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
 from balcap.batch import CaptionBatch, Rollouts, StepRecord
-from balcap.judge import Judge
+from balcap.judge import Judge, RunStopped
+from balcap.judge.cache import describe
 from balcap.judge.judgments import Judgments
 from balcap.objective import cgdpo, grpo, length_gate, length_mask, length_ratio, linear_length_penalty
 from balcap.objective.loss import LossAggregation
@@ -115,6 +116,7 @@ class BalCapModule(L.LightningModule):
         self.skipped_in_a_row = self.skipped_total = 0
         self._attached = False
         self._seconds: dict[str, float] = {}
+        self._judged = 0  # rollouts, in this process
 
     # ── construction ─────────────────────────────────────────────────────────────────────────────────
 
@@ -179,6 +181,9 @@ class BalCapModule(L.LightningModule):
         rank_zero_info(
             f"judge: {self.judge.model}; rewards: {', '.join(self.rewards.names)}; {self.advantage}"
         )
+        if self.judge.cache is not None and stage != "predict":
+            answers, size = describe(self.judge.cache)
+            rank_zero_info(f"judge cache: {self.judge.cache}, {answers:,} answers, {size / 1e6:,.1f} MB")
 
     # ── the step ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -190,7 +195,7 @@ class BalCapModule(L.LightningModule):
                 rollouts = self._engine().generate(batch, prompts, self.num_captions, self.sampling)
             with self._timed("judge"):
                 before = self.judge.stats()
-                judgments = self.rewards.gather(self.judge, rollouts)
+                judgments = self._judge(rollouts)
                 rewards = self.rewards(judgments).cpu()  # [B, G, K]; lengths and masks are there too
             gated = self.control_length(rewards, rollouts)
             advantages = self.advantages(gated)  # [B, G]
@@ -225,12 +230,21 @@ class BalCapModule(L.LightningModule):
         with self._seeded(batch_idx, stage=1):
             prompts = self.policy.encode(batch)
             rollouts = self._engine().generate(batch, prompts, self.val_captions, self.sampling)
-        judgments = self.rewards.gather(self.judge, rollouts)
+        judgments = self._judge(rollouts)
         rewards = self.val_rewards(judgments).cpu()
         for name, values in self._scores(rollouts, rewards).items():
             if name in self.val_means:
                 self.val_means[name].update(values.float())
         return {"record": StepRecord(rollouts, judgments, self.rewards.names, rewards, rewards)}
+
+    def _judge(self, rollouts: Rollouts) -> Judgments:
+        """All judgments that the rewards need; ends the run, on all ranks, where the judge says so."""
+        judgments = self.rewards.gather(self.judge, rollouts)
+        self._judged += rollouts.truncated.numel()
+        why = self.judge.stopped
+        if self.gather(torch.tensor([float(why is not None)])).sum() > 0:
+            raise why or RunStopped("the judge of another process stopped, which says why")
+        return judgments
 
     def on_train_epoch_start(self) -> None:
         for name in self.rewards.names:
@@ -244,6 +258,7 @@ class BalCapModule(L.LightningModule):
         values = {name: self.val_rewards[name].compute() for name in self.rewards.names}
         values |= {name: metric.compute() for name, metric in self.val_means.items() if metric.update_called}
         self.log_dict({f"val/{name}": value.float() for name, value in values.items()}, prog_bar=True)
+        self.log_dict(self._judge_costs())
 
     def predict_step(self, batch: CaptionBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One caption per image."""
@@ -299,24 +314,27 @@ class BalCapModule(L.LightningModule):
         metrics = {f"train/{name}": value for name, value in tally.means(self.gather).items()}
         metrics["train/skipped_updates"] = float(self.skipped_total)
         metrics["train/lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        totals = self.gather(self._judge_totals(judgments, before)).reshape(-1, 4).sum(0).tolist()
-        metrics |= dict(
-            zip(("judge/failed", "judge/calls", "judge/cache_hits", "judge/cost_usd"), totals, strict=True)
-        )
+        now = self.judge.stats()
+        step = [getattr(now, name) - getattr(before, name) for name in _JUDGE_COUNTS]
+        step.append(sum(judgments.failures.values()))
+        totals = self.gather(torch.tensor(step, dtype=torch.float64)).reshape(-1, len(step)).sum(0).tolist()
+        metrics |= {f"judge/{n}": v for n, v in zip((*_JUDGE_COUNTS, "failed"), totals, strict=True)}
+        metrics |= self._judge_costs()
         metrics |= {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         self.log_dict(metrics, batch_size=len(rollouts))
         if judgments.failures:
             missing = ", ".join(f"{n} {task}" for task, n in judgments.failures.items())
             self.say(f"step {self.global_step}: judgments missing: {missing}; {'; '.join(judgments.reasons)}")
 
-    def _judge_totals(self, judgments: Judgments, before: Any) -> Tensor:
-        """This step's missing answers, calls and cache hits, and the dollars of the whole run."""
-        now = self.judge.stats()
-        failed = float(sum(judgments.failures.values()))
-        return torch.tensor(
-            [failed, now.calls - before.calls, now.cache_hits - before.cache_hits, now.cost_usd],
-            dtype=torch.float64,
+    def _judge_costs(self) -> dict[str, float]:
+        """Dollars of the whole run, and per 1,000 rollouts that these processes have had judged."""
+        # The ranks of a machine share a ledger: one of them speaks for all.
+        speaks = self.judge.ledger is None or self.trainer.local_rank == 0
+        mine = [self.judge.spent() if speaks else 0.0, self.judge.stats().cost_usd, self._judged]
+        total, here, judged = (
+            self.gather(torch.tensor(mine, dtype=torch.float64)).reshape(-1, 3).sum(0).tolist()
         )
+        return {"judge/cost_usd": total, "judge/usd_per_1k_rollouts": 1000 * here / max(1, judged)}
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All ranks' tensors, with a leading rank dimension where there is more than one; on the CPU's side."""
@@ -357,7 +375,6 @@ class BalCapModule(L.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["balcap"] = {
             "skipped_total": self.skipped_total,
-            "judge_cost_usd": self.judge.stats().cost_usd,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -380,6 +397,7 @@ class BalCapModule(L.LightningModule):
             self._attached = False
 
 
+_JUDGE_COUNTS = ("calls", "cache_hits", "tokens_in", "tokens_out")
 _VAL_MEANS = ("b_capscore", "length_ratio", "caption_tokens", "length_masked", "truncated")
 
 

@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from balcap.judge import RunStopped
+
 
 class RunCheckpoint(ModelCheckpoint):
     """``checkpoints/last.ckpt`` every few steps, and once more when the run is interrupted.
@@ -74,13 +76,14 @@ class RunCheckpoint(ModelCheckpoint):
             self._handler_before = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Ctrl-C, SIGTERM and errors: save what there is, as far as a fit has begun.
+        """Ctrl-C, SIGTERM, a judge that stops the run, and errors: save what there is, as far as a fit has begun.
 
         An error of one rank among several saves nothing: the others would not join. Their last checkpoint stands.
         """
         if trainer.state.fn != "fit" or trainer.global_step == 0 or self._agreed:
             return
-        if trainer.world_size == 1 or isinstance(exception, SIGTERMException):
+        # SIGTERM reaches all ranks; they agree on stopping for the judge's sake before they raise.
+        if trainer.world_size == 1 or isinstance(exception, SIGTERMException | RunStopped):
             self._save_last(trainer)
 
     def _save_last(self, trainer: Trainer) -> None:

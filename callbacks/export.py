@@ -7,9 +7,13 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from balcap.judge import BudgetSpent
+
 
 class ExportPolicy(Callback):
     """At the end of a fit, write weights (or the adapter) and processor in Hugging Face's format.
+
+    A fit whose budget is spent has ended too.
 
     Full tuning: ``AutoModelForImageTextToText.from_pretrained(folder)``. LoRA: the adapter alone, for
     ``peft.PeftModel.from_pretrained(base, folder)``. All weights are safetensors.
@@ -21,6 +25,11 @@ class ExportPolicy(Callback):
 
     def __init__(self, enabled: bool = True, dirpath: str | None = None) -> None:
         self.enabled, self.dirpath = enabled, dirpath
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A spent budget ends the fit as planned, too."""
+        if isinstance(exception, BudgetSpent) and trainer.state.fn == "fit" and trainer.global_step > 0:
+            self.on_fit_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled or not trainer.is_global_zero:

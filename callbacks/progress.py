@@ -18,10 +18,11 @@ SHOWN = {
     "b_capscore": "b-cap",
     "length_ratio": "len",
 }
+COSTS = {"cost_usd": "$", "usd_per_1k_rollouts": "$/1k"}
 
 
 class CaptionProgressBar(RichProgressBar):
-    """Rewards, b-CapScore and length ratio of the latest batch beside the bar.
+    """Rewards, b-CapScore and length ratio of the latest batch beside the bar, and what the judge has cost.
 
     Counts optimizer steps where the run ends at ``max_steps``, which is known even when the length of the
     data is not; otherwise batches of the epoch. Where stdout is not a terminal (nohup, CI, a file) a bar
@@ -126,11 +127,15 @@ class CaptionProgressBar(RichProgressBar):
     def _shown(self, trainer: Trainer, stage: str) -> dict[str, Any]:
         """The metrics of a stage by their short names; those not logged are left out."""
         metrics = trainer.callback_metrics
-        return {
+        shown = {
             short: float(metrics[f"{stage}/{name}"])
             for name, short in SHOWN.items()
             if f"{stage}/{name}" in metrics
         }
+        if stage == "train":
+            costs = {short: float(metrics.get(f"judge/{name}", 0.0)) for name, short in COSTS.items()}
+            shown |= {short: cost for short, cost in costs.items() if cost > 0}  # free judges need no column
+        return shown
 
     def _line_is_due(self, final: bool = False) -> bool:
         if not (self._plain and super().is_enabled):

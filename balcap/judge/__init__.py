@@ -4,33 +4,57 @@
 `tasks/`          what is asked: schema -> prompt -> parser, one file per kind of judgment
 `group.py`        one image's captions while they are judged: every question once
 `judgments.py`    the answers, as the rewards read them
-`session.py`      one process at work: event loop (`loop.py`), cache (`cache.py`), client
-`client.py`       the one place that calls litellm: retries, timeouts, prices
-`images.py`, `fence.py`, `answers.py`, `request.py`, `redact.py`, `stats.py`, `errors.py`: the small parts
+`session.py`      one process at work: event loop (`loop.py`), memory, how questions are packed into calls
+`asking.py`       one question until it is answered or given up: retries, repair, fallbacks, deadline, budget
+`client.py`       the one place that calls litellm: one call, what it cost, what its failure means
+`cache.py`, `ledger.py`: answers and calls on disk (`store.py`)
+`settings.py`     what is wrong with a config, before anything is asked
+`health.py`, `images.py`, `fence.py`, `answers.py`, `request.py`, `redact.py`, `stats.py`, `errors.py`: the
+small parts
 
-A question travels `Judge.ask` -> cache -> an equal question under way -> provider -> validation. What comes
-back wrong, late or not at all is a `JudgeFailure`, and in the end a NaN: never a 0, never a crash.
+A question travels `Judge.ask` -> cache -> an equal question under way -> a call that it may share with
+others -> validation. What comes back wrong, late or not at all is a `JudgeFailure`, and in the end a NaN:
+never a 0, never a crash. Too many of them, or a spent budget, end the run with a `RunStopped`.
 """
 
-from balcap.judge.errors import CacheError, InvalidAnswer, JudgeFailure
+from balcap.judge.client import Deployment, Price
+from balcap.judge.errors import (
+    BudgetSpent,
+    CacheError,
+    InvalidAnswer,
+    JudgeFailure,
+    JudgeUnavailable,
+    LedgerError,
+    RunStopped,
+    StoreError,
+)
 from balcap.judge.group import Group
+from balcap.judge.images import ImagePolicy
 from balcap.judge.judge import Judge, TaskModel
 from balcap.judge.judgments import Judgments
 from balcap.judge.stats import JudgeStats
 from balcap.judge.tasks import Decompose, Match, Rate, Rating, Task, Verdict, Verify
 
 __all__ = [
+    "BudgetSpent",
     "CacheError",
     "Decompose",
+    "Deployment",
     "Group",
+    "ImagePolicy",
     "InvalidAnswer",
     "Judge",
     "JudgeFailure",
     "JudgeStats",
+    "JudgeUnavailable",
     "Judgments",
+    "LedgerError",
     "Match",
+    "Price",
     "Rate",
     "Rating",
+    "RunStopped",
+    "StoreError",
     "Task",
     "TaskModel",
     "Verdict",

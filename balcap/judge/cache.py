@@ -1,8 +1,7 @@
 """Judgments on disk: an answer that was paid for is not paid for again.
 
-One SQLite file, shared by the processes of a machine: write-ahead log, so readers and a writer do not wait
-for each other, and a process that is killed at any moment leaves a usable file. Write-ahead logs need
-shared memory: machines of a cluster use one file each, not one on a network share.
+One SQLite file, shared by the processes of a machine (`balcap.judge.store`). It only grows while runs use
+it; ``python main.py cache`` shows what is in it and prunes it.
 """
 
 from __future__ import annotations
@@ -12,24 +11,32 @@ import os
 import sqlite3
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 from balcap.judge.errors import CacheError
+from balcap.judge.store import Format, Statement, Unusable, Writer, node_path, open_store
 
 logger = logging.getLogger(__name__)
 
-APPLICATION_ID = 0x62616C63  # "balc": tells our file from any other SQLite file
-SCHEMA_VERSION = 1
-_BUSY_S = 30.0
+FORMAT = Format(
+    name="a cache of judgments",
+    application_id=0x62616C63,  # "balc"
+    version=2,
+    tables=(
+        "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, task TEXT NOT NULL, model TEXT NOT NULL,"
+        " answer TEXT NOT NULL, at REAL NOT NULL DEFAULT 0) WITHOUT ROWID",
+    ),
+    upgrades={1: ("ALTER TABLE answers ADD COLUMN at REAL NOT NULL DEFAULT 0",)},
+)
+_PUT = "INSERT OR REPLACE INTO answers (key, task, model, answer, at) VALUES (?, ?, ?, ?, ?)"
+_AT_ONCE = 500  # keys per query; SQLite takes 999 in its older versions
 
 
 class JudgmentCache:
     """Key -> the validated answer's JSON, and nothing else: no prompts, no captions' images, no keys.
 
-    `put` returns at once; a thread commits what has gathered while the last commit was running, so an
-    answer is safe from ``kill -9`` of the process a few milliseconds later. A power cut may lose the last
-    commits but not the file.
+    `put` returns at once; what it was given can be read at once, and is on disk a few milliseconds later.
 
     Args:
         path: the file; it and its folder are made if they are missing. None keeps nothing.
@@ -39,77 +46,67 @@ class JudgmentCache:
     """
 
     def __init__(self, path: str | Path | None):
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(node_path(str(path)))
         self._lock = threading.Lock()
-        self._waiting: dict[str, tuple[str, str, str]] = {}
-        self._writing = False
+        self._waiting: dict[str, str] = {}
         self._warned = False
         self._reader: sqlite3.Connection | None = None
         if self.path is not None:
             self._reader = _open(self.path)
-            self._writer = _open(self.path)
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="balcap-judge-cache")
+            self._writer = Writer(_open(self.path), self._written, lambda error: self._warn("write", error))
 
     def get(self, key: str) -> str | None:
-        """The answer's JSON, or None.
+        """The answer's JSON, or None; errors as `get_many`."""
+        return self.get_many([key]).get(key)
+
+    def get_many(self, keys: Sequence[str]) -> dict[str, str]:
+        """Those of `keys` that are there, with their answers' JSON.
 
         Raises:
             CacheError: if the file turns out to be damaged.
         """
+        found: dict[str, str] = {}
         if self._reader is None:
-            return None
+            return found
         with self._lock:
-            waiting = self._waiting.get(key)
-            if waiting is not None:
-                return waiting[2]
-            try:
-                row = self._reader.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-            except sqlite3.OperationalError as error:
-                self._warn("read", error)
-                return None
-            except sqlite3.DatabaseError as error:
-                raise _unusable(self.path, str(error)) from None
-        return None if row is None else row[0]
+            for start in range(0, len(keys), _AT_ONCE):
+                some = keys[start : start + _AT_ONCE]
+                marks = ", ".join("?" * len(some))
+                try:
+                    rows = self._reader.execute(
+                        f"SELECT key, answer FROM answers WHERE key IN ({marks})", tuple(some)
+                    ).fetchall()
+                except sqlite3.OperationalError as error:
+                    self._warn("read", error)
+                    rows = []
+                except sqlite3.DatabaseError as error:
+                    raise _unusable(self.path, str(error)) from None
+                found.update(rows)
+            found.update((key, self._waiting[key]) for key in keys if key in self._waiting)
+        return found
 
     def put(self, key: str, task: str, model: str, answer: str) -> None:
         """Keep `answer`, a JSON text, under `key`; `task` and `model` are for people who look inside."""
         if self._reader is None:
             return
         with self._lock:
-            self._waiting[key] = (task, model, answer)
-            if not self._writing:
-                self._writing = True
-                self._thread.submit(self._write)
+            self._waiting[key] = answer
+        self._writer.put((_PUT, (key, task, model, answer, time.time())))
 
     def close(self) -> None:
         """Write what is waiting and close the file; safe to call twice."""
         if self._reader is None:
             return
-        self._thread.shutdown(wait=True)
         self._writer.close()
         with self._lock:
             self._reader.close()
             self._reader = None
 
-    def _write(self) -> None:
-        while True:
-            with self._lock:
-                batch = dict(self._waiting)
-                if not batch:
-                    self._writing = False
-                    return
-            try:
-                with self._writer:
-                    self._writer.executemany(
-                        "INSERT OR REPLACE INTO answers (key, task, model, answer) VALUES (?, ?, ?, ?)",
-                        [(key, *row) for key, row in batch.items()],
-                    )
-            except sqlite3.Error as error:
-                self._warn("write", error)
-            with self._lock:
-                for key, row in batch.items():
-                    if self._waiting.get(key) is row:
-                        del self._waiting[key]
+    def _written(self, batch: Sequence[Statement]) -> None:
+        with self._lock:
+            for _, (key, _, _, answer, _) in batch:
+                if self._waiting.get(key) is answer:
+                    del self._waiting[key]
 
     def _warn(self, what: str, error: Exception) -> None:
         if not self._warned:
@@ -125,61 +122,33 @@ class JudgmentCache:
 def cache_problem(path: str | Path) -> str | None:
     """What is wrong with `path` as a cache, worded with its key; None if it works. Makes its folder."""
     try:
-        _open(Path(path)).close()
+        _open(Path(node_path(str(path)))).close()
     except CacheError as error:
         return str(error)
     return None
 
 
+def describe(path: str | Path) -> tuple[int, int]:
+    """Answers in the file, and its size in bytes, the log that belongs to it included.
+
+    Raises:
+        CacheError: if it cannot be used.
+    """
+    file = Path(node_path(str(path)))
+    connection = _open(file)
+    try:
+        answers = connection.execute("SELECT count(*) FROM answers").fetchone()[0]
+    finally:
+        connection.close()
+    sizes = (Path(f"{file}{suffix}") for suffix in ("", "-wal"))
+    return answers, sum(part.stat().st_size for part in sizes if part.exists())
+
+
 def _open(path: Path) -> sqlite3.Connection:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unusable(path, f"its folder cannot be made: {error.strerror}") from None
-    connection = None
-    try:
-        connection = sqlite3.connect(path, timeout=_BUSY_S, check_same_thread=False)
-        _prepare(connection)
-    except (sqlite3.Error, CacheError) as error:
-        if connection is not None:
-            connection.close()
+        return open_store(path, FORMAT)
+    except Unusable as error:
         raise _unusable(path, str(error)) from None
-    return connection
-
-
-def _prepare(connection: sqlite3.Connection) -> None:
-    # The tables first: another rank may finish preparing the file between the two questions.
-    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    found = connection.execute("PRAGMA application_id").fetchone()[0]
-    if tables == 0 and found == 0:
-        _write_ahead(connection)
-        with connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, task TEXT NOT NULL,"
-                " model TEXT NOT NULL, answer TEXT NOT NULL) WITHOUT ROWID"
-            )
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    elif found != APPLICATION_ID:
-        raise CacheError("it is a database of something else")
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version != SCHEMA_VERSION:
-        raise CacheError(f"it has format {version}, this version of balcap reads format {SCHEMA_VERSION}")
-    connection.execute("PRAGMA synchronous = NORMAL")
-
-
-def _write_ahead(connection: sqlite3.Connection) -> None:
-    # Ranks that start together switch the new file at once; SQLite does not wait by itself for this lock.
-    deadline = time.monotonic() + _BUSY_S
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
 
 
 def _unusable(path: str | os.PathLike[str] | None, why: str) -> CacheError:

@@ -1,4 +1,4 @@
-"""The one place that calls litellm.
+"""The one place that calls litellm: one call, what it cost, and what its failure means.
 
 litellm takes seconds to import and reads a price table from the network unless told otherwise, so it is
 imported when the first question is asked, never by importing this file.
@@ -10,176 +10,287 @@ import asyncio
 import functools
 import importlib
 import inspect
-import json
 import logging
 import os
-import random
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from balcap.judge.answers import extract_json
-from balcap.judge.errors import InvalidAnswer, JudgeFailure
+from balcap.judge.errors import FailureKind, InvalidAnswer
 from balcap.judge.redact import redact
-from balcap.judge.request import Request, response_format
-from balcap.judge.stats import Counters
+from balcap.judge.request import Question, Route, response_format, wire
+from balcap.judge.tasks.base import Message
 
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-BACKOFF_S = 0.5  # before the first retry; doubles with each
-LONGEST_BACKOFF_S = 30.0
 # Set here, or a matter of how a question is asked; in `params` they would be silently overruled.
 RESERVED = {"model", "messages", "response_format", "stream", "n", "timeout", "drop_params"}
-RESERVED |= {"num_retries", "max_retries", "fallbacks", "caching"}
+RESERVED |= {"num_retries", "max_retries", "fallbacks", "caching", "rpm", "tpm", "max_parallel_requests"}
 
 
-class _Transient(Exception):
-    """A failed call that may succeed when it is repeated; waits at least `after` seconds."""
-
-    def __init__(self, reason: str, after: float = 0.0):
-        super().__init__(reason)
-        self.after = after
-
-
-class Client:
-    """Asks one provider at a time through litellm, with a limit of concurrency, a timeout and retries.
-
-    Lives on one event loop. Retried, with exponential back-off and jitter: rate limits, timeouts, server
-    and connection errors, and answers that are not what was asked for. Not retried, since they would fail
-    and cost again: bad requests, wrong keys, unknown models, refusals, content policy, contexts that are
-    too long, answers cut at ``max_tokens``, exhausted quotas.
+@dataclass(frozen=True)
+class Deployment:
+    """One place where the judge's model is served.
 
     Args:
-        counters: where calls, tokens and cost are counted.
-        concurrency: calls under way at once, at least 1.
-        timeout_s: seconds per call.
-        retries: repetitions after the first call.
-        providers: litellm provider name -> import path of a `CustomLLM` subclass.
+        model: litellm model string, such as ``azure/<deployment>``.
+        params: added to, and stronger than, ``model.judge.params``; a key as ``api_key: os.environ/<NAME>``.
+        rpm: requests per minute of this process, at least 1; null for no limit.
+        tpm: tokens per minute of this process, at least 1; null for no limit.
+        max_parallel: calls under way at once, at least 1; null leaves it to ``model.judge.concurrency``.
+    """
+
+    model: str
+    params: dict[str, Any] | None = None
+    rpm: int | None = None
+    tpm: int | None = None
+    max_parallel: int | None = None
+
+
+@dataclass(frozen=True)
+class Price:
+    """US dollars per million tokens, each at least 0.
+
+    Args:
+        input: of the prompt, images included.
+        output: of the answer, reasoning included.
+        cached: of the part of the prompt that the provider had in its prefix cache; null for `input`.
+    """
+
+    input: float
+    output: float
+    cached: float | None = None
+
+    def usd(self, tokens_in: int, tokens_out: int, tokens_cached: int) -> float:
+        """Dollars for a call."""
+        cached = self.input if self.cached is None else self.cached
+        fresh = tokens_in - tokens_cached
+        return (fresh * self.input + tokens_cached * cached + tokens_out * self.output) / 1e6
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a call used.
+
+    Attributes:
+        tokens_in, tokens_out, tokens_cached: as in `balcap.judge.ledger.Call`.
+        usd: dollars, None where no price is known.
+    """
+
+    tokens_in: int = 0
+    tokens_out: int = 0
+    tokens_cached: int = 0
+    usd: float | None = 0.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back.
+
+    Attributes:
+        text: of the answer, not empty.
+        bill: what it used.
+    """
+
+    text: str
+    bill: Bill
+
+
+class CallFailed(Exception):
+    """A call that brought no answer.
+
+    Args:
+        kind: what sort of failure it is.
+        reason: why, for a person; free of secrets.
+        may_pass: a repetition may succeed.
+        after: seconds that the provider asks to wait.
+        bill: what it used all the same.
+        held_back: our own limits kept it from being sent.
     """
 
     def __init__(
         self,
-        counters: Counters,
-        concurrency: int,
-        timeout_s: float,
-        retries: int,
-        providers: Mapping[str, str],
+        kind: FailureKind,
+        reason: str,
+        may_pass: bool = False,
+        after: float = 0.0,
+        bill: Bill | None = None,
+        held_back: bool = False,
     ):
-        self._counters = counters
-        self._timeout_s = timeout_s
-        self._retries = retries
-        self._providers = providers
-        self._slots = asyncio.Semaphore(concurrency)
-        self._litellm: Any = None
-        self._schema_refused: set[str] = set()
-        self._keyless: dict[str, bool] = {}
-        self._warned: set[tuple[str, str]] = set()
+        super().__init__(reason)
+        self.kind = kind
+        self.may_pass, self.after, self.held_back = may_pass, after, held_back
+        self.bill = bill or Bill()
 
-    async def ask(self, request: Request, parse: Callable[[dict[str, Any]], T]) -> tuple[T, str]:
-        """The parsed answer and its JSON text.
+
+class Client:
+    """One call at a time, through a litellm `Router`.
+
+    The router chooses among the deployments of a judge, keeps their limits and rests those that fail; it
+    repeats nothing and falls back to nothing by itself, so that every call can be booked. Lives on one
+    event loop.
+
+    Args:
+        deployments: where `model` is served; empty: it is reached by its own name.
+        model: the judge that `deployments` belong to.
+        providers: litellm provider name -> import path of a `CustomLLM` subclass.
+        prices: litellm model string -> what it costs, stronger than litellm's own table.
+        cooldown_s: seconds that a failing deployment rests.
+    """
+
+    def __init__(
+        self,
+        deployments: Sequence[Deployment],
+        model: str,
+        providers: Mapping[str, str],
+        prices: Mapping[str, Price],
+        cooldown_s: float = 5.0,
+    ):
+        self._deployments = {model: list(deployments)} if deployments else {}
+        self._providers = providers
+        self._prices = prices
+        self._cooldown_s = cooldown_s
+        self._litellm: Any = None
+        self._routers: dict[str, Any] = {}
+        self._schema_refused: set[str] = set()
+
+    async def call(
+        self, question: Question, route: Route, messages: Sequence[Message], timeout_s: float
+    ) -> Reply:
+        """One call to `route`.
 
         Args:
-            request: the question.
-            parse: from the JSON object to the answer; raises `InvalidAnswer`.
+            question: what is asked, for the form of the answer and how images are sent.
+            messages: the chat.
+            timeout_s: seconds.
 
         Raises:
-            JudgeFailure: when retries are used up or cannot help.
+            CallFailed: whatever went wrong.
+            InvalidReply: the answer is empty.
+            ImageError: if the image cannot be sent.
         """
-        reason = ""
-        for attempt in range(self._retries + 1):
-            self._counters.retries += attempt > 0
-            try:
-                async with self._slots:
-                    text = await self._call(request)
-                answer = extract_json(text)
-                return parse(answer), json.dumps(answer)
-            except InvalidAnswer as error:
-                reason = f"invalid answer of {request.model}: {redact(str(error))}"
-            except _Transient as error:
-                reason = str(error)
-                if attempt < self._retries:
-                    await asyncio.sleep(_pause(attempt, error.after))
-            except JudgeFailure as final:
-                self._failed(final)
-                raise
-        failure = JudgeFailure(request.task, f"{reason} (after {self._retries + 1} calls)")
-        self._failed(failure)
-        raise failure
-
-    async def _call(self, request: Request) -> str:
-        """One call; the text of the answer."""
-        litellm = self._connect()
-        self._counters.calls += 1
+        litellm = self.connect()
         try:
-            settings = self._settings(litellm, request)
-            async with asyncio.timeout(self._timeout_s):
-                response = await litellm.acompletion(**settings)
+            router = self._router(litellm, route)
+            settings = self._settings(litellm, question, route)
+            chat = wire(messages, question.images, _provider(litellm, self._places(route)[0].model))
+            async with asyncio.timeout(timeout_s):
+                response = await router.acompletion(
+                    model=route.name, messages=chat, timeout=timeout_s, **settings
+                )
         except TimeoutError:
-            raise _Transient(f"no answer of {request.model} within {self._timeout_s:g} s") from None
+            raise CallFailed("timeout", f"no answer of {route.model} within {timeout_s:g} s", True) from None
+        except ValueError as error:
+            if type(error).__module__.startswith("balcap"):  # ImageError is ours
+                raise
+            raise self._understood(litellm, route, error) from None
         except Exception as error:  # providers, also our users' own, raise whatever they like
-            if request.model not in self._schema_refused and _refuses_schema(litellm, error):
+            if route.name not in self._schema_refused and _refuses_schema(litellm, error):
                 # Not every OpenAI-compatible server knows schemas. The prompt states the form as well.
-                self._schema_refused.add(request.model)
-                return await self._call(request)
-            raise _classified(litellm, request, error) from None
-        self._bill(response)
-        return _content(request, response)
+                self._schema_refused.add(route.name)
+                return await self.call(question, route, messages, timeout_s)
+            raise self._understood(litellm, route, error) from None
+        return _read(route, response, self._bill(route, response))
 
-    def _settings(self, litellm: Any, request: Request) -> dict[str, Any]:
-        settings = {
-            "model": request.model,
-            "messages": request.messages,
-            "timeout": self._timeout_s,
-            "drop_params": True,
-            "max_retries": 0,  # ours are the only retries
-            "num_retries": 0,
-            "no-log": True,  # litellm's callbacks cost a third of the time of an in-process call
-            **self._placeholder_key(litellm, request),
-            **request.params,
-        }
-        if request.model not in self._schema_refused and _takes_schema(litellm, request.model):
-            settings["response_format"] = response_format(request.task, request.schema)
-        return settings
-
-    def _placeholder_key(self, litellm: Any, request: Request) -> dict[str, str]:
-        """A server of one's own rarely asks for a key, but the clients insist on one."""
-        if not request.params.get("api_base"):
-            return {}
-        if request.model not in self._keyless:
-            self._keyless[request.model] = bool(missing_keys(litellm, request.model))
-        return {"api_key": "none"} if self._keyless[request.model] else {}
-
-    def _connect(self) -> Any:
+    def connect(self) -> Any:
+        """litellm, with our providers; the first time it takes seconds."""
         if self._litellm is None:
             self._litellm = import_litellm()
             _forget_clients(self._litellm)
             register_providers(self._litellm, self._providers)
         return self._litellm
 
-    def _bill(self, response: Any) -> None:
-        counters, usage = self._counters, getattr(response, "usage", None)
-        counters.tokens_in += getattr(usage, "prompt_tokens", 0) or 0
-        counters.tokens_out += getattr(usage, "completion_tokens", 0) or 0
-        cost = (getattr(response, "_hidden_params", None) or {}).get("response_cost")
-        counters.cost_usd += cost or 0.0
-        counters.unpriced_calls += cost is None
-
-    def _failed(self, failure: JudgeFailure) -> None:
-        self._counters.failures[failure.task] += 1
-        kind = (failure.task, failure.reason[:40])
-        if kind not in self._warned:  # one line per kind of trouble, not one per caption
-            self._warned.add(kind)
-            logger.warning("judge: %s", failure)
-
     async def close(self) -> None:
         """Close the connections that belong to this client's event loop."""
-        if self._litellm is not None:
-            for client in _forget_clients(self._litellm):
-                close = getattr(client, "close", None) or getattr(client, "aclose", None)
-                result = close() if close is not None else None
-                if inspect.isawaitable(result):
-                    await result
+        if self._litellm is None:
+            return
+        for router in self._routers.values():
+            router.discard()
+        self._routers.clear()
+        for client in _forget_clients(self._litellm):
+            close = getattr(client, "close", None) or getattr(client, "aclose", None)
+            result = close() if close is not None else None
+            if inspect.isawaitable(result):
+                await result
+
+    def _places(self, route: Route) -> list[Deployment]:
+        return self._deployments.get(route.model) or [Deployment(route.model)]
+
+    def _router(self, litellm: Any, route: Route) -> Any:
+        if route.name not in self._routers:
+            places = self._places(route)
+            by_tokens = any(place.tpm for place in places)
+            self._routers[route.name] = litellm.Router(
+                model_list=[
+                    {"model_name": route.name, "litellm_params": _deployed(litellm, route, place)}
+                    for place in places
+                ],
+                num_retries=0,
+                cooldown_time=self._cooldown_s,
+                routing_strategy="usage-based-routing-v2" if by_tokens else "simple-shuffle",
+            )
+        return self._routers[route.name]
+
+    def _settings(self, litellm: Any, question: Question, route: Route) -> dict[str, Any]:
+        settings: dict[str, Any] = {"drop_params": True, "max_retries": 0, "num_retries": 0}
+        if not any(place.tpm for place in self._places(route)):
+            settings["no-log"] = True  # litellm's callbacks cost a third of the time of an in-process call
+        takes = all(_takes_schema(litellm, place.model) for place in self._places(route))
+        if takes and route.name not in self._schema_refused:
+            settings["response_format"] = response_format(question.task.name, question.task.schema)
+        return settings
+
+    def _bill(self, route: Route, response: Any) -> Bill:
+        usage = getattr(response, "usage", None)
+        tokens_in = getattr(usage, "prompt_tokens", 0) or 0
+        tokens_out = getattr(usage, "completion_tokens", 0) or 0
+        cached = getattr(getattr(usage, "prompt_tokens_details", None), "cached_tokens", 0) or 0
+        hidden = getattr(response, "_hidden_params", None) or {}
+        price = self._prices.get(hidden.get("litellm_model_name") or "") or self._prices.get(route.model)
+        if price is not None:
+            return Bill(tokens_in, tokens_out, cached, price.usd(tokens_in, tokens_out, cached))
+        return Bill(tokens_in, tokens_out, cached, hidden.get("response_cost"))
+
+    def _understood(self, litellm: Any, route: Route, error: Exception) -> CallFailed:
+        """What an exception of litellm means for us, free of secrets."""
+        kinds = litellm.exceptions
+        reason = redact(f"{route.model}: {type(error).__name__}: {error}")
+        text = str(error)
+        if isinstance(error, litellm.types.router.RouterRateLimitErrorBasic) or "over defined" in text:
+            return CallFailed("limited", reason, True, 1.0, held_back=True)
+        if isinstance(error, litellm.types.router.RouterRateLimitError):  # all deployments rest
+            return CallFailed("limited", reason, True, min(error.cooldown_time, self._cooldown_s))
+        body = getattr(error, "body", None)
+        spent = isinstance(body, dict) and body.get("code") == "insufficient_quota"  # comes as a rate limit
+        status = getattr(error, "status_code", None)
+        if spent:
+            return CallFailed("rejected", reason)
+        if isinstance(error, kinds.RateLimitError):
+            return CallFailed("limited", reason, True, _retry_after(error))
+        if isinstance(error, kinds.Timeout):
+            return CallFailed("timeout", reason, True)
+        if isinstance(error, kinds.APIConnectionError):
+            return CallFailed("connection", reason, True)
+        if isinstance(error, kinds.ContextWindowExceededError):
+            return CallFailed("too_long", reason)
+        if isinstance(error, kinds.ContentPolicyViolationError):
+            return CallFailed("filtered", reason)
+        if isinstance(error, kinds.APIError) or (isinstance(status, int) and status >= 500):
+            return CallFailed("server", reason, True, _retry_after(error))  # or no answer of a model at all
+        return CallFailed("rejected", reason)
+
+
+class InvalidReply(InvalidAnswer):
+    """An answer that is not what was asked for, with what it cost.
+
+    Args:
+        reason: what is wrong with it.
+        text: what the model wrote.
+        bill: what it used.
+    """
+
+    def __init__(self, reason: str, text: str, bill: Bill):
+        super().__init__(reason)
+        self.text, self.bill = text, bill
 
 
 @functools.cache
@@ -187,6 +298,7 @@ def import_litellm() -> Any:
     """litellm, quiet: no price table from the network, no help texts on the console."""
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     import litellm
+    import litellm.types.router  # `Router` itself is a lazy attribute
 
     litellm.suppress_debug_info = True
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
@@ -240,10 +352,32 @@ def provider_of(litellm: Any, model: str, providers: Mapping[str, str]) -> str |
         return None
 
 
-def _pause(attempt: int, after: float) -> float:
-    # Full jitter on the upper half: clients that were refused together do not come back together.
-    pause = min(BACKOFF_S * 2**attempt, LONGEST_BACKOFF_S) * random.uniform(0.5, 1.0)
-    return max(pause, min(after, LONGEST_BACKOFF_S))
+def listed_price(litellm: Any, model: str) -> Price | None:
+    """litellm's own price of a model, None if its table does not hold it."""
+    try:
+        info = litellm.get_model_info(model)
+    except Exception:  # it raises plain exceptions for models that it does not know
+        return None
+    given, made = info.get("input_cost_per_token"), info.get("output_cost_per_token")
+    if given is None or made is None:
+        return None
+    cached = info.get("cache_read_input_token_cost")
+    return Price(given * 1e6, made * 1e6, None if cached is None else cached * 1e6)
+
+
+def _deployed(litellm: Any, route: Route, place: Deployment) -> dict[str, Any]:
+    params = {"model": place.model, **route.params, **(place.params or {})}
+    if params.get("api_base") and not params.get("api_key") and missing_keys(litellm, place.model):
+        params["api_key"] = "none"  # a server of one's own rarely asks for a key, but the clients insist
+    limits = {"rpm": place.rpm, "tpm": place.tpm, "max_parallel_requests": place.max_parallel}
+    return params | {name: value for name, value in limits.items() if value is not None}
+
+
+def _provider(litellm: Any, model: str) -> str:
+    try:
+        return litellm.get_llm_provider(model)[1]
+    except litellm.exceptions.BadRequestError:
+        return ""
 
 
 @functools.lru_cache(maxsize=64)
@@ -260,27 +394,6 @@ def _refuses_schema(litellm: Any, error: Exception) -> bool:
     return refused and isinstance(error, litellm.exceptions.BadRequestError)
 
 
-def _classified(litellm: Any, request: Request, error: Exception) -> Exception:
-    """What an exception of litellm means for us: `_Transient` or `JudgeFailure`, free of secrets."""
-    kinds = litellm.exceptions
-    reason = redact(f"{request.model}: {type(error).__name__}: {error}")
-    transient = (
-        kinds.RateLimitError,
-        kinds.Timeout,
-        kinds.ServiceUnavailableError,
-        kinds.BadGatewayError,
-        kinds.InternalServerError,
-        kinds.APIConnectionError,
-    )
-    status = getattr(error, "status_code", None)
-    server = isinstance(error, kinds.APIError) and isinstance(status, int) and status >= 500
-    body = getattr(error, "body", None)
-    spent = isinstance(body, dict) and body.get("code") == "insufficient_quota"  # comes as a rate limit
-    if (isinstance(error, transient) or server) and not spent:
-        return _Transient(reason, _retry_after(error))
-    return JudgeFailure(request.task, reason)
-
-
 def _retry_after(error: Exception) -> float:
     headers = getattr(error, "litellm_response_headers", None)
     headers = headers or getattr(getattr(error, "response", None), "headers", None) or {}
@@ -290,23 +403,28 @@ def _retry_after(error: Exception) -> float:
         return 0.0
 
 
-def _content(request: Request, response: Any) -> str:
-    choice = response.choices[0]
-    text = choice.message.content or ""
-    fields = getattr(choice.message, "provider_specific_fields", None) or {}
-    if getattr(choice.message, "refusal", None) or fields.get("refusal"):
-        raise JudgeFailure(request.task, f"{request.model} refused to answer")
-    if choice.finish_reason == "content_filter":
-        raise JudgeFailure(request.task, f"the content filter of {request.model} stopped the answer")
-    if choice.finish_reason == "length":
+def _read(route: Route, response: Any, bill: Bill) -> Reply:
+    """The text of the answer; raises `CallFailed` or `InvalidReply`."""
+    choices = getattr(response, "choices", None) or []
+    if not choices:
+        raise InvalidReply("it holds no choice", "", bill)
+    message = choices[0].message
+    text = message.content or ""
+    fields = getattr(message, "provider_specific_fields", None) or {}
+    if getattr(message, "refusal", None) or fields.get("refusal"):
+        raise CallFailed("refused", f"{route.model} refused to answer", bill=bill)
+    if choices[0].finish_reason == "content_filter":
+        reason = f"the content filter of {route.model} stopped the answer"
+        raise CallFailed("filtered", reason, bill=bill)
+    if choices[0].finish_reason == "length":
         try:
             extract_json(text)
         except InvalidAnswer:
-            hint = "raise model.judge.params.max_tokens"
-            raise JudgeFailure(request.task, f"the answer of {request.model} was cut short: {hint}") from None
+            reason = f"the answer of {route.model} was cut short: raise model.judge.params.max_tokens"
+            raise CallFailed("cut", reason, bill=bill) from None
     if not text.strip():
-        raise InvalidAnswer("it is empty")
-    return text
+        raise InvalidReply("it is empty", "", bill)
+    return Reply(text, bill)
 
 
 def _forget_clients(litellm: Any) -> list[Any]:

@@ -1,6 +1,23 @@
-"""What can go wrong with a judgment."""
+"""What can go wrong with a judgment, and with a judge."""
 
 from __future__ import annotations
+
+from typing import Literal
+
+FailureKind = Literal[
+    "refused",  # the model declines
+    "filtered",  # the provider's content filter
+    "invalid",  # not what was asked for: no JSON, a wrong length, unknown ids, empty
+    "cut",  # ran into max_tokens
+    "too_long",  # does not fit the context window
+    "rejected",  # bad request, wrong key, unknown model, spent quota
+    "image",  # cannot be decoded
+    "limited",  # rate limit
+    "timeout",
+    "server",  # 5xx
+    "connection",
+    "stopped",  # not asked: the run is ending
+]
 
 
 class InvalidAnswer(ValueError):
@@ -18,16 +35,38 @@ class JudgeFailure(RuntimeError):
     Args:
         task: name of the task.
         reason: why, for a person; free of secrets.
+        kind: what sort of failure it is.
     """
 
-    def __init__(self, task: str, reason: str):
+    def __init__(self, task: str, reason: str, kind: FailureKind = "rejected"):
         super().__init__(f"{task}: {reason}")
         self.task = task
         self.reason = reason
+        self.kind: FailureKind = kind
 
-    def __reduce__(self) -> tuple[type[JudgeFailure], tuple[str, str]]:
-        return type(self), (self.task, self.reason)
+    def __reduce__(self) -> tuple[type[JudgeFailure], tuple[str, str, str]]:
+        return type(self), (self.task, self.reason, self.kind)
 
 
-class CacheError(RuntimeError):
+class RunStopped(RuntimeError):
+    """The run ends here on purpose, with a checkpoint; the message says why and how to go on."""
+
+
+class JudgeUnavailable(RunStopped):
+    """Too many of the recent judgments failed: going on would train on nothing."""
+
+
+class BudgetSpent(RunStopped):
+    """``budget_usd`` is spent: no further call is made."""
+
+
+class StoreError(RuntimeError):
+    """A file that keeps judgments or their cost cannot be used."""
+
+
+class CacheError(StoreError):
     """The file named by ``model.judge.cache`` cannot serve as a cache of judgments."""
+
+
+class LedgerError(StoreError):
+    """The file named by ``model.judge.ledger`` cannot serve as a ledger."""

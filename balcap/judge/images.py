@@ -1,50 +1,161 @@
-"""The image as the judge gets it."""
+"""The image as the judge gets it: the file as it is where that fits, else the pixels that the policy sees."""
 
 from __future__ import annotations
 
 import base64
 import io
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DETAILS = ("low", "high", "auto")
+"""How closely a provider is told to look."""
 
 _MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
+_LOSSLESS = {"PNG", "GIF", "BMP", "TIFF"}  # stay lossless when they are re-encoded
+_PLAIN_MODES = {"1", "L", "P", "RGB"}  # not CMYK, 16 bits or floating point
 _ORIENTATION = 0x0112
+_LOWER_QUALITIES = (75, 50)  # tried before the picture is made smaller than max_side
+_SMALLER = 0.7  # of the side, at each further step
+_LEAST_SIDE = 28  # pixels; one visual token of the Qwen-VL family
 
 
 class ImageError(ValueError):
-    """The bytes are not an image that can be decoded."""
+    """The bytes are not an image that can be sent."""
 
 
-@lru_cache(maxsize=32)  # a group asks for the same image once per caption
-def data_url(image: bytes) -> str:
-    """The image as a ``data:`` URL, deterministic.
+@dataclass(frozen=True)
+class ImagePolicy:
+    """How images are sent to the judge.
 
-    JPEG, PNG, WEBP and GIF files travel as they are, metadata included. A file that providers refuse or
-    show differently from what the policy sees (another format, CMYK, animated, EXIF rotation) is
-    re-encoded upright in RGB, its first frame: JPEG if it was JPEG, else PNG.
+    A file travels as it is, metadata included, where every provider sees in it what the policy sees: JPEG,
+    PNG, WEBP or GIF, upright, still, opaque, at most 8 bits a channel, not CMYK, within `max_side` and
+    `max_mb`. Everything else is re-encoded from the policy's own pixels, without metadata.
+
+    Args:
+        max_side: pixels of the longer side, at least 28; larger images are scaled down. Lower it to pay less
+            where a provider counts image tokens by size.
+        max_mb: megabytes (10^6 bytes) of the file, above 0. Providers count base64, a third more: their
+            usual limit of 20 MB is 15 here.
+        quality: of re-encoded JPEGs, 1 to 95. It is lowered, and then the size, for a file above `max_mb`.
+        detail: ``low``, ``high`` or ``auto``, how closely the provider looks; or litellm provider name ->
+            one of them; null for the provider's default.
+    """
+
+    max_side: int = 2048
+    max_mb: float = 15.0
+    quality: int = 90
+    detail: str | dict[str, str] | None = field(default=None, hash=False)
+
+    def detail_for(self, provider: str) -> str | None:
+        """The detail to ask `provider` (litellm's name of it) for; None for its default."""
+        return self.detail.get(provider) if isinstance(self.detail, dict) else self.detail
+
+    def problems(self, key: str = "model.judge.images") -> list[str]:
+        """What is out of range, each with the key to change."""
+        found = []
+        if self.max_side < _LEAST_SIDE:
+            found.append(f"{key}.max_side: {self.max_side} pixels; it must be at least {_LEAST_SIDE}")
+        if not 0 < self.max_mb < float("inf"):
+            found.append(f"{key}.max_mb: {self.max_mb} MB; it must be above 0")
+        if not 1 <= self.quality <= 95:
+            found.append(f"{key}.quality: {self.quality}; JPEG quality goes from 1 to 95")
+        details = self.detail if isinstance(self.detail, dict) else {"": self.detail}
+        for provider, detail in details.items():
+            if detail not in DETAILS and not (detail is None and provider == ""):
+                where = f"{key}.detail.{provider}".rstrip(".")
+                found.append(f"{where}: {detail!r}; there are {', '.join(DETAILS)}")
+        return found
+
+
+@lru_cache(maxsize=16)  # the questions about an image come together
+def image_url(image: bytes, policy: ImagePolicy) -> str:
+    """The image as a ``data:`` URL, deterministic: the original bytes where `policy` lets them pass.
+
+    Else its pixels as `balcap.data.images.decode_image` gives them to the policy's processor (first frame,
+    upright, transparency on white, 16 bits scaled to 8), scaled down to ``max_side``: PNG, GIF, BMP and TIFF
+    as PNG, or as JPEG where the PNG is above ``max_mb``; other formats as JPEG.
 
     Raises:
-        ImageError: if Pillow cannot read it.
+        ImageError: if the policy could not see it either, or no small version of it is within ``max_mb``.
     """
-    from PIL import Image, ImageOps
+    from balcap.data.images import PILLOW_MAX_PIXELS, BadImage, decode_image
 
+    kind, plain = _inspect(image, policy.max_side)
+    if plain and kind in _MIME and len(image) <= policy.max_mb * 1e6:
+        return _url(_MIME[kind], image)
     try:
-        with Image.open(io.BytesIO(image)) as opened:
-            kind = "JPEG" if opened.format == "MPO" else str(opened.format)
-            upright = opened.getexif().get(_ORIENTATION, 1) == 1
-            still = getattr(opened, "n_frames", 1) == 1
-            if opened.format in _MIME and upright and still and opened.mode != "CMYK":
-                return _url(_MIME[opened.format], image)
-            rgb = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"the image cannot be decoded ({type(error).__name__})") from None
+        pixels = decode_image(image, PILLOW_MAX_PIXELS)  # the data module has its own, lower limit
+    except BadImage as bad:
+        raise ImageError(f"the image cannot be decoded ({bad.cause})") from None
+    pixels = _scaled(pixels, policy.max_side)
+    if kind in _LOSSLESS:
+        content = _encoded(pixels, "PNG")
+        if len(content) <= policy.max_mb * 1e6:
+            return _url("image/png", content)
+    return _url("image/jpeg", _small_jpeg(pixels, policy))
+
+
+def _inspect(image: bytes, max_side: int) -> tuple[str, bool]:
+    """Pillow's name of the format, and whether every reader sees in the file what the policy sees."""
+    from PIL import Image
+
+    from balcap.data.images import FORMATS
+
+    kind = ""
+    try:
+        with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+            kind = str(opened.format)
+            plain = opened.mode in _PLAIN_MODES and not opened.has_transparency_data
+            if not plain or max(opened.size) > max_side or getattr(opened, "n_frames", 1) != 1:
+                return kind, False
+            opened.load()  # a file that breaks off is refused here, not by a provider
+            return kind, opened.getexif().get(_ORIENTATION, 1) == 1
+    except Exception:  # broken bytes raise whatever they lead to; decoding then says what is wrong
+        return kind, False
+
+
+def _small_jpeg(pixels: Image, policy: ImagePolicy) -> bytes:
+    """JPEG of at most ``max_mb``: first of lower quality, then of smaller size.
+
+    Raises:
+        ImageError: if even a tiny one is above it.
+    """
+    while True:
+        for quality in (policy.quality, *(low for low in _LOWER_QUALITIES if low < policy.quality)):
+            content = _encoded(pixels, "JPEG", quality=quality, subsampling=0)
+            if len(content) <= policy.max_mb * 1e6:
+                return content
+        side = int(max(pixels.size) * _SMALLER)
+        if side < _LEAST_SIDE:
+            raise ImageError(f"no version of the image is within {policy.max_mb:g} MB: raise images.max_mb")
+        pixels = _scaled(pixels, side)
+
+
+def _scaled(pixels: Image, max_side: int) -> Image:
+    from PIL.Image import Resampling
+
+    longer = max(pixels.size)
+    if longer <= max_side:
+        return pixels
+    width, height = (max(1, round(side * max_side / longer)) for side in pixels.size)
+    return pixels.resize((width, height), Resampling.LANCZOS)
+
+
+def _encoded(pixels: Image, kind: str, **options: int) -> bytes:
     buffer = io.BytesIO()
-    if kind == "JPEG":
-        rgb.save(buffer, "JPEG", quality=95, subsampling=0)
-        return _url("image/jpeg", buffer.getvalue())
-    rgb.info.clear()  # a colour profile or gamma of the source does not fit the converted pixels
-    rgb.save(buffer, "PNG")
-    return _url("image/png", buffer.getvalue())
+    pixels.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def _url(mime: str, content: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+@lru_cache(maxsize=16)
+def data_url(image: bytes) -> str:
+    """`image_url` under the default policy."""
+    return image_url(image, ImagePolicy())

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from balcap.judge.cache import cache_problem
-from balcap.judge.client import (
-    RESERVED,
-    import_litellm,
-    load_provider,
-    missing_keys,
-    provider_of,
-    register_providers,
-)
-from balcap.judge.errors import JudgeFailure
-from balcap.judge.group import Group
-from balcap.judge.images import ImageError
+from balcap.judge.asking import Limits
+from balcap.judge.client import Client, Deployment, Price
+from balcap.judge.errors import JudgeFailure, RunStopped
+from balcap.judge.images import ImagePolicy
 from balcap.judge.loop import BackgroundLoop
-from balcap.judge.request import Request
+from balcap.judge.request import Question, Route
 from balcap.judge.session import Session
 from balcap.judge.stats import JudgeStats
 from balcap.judge.tasks import Decompose, Match, Rate, Rating, Task, Verdict, Verify
@@ -33,16 +24,15 @@ T = TypeVar("T")
 
 _OPENING = threading.Lock()
 _LEFT_BEHIND: list[Session] = []  # of the parent process: closing them after a fork would disturb the parent
-_SECRET = re.compile(r"(^|_)(api_key|key|secret|token|password|credentials)$")
 
 
 @dataclass(frozen=True)
 class TaskModel:
-    """Another model, or other parameters, for one kind of judgment.
+    """Another model, or other parameters: for one kind of judgment, or as a fallback.
 
     Args:
         model: litellm model string; null keeps ``model.judge.model``.
-        params: replaces ``model.judge.params`` for this task; null keeps them.
+        params: replaces ``model.judge.params``; null keeps them.
     """
 
     model: str | None = None
@@ -52,12 +42,15 @@ class TaskModel:
 class Judge:
     """Answers the questions that rewards are made of, by any model that litellm reaches.
 
-    A judgment that fails, after its retries, raises `JudgeFailure` here and becomes a missing reward (NaN)
-    in the reward suite, never 0. The object is plain data until the first question: it can be pickled,
-    copied and used after a fork, and every process opens its own connections.
+    A judgment that fails, after its retries and fallbacks, is a `JudgeFailure` here and becomes a missing
+    reward (NaN) in the reward suite, never 0. The object is plain data until the first question: it can be
+    pickled, copied and used after a fork, and every process opens its own connections.
 
     Args:
         model: litellm model string, ``<provider>/<model>``, such as ``openai/gpt-4o-mini``.
+        deployments: where `model` is served, with their limits; null: it is reached by its own name.
+        fallbacks: other judges, asked in this order when `model` (or a task's own model) fails; null for
+            none. Their answers are kept under their own names.
         providers: litellm provider name -> import path of a `litellm.CustomLLM` subclass, for judges that
             run in this process; null for none.
         per_task: task name (``decompose``, ``verify``, ``match``, ``rate``) -> another model or other
@@ -65,40 +58,104 @@ class Judge:
         params: passed on with every call, such as ``temperature``, ``reasoning_effort``, ``max_tokens`` or
             ``api_base``. What a model does not know is dropped. Keys come from the environment, never from
             here.
+        grouping: ``group`` judges the captions of an image together: their assertions, without repetitions,
+            are verified in one call with one image, and every verdict is remembered. ``per_rollout`` makes
+            a call of its own for each caption and kind, several times as dear: the baseline.
+        per_call: task name -> most items in one call (captions; assertions for ``verify``), each at least
+            1; null for each task's own (4, 60, 8 and, for ``rate``, 1).
+        images: how images are sent.
+        prices: litellm model string -> US dollars per million tokens, for models that litellm has no price
+            for, or another one; null for none.
         concurrency: calls under way at once, at least 1.
         timeout_s: seconds until a call counts as failed, above 0.
+        deadline_s: seconds until a judgment counts as failed, all its calls included, at least `timeout_s`;
+            null for three times that.
         retries: repetitions of a call that failed in a way that may pass, at least 0.
+        max_failed_share: the run ends, with a checkpoint, when more than this share of the recent judgments
+            failed, in (0, 1]; 1 never ends it.
+        budget_usd: the run ends, with a checkpoint, when so many dollars are spent, above 0; calls that are
+            under way then are still paid. Counts the whole `ledger`; null for no limit.
         cache: SQLite file that keeps the answers, shared by the processes of one machine; null for none.
+        ledger: SQLite file with a row for every call; null for none. ``fit`` keeps it in the run's folder.
     """
 
     def __init__(
         self,
         model: str,
+        deployments: list[Deployment] | None = None,
+        fallbacks: list[TaskModel] | None = None,
         providers: dict[str, str] | None = None,
         per_task: dict[str, TaskModel] | None = None,
         params: dict[str, Any] | None = None,
+        grouping: Literal["group", "per_rollout"] = "group",
+        per_call: dict[str, int] | None = None,
+        images: ImagePolicy = ImagePolicy(),  # noqa: B008  frozen
+        prices: dict[str, Price] | None = None,
         concurrency: int = 64,
         timeout_s: float = 60.0,
+        deadline_s: float | None = None,
         retries: int = 3,
+        max_failed_share: float = 0.5,
+        budget_usd: float | None = None,
         cache: str | None = "runs/judge_cache.sqlite",
+        ledger: str | None = None,
     ):
         self.model = model
+        self.deployments = list(deployments or [])
+        self.fallbacks = list(fallbacks or [])
         self.providers = dict(providers or {})
         self.per_task = dict(per_task or {})
         self.params = dict(params or {})
+        self.grouping = grouping
+        self.per_call = dict(per_call or {})
+        self.images = images
+        self.prices = dict(prices or {})
         self.concurrency = concurrency
         self.timeout_s = timeout_s
+        self.deadline_s = 3 * timeout_s if deadline_s is None else deadline_s
         self.retries = retries
+        self.max_failed_share = max_failed_share
+        self.budget_usd = budget_usd
         self.cache = cache
+        self.ledger = ledger
         self._session: Session | None = None
         self._closed = JudgeStats()
+        self._closed_spent = 0.0
 
     # ---- the questions
 
+    async def ask(
+        self, task: type[Task[AnswerT]], items: Sequence[Any], together: bool = False, **context: Any
+    ) -> list[AnswerT | JudgeFailure]:
+        """An answer of any kind about each item, or the reason why there is none.
+
+        Args:
+            task: the kind of judgment.
+            items: what to judge, such as captions.
+            together: one call for all of them, remembered as a whole; else each is remembered by itself and
+                calls hold as many as ``per_call`` allows.
+            context: what the task's `messages` takes beside the items, such as the image.
+
+        Raises:
+            CacheError, LedgerError: if these files cannot be used.
+        """
+        if not items:
+            return []
+        pieces = [tuple(items)] if together else [(item,) for item in items]
+        question = Question(task(), context, self.routes(task.name), self.images)
+        per_call = len(items) if together else self.per_call.get(task.name, task.per_call)
+        session = self._open()
+        found = await session.loop.here(session.ask(question, pieces, per_call))
+        return [
+            answer
+            for piece, answers in zip(pieces, found, strict=True)
+            for answer in ([answers] * len(piece) if isinstance(answers, JudgeFailure) else answers)
+        ]
+
     async def decompose(self, captions: Sequence[str]) -> list[list[str] | None]:
         """Atomic assertions of each caption, None where the judge failed."""
-        group = Group(self, "", b"", "", captions)
-        return await self._open().loop.here(group.per_rollout(Decompose))
+        answers = await self.ask(Decompose, captions)
+        return [None if isinstance(answer, JudgeFailure) else answer for answer in answers]
 
     async def verify(self, image: bytes, assertions: Sequence[str]) -> list[Verdict]:
         """Is each assertion true of the image, and can one point at it?
@@ -106,7 +163,7 @@ class Judge:
         Raises:
             JudgeFailure: if the judge fails or the image cannot be read.
         """
-        return await self.ask(Verify, image=image, assertions=assertions)
+        return _all(await self.ask(Verify, assertions, image=image))
 
     async def match(self, units: Sequence[str], assertions: Sequence[str]) -> list[bool]:
         """Is each unit of a reference covered by the assertions?
@@ -114,7 +171,7 @@ class Judge:
         Raises:
             JudgeFailure: if the judge fails.
         """
-        return await self.ask(Match, units=units, assertions=assertions)
+        return _all(await self.ask(Match, [tuple(assertions)], units=tuple(units)))[0]
 
     async def rate(self, caption: str) -> Rating:
         """Clarity, fluency and coherency of a caption, each in [0, 1].
@@ -122,35 +179,15 @@ class Judge:
         Raises:
             JudgeFailure: if the judge fails.
         """
-        return await self.ask(Rate, caption=caption)
+        return _all(await self.ask(Rate, [caption]))[0]
 
-    async def ask(self, task: type[Task[AnswerT]], **inputs: Any) -> AnswerT:
-        """One question of any kind.
-
-        Args:
-            task: the kind of judgment.
-            inputs: what its `messages` takes.
-
-        Raises:
-            JudgeFailure: if the judge fails, or an image cannot be read.
-            CacheError: if the cache cannot be used.
-        """
-        asked = task()
-        known = asked.known(**inputs)
-        if known is not None:
-            return known
-        try:
-            messages = asked.messages(**inputs)
-        except ImageError as error:
-            raise JudgeFailure(asked.name, str(error)) from None
-        model, params = self._route(asked.name)
-        request = Request(asked.name, asked.version, model, params, messages, asked.schema)
-
-        def parse(answer: dict[str, Any]) -> AnswerT:
-            return asked.parse(asked.read(answer), **inputs)
-
-        session = self._open()
-        return await session.loop.here(session.ask(request, parse))
+    def routes(self, task: str) -> list[Route]:
+        """Who is asked for a kind of judgment: its judge, then the fallbacks."""
+        own = self.per_task.get(task, TaskModel())
+        asked = [own, *self.fallbacks]
+        return [
+            Route(one.model or self.model, self.params if one.params is None else one.params) for one in asked
+        ]
 
     # ---- synchronous callers
 
@@ -166,77 +203,32 @@ class Judge:
         """Calls, tokens, cost and failures so far, in this process."""
         return self._closed if self._session is None else self._closed + self._session.counters.snapshot()
 
+    def spent(self) -> float:
+        """US dollars spent by all processes that share the ledger, now and in earlier runs."""
+        return self._closed_spent if self._session is None else self._session.ledger.spent()
+
+    @property
+    def stopped(self) -> RunStopped | None:
+        """Why no more questions are asked, None while they are."""
+        return None if self._session is None else self._session.asker.stopped
+
     def close(self) -> None:
-        """Close connections, thread and cache; safe to call twice. A later question opens them again."""
+        """Close connections, thread and files; safe to call twice. A later question opens them again."""
         session, self._session = self._session, None
         if session is not None and session.pid == os.getpid():
             session.close()
             self._closed = self._closed + session.counters.snapshot()
+            self._closed_spent = session.ledger.spent()
 
-    # ---- settings
+    def problems(self, key: str = "model.judge") -> list[str]:
+        """What is wrong with the settings, each message with the key that mends it. Calls no provider.
 
-    def problems(self) -> list[str]:
-        """What is wrong with the settings, each message with the key that mends it. Calls no provider."""
-        found = []
-        if self.concurrency < 1:
-            found.append(f"model.judge.concurrency: {self.concurrency} calls at once; it must be at least 1")
-        if self.timeout_s <= 0:
-            found.append(f"model.judge.timeout_s: {self.timeout_s} s; it must be above 0")
-        if self.retries < 0:
-            found.append(f"model.judge.retries: {self.retries}; it must be at least 0")
-        if self.cache is not None and (problem := cache_problem(self.cache)):
-            found.append(problem)
-        names = {task.name for task in _tasks(Task)}  # type: ignore[type-abstract]
-        found += [
-            f"model.judge.per_task.{name}: no such task; there are {', '.join(sorted(names))}"
-            for name in self.per_task
-            if name not in names
-        ]
-        return found + self._params_problems() + self._model_problems()
+        Args:
+            key: where the judge stands in the config.
+        """
+        from balcap.judge.settings import problems
 
-    def _params_problems(self) -> list[str]:
-        found = []
-        for key, _, params in self._routes():
-            for name in params:
-                if name in RESERVED:
-                    found.append(f"{key}params.{name}: set by the judge itself; remove it")
-                elif _SECRET.search(name):
-                    found.append(f"{key}params.{name}: keys come from the environment; remove it")
-        return list(dict.fromkeys(found))
-
-    def _model_problems(self) -> list[str]:
-        litellm, found, usable = import_litellm(), [], {}
-        for name, path in self.providers.items():
-            try:
-                load_provider(litellm, path)
-            except (ImportError, AttributeError, TypeError) as error:
-                found.append(f"model.judge.providers.{name}: cannot load {path}: {error}")
-            else:
-                usable[name] = path
-        register_providers(litellm, usable)
-        for key, model, params in self._routes():
-            provider = provider_of(litellm, model, self.providers)
-            if provider is None:
-                found.append(
-                    f"{key}model: litellm knows no provider for {model!r}; write <provider>/<model>, such as "
-                    "openai/gpt-4o-mini or hosted_vllm/<name>, or name its class in model.judge.providers"
-                )
-            elif provider not in self.providers and not params.get("api_base"):
-                missing = missing_keys(litellm, model)
-                if missing:
-                    found.append(f"{key}model: {model} needs in the environment: {', '.join(missing)}")
-        return found
-
-    def _routes(self) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-        """Key prefix, model and parameters of the judge and of every task that has its own."""
-        yield "model.judge.", self.model, self.params
-        for name, own in self.per_task.items():
-            if own.model is not None or own.params is not None:
-                yield (f"model.judge.per_task.{name}.", *self._route(name))
-
-    def _route(self, task: str) -> tuple[str, Mapping[str, Any]]:
-        own = self.per_task.get(task, TaskModel())
-        return own.model or self.model, self.params if own.params is None else own.params
+        return problems(self, key)
 
     # ---- one session per process
 
@@ -249,10 +241,14 @@ class Judge:
                 _LEFT_BEHIND.append(self._session)
                 self._session, self._closed = None, JudgeStats()
             if self._session is None:
-                self._session = Session(
-                    self.cache, self.concurrency, self.timeout_s, self.retries, self.providers
+                limits = Limits(
+                    self.concurrency, self.timeout_s, self.deadline_s, self.retries, self.budget_usd
                 )
+                self._session = Session(self.cache, self.ledger, self._client, limits, self.max_failed_share)
             return self._session
+
+    def _client(self) -> Client:
+        return Client(self.deployments, self.model, self.providers, self.prices)
 
     def _loop_for(self, coroutine: Coroutine[Any, Any, Any]) -> BackgroundLoop:
         try:
@@ -262,12 +258,12 @@ class Judge:
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None, "_closed": JudgeStats()}
+        return {**self.__dict__, "_session": None, "_closed": JudgeStats(), "_closed_spent": 0.0}
 
 
-def _tasks(kind: type[Task[Any]]) -> Iterator[type[Task[Any]]]:
-    """Every kind of judgment that is loaded, the user's own included."""
-    for task in kind.__subclasses__():
-        if hasattr(task, "name"):
-            yield task
-        yield from _tasks(task)
+def _all(answers: Sequence[Any]) -> list[Any]:
+    """The answers; raises the first failure among them."""
+    for answer in answers:
+        if isinstance(answer, JudgeFailure):
+            raise answer
+    return list(answers)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from balcap.judge.client import Bill
 
 
 @dataclass(frozen=True)
@@ -15,14 +18,15 @@ class JudgeStats:
     Attributes:
         calls: requests sent to a provider, retries included.
         retries: those of them that repeat a failed one.
-        cache_hits: answers that came from the cache.
-        shared: answers that came from an equal request which was already under way.
-        failures: task -> requests that failed for good. Requests, not captions: a failed request that
-            several captions share counts once here and once per caption in `Judgments.failures`.
+        cache_hits: answers that came from the cache: about a caption or an assertion, not a request.
+        shared: answers that came from an equal question which was already under way.
+        failures: task -> items (captions, assertions) that failed for good, each once, however many
+            captions of a group share it; `Judgments.failures` counts per caption.
         tokens_in: prompt tokens billed, image tokens included.
         tokens_out: completion tokens billed, reasoning tokens included.
-        cost_usd: US dollars, from litellm's price table.
-        unpriced_calls: calls that litellm has no price for; `cost_usd` holds 0 for them.
+        tokens_cached: those of `tokens_in` that the provider had in its prefix cache.
+        cost_usd: US dollars, from ``model.judge.prices`` or litellm's price table.
+        unpriced_calls: calls that no price is known for; `cost_usd` holds 0 for them.
     """
 
     calls: int = 0
@@ -32,12 +36,13 @@ class JudgeStats:
     failures: Mapping[str, int] = field(default_factory=dict)
     tokens_in: int = 0
     tokens_out: int = 0
+    tokens_cached: int = 0
     cost_usd: float = 0.0
     unpriced_calls: int = 0
 
     @property
     def failed(self) -> int:
-        """Requests that failed for good, over all tasks."""
+        """Items that failed for good, over all tasks."""
         return sum(self.failures.values())
 
     def __add__(self, other: JudgeStats) -> JudgeStats:
@@ -66,9 +71,17 @@ class Counters:
 
     def __init__(self) -> None:
         self.calls = self.retries = self.cache_hits = self.shared = 0
-        self.tokens_in = self.tokens_out = self.unpriced_calls = 0
+        self.tokens_in = self.tokens_out = self.tokens_cached = self.unpriced_calls = 0
         self.cost_usd = 0.0
         self.failures: Counter[str] = Counter()
+
+    def bill(self, bill: Bill) -> None:
+        """Add what a call used."""
+        self.tokens_in += bill.tokens_in
+        self.tokens_out += bill.tokens_out
+        self.tokens_cached += bill.tokens_cached
+        self.cost_usd += bill.usd or 0.0
+        self.unpriced_calls += bill.usd is None
 
     def snapshot(self) -> JudgeStats:
         values = {item.name: getattr(self, item.name) for item in fields(JudgeStats)}

@@ -74,13 +74,19 @@ class RewardSuite(nn.Module):
         return judge.run(self._gather_all(judge, rollouts))
 
     async def gather_group(
-        self, judge: Asks, sample_id: str, image_bytes: bytes, reference: str, captions: Sequence[str]
+        self,
+        judge: Asks,
+        sample_id: str,
+        image_bytes: bytes,
+        reference: str,
+        captions: Sequence[str],
+        reference_units: Sequence[str] | None = None,
     ) -> Judgments:
         """The judgments of one image's ``[G]`` captions, as a batch of B = 1; runs on the judge's loop.
 
         `merge` puts groups together that were gathered one by one, as their captions came.
         """
-        group = Group(judge, sample_id, image_bytes, reference, captions)
+        group = Group(judge, sample_id, image_bytes, reference, captions, reference_units)
         await asyncio.gather(*(group.get(task) for task in self.needs))
         answers = {name: [await group.per_rollout(task)] for name, task in group.asked().items()}
         failures = Counter({name: _missing(rows) for name, rows in answers.items() if _missing(rows)})
@@ -92,7 +98,10 @@ class RewardSuite(nn.Module):
 
     async def _gather_all(self, judge: Asks, rollouts: Rollouts) -> Judgments:
         batch = rollouts.batch
-        rows = zip(batch.sample_ids, batch.image_bytes, batch.references, rollouts.captions, strict=True)
+        units = batch.reference_units or [None] * len(batch)
+        rows = zip(
+            batch.sample_ids, batch.image_bytes, batch.references, rollouts.captions, units, strict=True
+        )
         return merge(await asyncio.gather(*(self.gather_group(judge, *row) for row in rows)))
 
 

@@ -8,14 +8,18 @@ first line of the system message, the data stands in the fences of the user mess
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from litellm import CustomLLM, ModelResponse
 from litellm.types.utils import Usage
 
+from balcap.shapes.captions import reference
 from balcap.shapes.draw import scene_of
 from balcap.shapes.fluency import rate
 from balcap.shapes.language import covered, is_pointable, is_true, read_fact, read_facts, say
@@ -42,7 +46,7 @@ def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
     text = "\n".join(part["text"] for part in parts if part["type"] == "text")
     data = {tag: json.loads(body) for tag, body in _FENCE.findall(text)}
     if task == "decompose":
-        return {"assertions": [say(fact) for fact in read_facts(data["caption"])]}
+        return _captions(data, lambda text: {"assertions": [say(fact) for fact in read_facts(text)]})
     if task == "verify":
         scene = next(_scene(part["image_url"]["url"]) for part in parts if part["type"] == "image_url")
         facts = [(item["id"], _fact(item["text"])) for item in data["assertions"]]
@@ -50,14 +54,38 @@ def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
             "verdicts": [{"id": i, "true": is_true(f, scene), "pointable": is_pointable(f)} for i, f in facts]
         }
     if task == "match":
-        stated = {_fact(item["text"]) for item in data["assertions"]}
         units = [(item["id"], _fact(item["text"])) for item in data["reference_units"]]
-        return {"units": [{"id": i, "covered": covered(unit, stated)} for i, unit in units]}
+        return {"captions": [_coverage(caption, units) for caption in data["captions"]]}
     if task == "rate":
-        names = ("clarity", "fluency", "coherency")
-        scores = zip(names, rate(data["caption"]), strict=True)
-        return {name: round(10 * score, 4) for name, score in scores}
+        return _captions(data, _scores)
+    if task == "recaption":
+        scene = next(_scene(part["image_url"]["url"]) for part in parts if part["type"] == "image_url")
+        return {"captions": [_description(scene, item) for item in data["questions"]]}
     raise ValueError(f"shapes/oracle does not know the task {task!r}")
+
+
+def _captions(data: dict[str, Any], answer_one: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return {"captions": [{"id": item["id"], **answer_one(item["text"])} for item in data["captions"]]}
+
+
+def _coverage(caption: dict[str, Any], units: list[tuple[int, tuple]]) -> dict[str, Any]:
+    stated = {_fact(text) for text in caption["assertions"]}
+    held = [i for i, unit in units if covered(unit, stated)]
+    return {"id": caption["id"], "covered": held, "missing": [i for i, _ in units if i not in held]}
+
+
+def _scores(caption: str) -> dict[str, float]:
+    scores = zip(("clarity", "fluency", "coherency"), rate(caption), strict=True)
+    return {name: round(10 * score, 4) for name, score in scores}
+
+
+def _description(scene: Scene, question: dict[str, Any]) -> dict[str, Any]:
+    """All that is true of the scene, in words that hang on the scene and the question alone."""
+    seed = hashlib.sha256(f"{scene.to_json()}\n{question['text']}".encode()).digest()
+    return {
+        "id": question["id"],
+        "caption": reference(scene, np.random.default_rng(list(seed))),
+    }
 
 
 class Oracle(CustomLLM):

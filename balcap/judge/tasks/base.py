@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from balcap.judge.errors import InvalidAnswer
+from balcap.judge.errors import InvalidAnswer, JudgeFailure
 
 if TYPE_CHECKING:
     from balcap.judge.group import Group
 
 AnswerT = TypeVar("AnswerT")
 Message = dict[str, Any]
+Items = list[list[Any] | None]
 
 
 class Schema(BaseModel):
@@ -32,41 +34,69 @@ class Schema(BaseModel):
 
 
 class Asks(Protocol):
-    """What a task needs of a judge: one question, one answer, or `JudgeFailure`."""
+    """What a group needs of a judge: one answer, or the failure, per item."""
 
-    async def ask(self, task: type[Task[AnswerT]], **inputs: Any) -> AnswerT: ...
+    @property
+    def grouping(self) -> str: ...
+
+    async def ask(
+        self, task: type[Task[AnswerT]], items: Sequence[Any], together: bool = False, **context: Any
+    ) -> list[AnswerT | JudgeFailure]: ...
 
 
 class Task(ABC, Generic[AnswerT]):
     """One kind of judgment. Subclasses are stateless and take no arguments.
 
+    A task answers *items* (captions, assertions) under one *context* (an image, the units of a reference).
+    One call to the judge may carry several items; what one item was answered is remembered by itself.
+
     Attributes:
         name: the key in `Judgments`, in the counters and in ``model.judge.per_task``.
         version: part of the cache key; change it with every change of prompt, schema or parser.
         schema: what the judge answers.
+        answer_type: type of the answer to one item, as pydantic reads it from JSON.
+        per_call: most items in one call, unless ``model.judge.per_call`` says otherwise.
     """
 
     name: ClassVar[str]
     version: ClassVar[str]
     schema: ClassVar[type[Schema]]
-
-    # The bare *args only lets subclasses name their inputs: mypy then accepts any signature.
-
-    @abstractmethod
-    def messages(self, *args: Any, **inputs: Any) -> list[Message]:
-        """The chat to send: what all questions share first, then the image, then the fenced text."""
+    answer_type: ClassVar[Any]
+    per_call: ClassVar[int] = 1
 
     @abstractmethod
-    def parse(self, answer: Any, *args: Any, **inputs: Any) -> AnswerT:
-        """The answer in our own types.
+    def messages(self, items: Sequence[Any], **context: Any) -> list[Message]:
+        """The chat to send: what all questions share first, then the image, then the fenced items."""
+
+    @abstractmethod
+    def parse(self, answer: Any, items: Sequence[Any], **context: Any) -> list[AnswerT]:
+        """The answers in our own types, one per item.
 
         Args:
             answer: an instance of `schema`.
-            inputs: what `messages` was given.
+            items: what `messages` was given.
+            context: likewise.
 
         Raises:
             InvalidAnswer: for a wrong length, unknown or repeated ids, numbers out of range.
         """
+
+    @abstractmethod
+    async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
+        """The context, and the items of each of `group.captions`; None where something that is needed is
+        missing."""
+
+    def known(self, item: Any, **context: Any) -> AnswerT | None:
+        """The answer to an item that no judge is needed for, such as an empty caption."""
+        return None
+
+    def identity(self, item: Any) -> Any:
+        """What makes two items the same question; JSON-able."""
+        return item
+
+    def combine(self, answers: list[AnswerT]) -> Any:
+        """The answer about a caption from the answers to its items."""
+        return answers[0]
 
     def read(self, answer: dict[str, Any]) -> Schema:
         """The JSON object as an instance of `schema`.
@@ -77,30 +107,48 @@ class Task(ABC, Generic[AnswerT]):
         try:
             return self.schema.model_validate(answer)
         except ValidationError as error:
-            wrong = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:3]]
-            raise InvalidAnswer("; ".join(wrong)) from None
+            raise InvalidAnswer(_wrong(error)) from None
 
-    @abstractmethod
-    async def inputs(self, group: Group) -> Sequence[dict[str, Any] | None]:
-        """What to ask for each of `group.captions`; None where something that it needs is missing."""
+    def dump(self, answer: AnswerT) -> str:
+        """The answer to one item as JSON, for the cache."""
+        return _adapter(type(self)).dump_json(answer).decode()
 
-    def known(self, *args: Any, **inputs: Any) -> AnswerT | None:
-        """The answer to a question that no judge is needed for, such as about an empty caption."""
-        return None
+    def load(self, stored: str) -> AnswerT:
+        """The opposite of `dump`.
 
-    async def judge_group(self, judge: Asks, group: Group) -> list[AnswerT | None]:
-        """One answer per entry of `group.captions`, None where it is missing.
-
-        Override it to judge all captions of an image in one call.
+        Raises:
+            InvalidAnswer: if it was stored by a task that changed without a new version.
         """
-        return await group.ask_each(self, await self.inputs(group))
+        try:
+            return _adapter(type(self)).validate_json(stored)
+        except ValidationError as error:
+            raise InvalidAnswer(_wrong(error)) from None
+
+    async def judge_group(self, group: Group) -> list[Any | None]:
+        """One answer per entry of `group.captions`, None where it is missing."""
+        context, items = await self.inputs(group)
+        return [
+            None if answers is None else self.combine(answers)
+            for answers in await group.ask(type(self), items, **context)
+        ]
 
 
-def chat(task: str, instructions: str, text: str, image_url: str | None = None) -> list[Message]:
-    """System message whose first line is ``Task: <task>``; user message of the image, if any, then `text`."""
-    parts: list[dict[str, Any]] = []
-    if image_url is not None:
-        parts.append({"type": "image_url", "image_url": {"url": image_url}})
+@cache
+def _adapter(task: type[Task[Any]]) -> TypeAdapter[Any]:
+    return TypeAdapter(task.answer_type)
+
+
+def _wrong(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:3])
+
+
+def chat(task: str, instructions: str, text: str, image: bytes | None = None) -> list[Message]:
+    """System message whose first line is ``Task: <task>``; user message of the image, if any, then `text`.
+
+    The image stands as ``{"type": "image", "image": <bytes>}``: how it is sent (size, encoding, detail) is
+    for whoever sends it.
+    """
+    parts: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
     parts.append({"type": "text", "text": text})
     return [
         {"role": "system", "content": f"Task: {task}\n\n{instructions.strip()}"},

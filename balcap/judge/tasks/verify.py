@@ -1,19 +1,21 @@
 """Verify: is each assertion true of the image, and could a person point at it? (arXiv 2605.07394)
 
-The one task that sends the image. Precision counts what is both true and pointable. The paper publishes
-no judge prompts; the wording, and that an absence cannot be pointed at, are ours: otherwise a policy could
-list without end what is not there.
+The one task that sends the image, which is most of what a judge costs: the assertions of all captions of an
+image go into one call, and a verdict is remembered for the image.
+
+Precision counts what is both true and pointable. The paper publishes no judge prompts; the wording, and
+that an absence cannot be pointed at, are ours: otherwise a policy could list without end what is not there.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from balcap.judge.fence import fence
-from balcap.judge.images import data_url
-from balcap.judge.tasks.base import Message, Schema, Task, chat, in_order, numbered
+from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered
 from balcap.judge.tasks.decompose import Decompose
 
 if TYPE_CHECKING:
@@ -69,25 +71,36 @@ Answer with one JSON object and nothing else, one entry per assertion, with the 
 """  # noqa: E501
 
 
-class Verify(Task[list[Verdict]]):
+class Verify(Task[Verdict]):
     """One `Verdict` per assertion, in order. No assertions: ``[]``, without a call."""
 
     name = "verify"
-    version = "1"
+    version = "2"
     schema = Verdicts
+    answer_type = Verdict
+    per_call = 60
 
-    def messages(self, *, image: bytes, assertions: Sequence[str]) -> list[Message]:
-        return chat(self.name, INSTRUCTIONS, fence("assertions", numbered(assertions)), data_url(image))
+    def messages(self, items: Sequence[str], *, image: bytes) -> list[Message]:  # type: ignore[override]
+        return chat(self.name, INSTRUCTIONS, fence("assertions", numbered(items)), image)
 
-    def parse(self, answer: Verdicts, *, image: bytes, assertions: Sequence[str]) -> list[Verdict]:
-        items = in_order(answer.verdicts, len(assertions), "verdicts")
-        return [Verdict(true=item.true, pointable=item.pointable) for item in items]
+    def parse(  # type: ignore[override]
+        self, answer: Verdicts, items: Sequence[str], *, image: bytes
+    ) -> list[Verdict]:
+        entries = in_order(answer.verdicts, len(items), "verdicts")
+        return [Verdict(true=entry.true, pointable=entry.pointable) for entry in entries]
 
-    def known(self, *, image: bytes, assertions: Sequence[str]) -> list[Verdict] | None:
-        return None if assertions else []
+    def identity(self, item: str) -> str:
+        return normalise(item)
 
-    async def inputs(self, group: Group) -> list[dict[str, Any] | None]:
-        return [
-            None if assertions is None else {"image": group.image_bytes, "assertions": assertions}
-            for assertions in await group.get(Decompose)
-        ]
+    def combine(self, answers: list[Verdict]) -> list[Verdict]:
+        return answers
+
+    async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
+        return {"image": group.image_bytes}, list(await group.get(Decompose))
+
+
+def normalise(assertion: str) -> str:
+    """What does not change the meaning taken off: Unicode form, spaces, the capital at the start, the full
+    stop. Letters within stay as they are: a sign that reads "US" does not read "us"."""
+    text = " ".join(unicodedata.normalize("NFC", assertion).split()).rstrip(".! ")
+    return text[:1].lower() + text[1:]
