@@ -16,7 +16,8 @@ def extract_json(text: str) -> dict[str, Any]:
     Raises:
         InvalidAnswer: if there is no complete object, or more than one.
     """
-    text = text.rsplit("</think>", 1)[-1]
+    if not text.lstrip().startswith("{"):  # else the words may be a caption's
+        text = text.split("</think>", 1)[-1]
     if len(text) > _LONGEST:
         raise InvalidAnswer(f"the answer is {len(text)} characters long")
     decoder = json.JSONDecoder()

@@ -24,6 +24,8 @@ from balcap.judge.tasks.base import Message
 
 # Set here, or a matter of how a question is asked; in `params` they would be silently overruled.
 RESERVED = {"model", "messages", "response_format", "stream", "n", "timeout", "drop_params"}
+# litellm's words where the router's own limits, not the provider's, keep a call from being sent.
+_HELD_BACK = ("over defined", "max_parallel_requests slots in use")
 RESERVED |= {"num_retries", "max_retries", "fallbacks", "caching", "rpm", "tpm", "max_parallel_requests"}
 
 
@@ -218,7 +220,9 @@ class Client:
     def _router(self, litellm: Any, route: Route) -> Any:
         if route.name not in self._routers:
             places = self._places(route)
-            by_tokens = any(place.tpm for place in places)
+            for place in places:
+                listed_price(litellm, place.model)  # looked up once, before the router writes into that table
+            limited = any(place.rpm or place.tpm for place in places)
             self._routers[route.name] = litellm.Router(
                 model_list=[
                     {"model_name": route.name, "litellm_params": _deployed(litellm, route, place)}
@@ -226,15 +230,18 @@ class Client:
                 ],
                 num_retries=0,
                 cooldown_time=self._cooldown_s,
-                routing_strategy="usage-based-routing-v2" if by_tokens else "simple-shuffle",
+                # the one strategy that counts requests and tokens itself
+                routing_strategy="usage-based-routing-v2" if limited else "simple-shuffle",
             )
         return self._routers[route.name]
 
     def _settings(self, litellm: Any, question: Question, route: Route) -> dict[str, Any]:
         settings: dict[str, Any] = {"drop_params": True, "max_retries": 0, "num_retries": 0}
-        if not any(place.tpm for place in self._places(route)):
-            settings["no-log"] = True  # litellm's callbacks cost a third of the time of an in-process call
-        takes = all(_takes_schema(litellm, place.model) for place in self._places(route))
+        places = self._places(route)
+        if len(places) == 1 and not (places[0].rpm or places[0].tpm):
+            # Callbacks keep limits and rest what fails. Where there is no choice they are a third of the time.
+            settings["no-log"] = True
+        takes = all(_takes_schema(litellm, place.model) for place in places)
         if takes and route.name not in self._schema_refused:
             settings["response_format"] = response_format(question.task.name, question.task.schema)
         return settings
@@ -248,14 +255,20 @@ class Client:
         price = self._prices.get(hidden.get("litellm_model_name") or "") or self._prices.get(route.model)
         if price is not None:
             return Bill(tokens_in, tokens_out, cached, price.usd(tokens_in, tokens_out, cached))
-        return Bill(tokens_in, tokens_out, cached, hidden.get("response_cost"))
+        cost = hidden.get("response_cost")
+        if not cost and not self._free(hidden.get("litellm_model_name") or route.model):
+            cost = None  # litellm says 0 for models that it does not know
+        return Bill(tokens_in, tokens_out, cached, cost)
+
+    def _free(self, model: str) -> bool:
+        return model.partition("/")[0] in self._providers or listed_price(self._litellm, model) is not None
 
     def _understood(self, litellm: Any, route: Route, error: Exception) -> CallFailed:
         """What an exception of litellm means for us, free of secrets."""
         kinds = litellm.exceptions
         reason = redact(f"{route.model}: {type(error).__name__}: {error}")
         text = str(error)
-        if isinstance(error, litellm.types.router.RouterRateLimitErrorBasic) or "over defined" in text:
+        if isinstance(error, litellm.types.router.RouterRateLimitErrorBasic) or any(words in text for words in _HELD_BACK):
             return CallFailed("limited", reason, True, 1.0, held_back=True)
         if isinstance(error, litellm.types.router.RouterRateLimitError):  # all deployments rest
             return CallFailed("limited", reason, True, min(error.cooldown_time, self._cooldown_s))
@@ -352,6 +365,7 @@ def provider_of(litellm: Any, model: str, providers: Mapping[str, str]) -> str |
         return None
 
 
+@functools.lru_cache(maxsize=64)
 def listed_price(litellm: Any, model: str) -> Price | None:
     """litellm's own price of a model, None if its table does not hold it."""
     try:

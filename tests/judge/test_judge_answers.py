@@ -12,7 +12,7 @@ import sys
 import judge_fakes
 import pytest
 
-from balcap.judge import Judge, JudgeFailure, Rating, TaskModel, Verdict
+from balcap.judge import Deployment, Judge, JudgeFailure, Price, Rating, TaskModel, Verdict
 
 
 def test_four_questions(make_judge, server, png):
@@ -111,7 +111,6 @@ def test_own_provider_and_per_task(make_judge, server, png):
     assert judge.run(judge.rate("A cat.")).clarity == 1.0
     assert judge_fakes.Provider.calls == before + 1
     assert server.calls == 1
-    assert judge.stats().unpriced_calls == 1
 
 
 def test_pickled_and_copied_judges_work_on_their_own(make_judge, server):
@@ -188,11 +187,18 @@ def test_problems_name_their_keys(monkeypatch, tmp_path):
     judge = Judge(
         "nonsense/foo",
         providers={"a": "no.such.module.Class", "b": "judge_fakes.NotAProvider", "c": "Class"},
-        per_task={"rait": TaskModel(), "rate": TaskModel(model="anthropic/claude-x")},
+        per_task={"rait": TaskModel(), "rate": TaskModel(model="anthropic/claude-x", params={})},
         params={"api_key": "sk-planted-secret", "stream": True},
+        fallbacks=[TaskModel(model="openai/gpt-4o-mini", params={})],
+        deployments=[Deployment("nonsense/bar", rpm=0)],
+        per_call={"rait": 3, "rate": 0},
+        prices={"openai/gpt-4o-mini": Price(-1, 2)},
         concurrency=0,
         timeout_s=0,
+        deadline_s=-1,
         retries=-1,
+        max_failed_share=0,
+        budget_usd=-5,
         cache=str(tmp_path / "file" / "c.sqlite"),
     )
     problems = judge.problems()
@@ -200,15 +206,23 @@ def test_problems_name_their_keys(monkeypatch, tmp_path):
     for key in (
         "model.judge.concurrency:",
         "model.judge.timeout_s:",
+        "model.judge.deadline_s:",
         "model.judge.retries:",
+        "model.judge.max_failed_share:",
+        "model.judge.budget_usd:",
         "model.judge.cache:",
+        "model.judge.per_call.rait:",
+        "model.judge.per_call.rate:",
+        "model.judge.prices.openai/gpt-4o-mini.input:",
+        "model.judge.deployments[0].rpm:",
+        "model.judge.deployments[0].model: litellm knows no provider",
+        "model.judge.fallbacks[0].model: openai/gpt-4o-mini needs in the environment: OPENAI_API_KEY",
         "model.judge.per_task.rait:",
         "model.judge.params.api_key:",
         "model.judge.params.stream:",
         "model.judge.providers.a:",
         "model.judge.providers.b:",
         "model.judge.providers.c:",
-        "model.judge.model: litellm knows no provider",
         "model.judge.per_task.rate.model: anthropic/claude-x needs in the environment: ANTHROPIC_API_KEY",
     ):
         assert sum(problem.startswith(key) for problem in problems) == 1, (key, text)
@@ -221,7 +235,19 @@ def test_a_missing_key_is_named_unless_the_server_is_ones_own(monkeypatch):
     assert problems == ["model.judge.model: openai/gpt-4o-mini needs in the environment: OPENAI_API_KEY"]
     own = {"api_base": "http://localhost:1/v1"}
     assert Judge("openai/gpt-4o-mini", params=own, cache=None).problems() == []
-    assert Judge("hosted_vllm/x", cache=None).problems() == []
+    assert Judge("hosted_vllm/x", params=own, cache=None).problems() == []
+    (problem,) = Judge("hosted_vllm/x", cache=None).problems()
+    assert problem.startswith("model.judge.params.api_base: hosted_vllm/x needs the address")
+
+
+def test_a_budget_needs_prices(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "planted-key-0123")
+    own = {"api_base": "http://localhost:1/v1"}
+    assert Judge("openai/gpt-4o-mini", budget_usd=1, cache=None).problems() == []
+    (problem,) = Judge("hosted_vllm/x", params=own, budget_usd=1, cache=None).problems()
+    assert problem.startswith("model.judge.prices: model.judge.budget_usd needs the price of hosted_vllm/x")
+    free = {"hosted_vllm/x": Price(0, 0)}
+    assert Judge("hosted_vllm/x", params=own, budget_usd=1, prices=free, cache=None).problems() == []
 
 
 def test_unreadable_image_is_a_failure(make_judge, server):
@@ -237,7 +263,7 @@ def test_messages_hold_the_data_as_json(make_judge, server):
     judge.run(judge.rate(caption))
     text = server.requests[0]["messages"][1]["content"][0]["text"]
     assert text.count("<") == 2
-    assert json.loads(text.splitlines()[1]) == caption
+    assert json.loads(text.splitlines()[1]) == [{"id": 1, "text": caption}]
 
 
 def test_waiting_for_oneself_is_refused(make_judge):

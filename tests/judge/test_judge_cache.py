@@ -14,7 +14,8 @@ import pytest
 
 from balcap.judge import CacheError, Judge, JudgeFailure
 from balcap.judge.cache import JudgmentCache, cache_problem
-from balcap.judge.request import Request
+from balcap.judge.images import ImagePolicy
+from balcap.judge.request import Question, Route
 from balcap.judge.tasks import Rate, Verify
 
 
@@ -57,24 +58,26 @@ def test_a_stored_answer_that_no_longer_fits_is_asked_again(make_judge, server, 
     assert server.calls == 2
 
 
-def test_the_key_depends_on_all_that_changes_an_answer(png):
-    def key(**changes):
-        messages = Verify().messages(image=changes.pop("image", png), assertions=changes.pop("says", ["A"]))
-        given = {"task": "verify", "version": "1", "model": "m", "params": {"temperature": 0}}
-        return Request(messages=messages, schema=Verify.schema, **{**given, **changes}).key
+def test_the_key_depends_on_all_that_changes_an_answer(png, monkeypatch):
+    def key(image: bytes = png, says: tuple = ("A",), model: str = "m", images=ImagePolicy(), **params) -> str:  # noqa: B008
+        return Question(Verify(), {"image": image}, [Route(model, params)], images).keys(says)[0]
 
     keys = [
         key(),
         key(image=png + b"x"),
-        key(says=["B"]),
-        key(task="other"),
-        key(version="2"),
+        key(says=("B",)),
+        key(says=("A", "B")),
         key(model="n"),
-        key(params={"temperature": 1}),
-        key(params={}),
+        key(temperature=1),
+        key(images=ImagePolicy(max_side=64)),
+        Question(Rate(), {"image": png}, [Route("m", {})], ImagePolicy()).keys(("A",))[0],
     ]
     assert len(set(keys)) == len(keys)
     assert key() == keys[0]
+    assert key(says=(" a. ",)) == keys[0]  # the same assertion
+    assert key(api_base="http://elsewhere", api_key="os.environ/X") == keys[0]  # a server may move
+    monkeypatch.setattr(Verify, "version", "another")
+    assert key() not in keys
 
 
 def test_no_text_of_the_prompt_is_stored(make_judge, tmp_path, png):
@@ -83,8 +86,35 @@ def test_no_text_of_the_prompt_is_stored(make_judge, tmp_path, png):
     judge.run(judge.verify(png, ["A planted assertion"]))
     judge.close()
     rows = sqlite3.connect(path).execute("SELECT task, model, answer FROM answers").fetchall()
-    answer = {"verdicts": [{"id": 1, "true": True, "pointable": True}]}
-    assert rows == [("verify", "openai/gpt-4o-mini", json.dumps(answer))]
+    assert rows == [("verify", "openai/gpt-4o-mini", '{"true":true,"pointable":true}')]
+    assert b"planted" not in path.read_bytes()
+
+
+def test_a_cache_of_the_first_format_is_read(tmp_path):
+    path = tmp_path / "old.sqlite"
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA application_id = 0x62616C63")
+        database.execute("PRAGMA user_version = 1")
+        database.execute(
+            "CREATE TABLE answers (key TEXT PRIMARY KEY, task TEXT NOT NULL, model TEXT NOT NULL,"
+            " answer TEXT NOT NULL) WITHOUT ROWID"
+        )
+        database.execute("INSERT INTO answers VALUES ('k', 'rate', 'm', '{}')")
+    database.close()
+    cache = JudgmentCache(path)
+    cache.put("new", "rate", "m", "[]")
+    assert cache.get_many(["k", "new", "absent"]) == {"k": "{}", "new": "[]"}
+    cache.close()
+
+
+def test_machines_of_a_cluster_keep_their_own_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("GROUP_RANK", "2")
+    cache = JudgmentCache(tmp_path / "c.sqlite")
+    cache.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["c.node2.sqlite"]
+    monkeypatch.setenv("GROUP_RANK", "0")
+    JudgmentCache(tmp_path / "c.sqlite").close()
+    assert (tmp_path / "c.sqlite").exists()
 
 
 WRITER = """

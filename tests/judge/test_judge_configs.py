@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from jsonargparse import ArgumentParser
 
 from balcap.judge import Judge, TaskModel
+from balcap.judge.client import Deployment, import_litellm
+from balcap.judge.secrets import secret_problems
 
 FOLDER = Path(__file__).parents[2] / "configs" / "judge"
 OVERLAYS = sorted(FOLDER.glob("*.yaml"))
@@ -15,11 +19,17 @@ BASE = """
 model:
   judge:
     model: base/model
+    deployments: [{model: base/model, rpm: 7}]
+    fallbacks: [{model: base/other}]
     providers: {base: some.Class}
     per_task: {rate: {model: base/other}}
     params: {temperature: 0.7, api_base: "http://base"}
+    prices: {base/model: {input: 1, output: 2}}
+    images: {detail: high, max_side: 512}
     concurrency: 7
+    budget_usd: 20
 """
+each_overlay = pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
 
 
 class Module:
@@ -34,32 +44,118 @@ def parse(*arguments: str) -> Judge:
     return parser.instantiate_classes(parser.parse_args(list(arguments))).model.judge
 
 
+def models(judge: Judge) -> set[str]:
+    """All that may be asked."""
+    others = [*judge.deployments, *judge.fallbacks, *judge.per_task.values()]
+    return {judge.model} | {other.model for other in others if other.model}
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The keys of all overlays, and an empty folder, where the default cache is made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "planted-key-0123")
+    monkeypatch.setenv("OPENROUTER_API_KEY", "planted-key-4567")
+
+
 def test_there_are_overlays():
     names = {path.stem for path in OVERLAYS}
-    assert names == {"oracle", "gpt-4o-mini", "gpt-5-mini", "gpt-5.4", "local-vllm"}
+    judges = {"gpt-4o-mini", "gpt-5-mini", "gpt-5.4", "gpt-6-luna", "local-vllm", "oracle"}
+    assert names == judges | {"mixed", "fallback"}
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+@each_overlay
 def test_overlay_replaces_all_that_belongs_to_the_model(path, tmp_path):
     base = tmp_path / "base.yaml"
     base.write_text(BASE)
     judge = parse("--config", str(base), "--config", str(path))
     alone = parse("--config", str(path))
-    assert judge.concurrency == 7
     assert judge.model == alone.model != "base/model"
-    assert judge.params == alone.params
-    assert judge.providers == alone.providers
-    assert judge.per_task == alone.per_task == {}
+    for name in ("params", "providers", "deployments", "fallbacks", "per_task", "prices"):
+        assert getattr(judge, name) == getattr(alone, name)
+    assert judge.images.detail is None
+    assert not [model for model in models(judge) | set(judge.prices) if model.startswith("base/")]
+    # what belongs to the run stays
+    assert (judge.concurrency, judge.budget_usd, judge.images.max_side) == (7, 20, 512)
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
-def test_overlay_needs_at_most_its_key(path, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OPENAI_API_KEY", "planted-key-0123")
+@each_overlay
+def test_overlay_replaces_every_other_overlay(path):
+    alone = parse("--config", str(path))
+    for other in OVERLAYS:
+        judge = parse("--config", str(other), "--config", str(path))
+        for name in (
+            "model",
+            "params",
+            "providers",
+            "deployments",
+            "fallbacks",
+            "per_task",
+            "prices",
+            "images",
+        ):
+            assert getattr(judge, name) == getattr(alone, name)
+
+
+@each_overlay
+def test_overlay_needs_at_most_its_keys(path, keys):
+    judge = parse("--config", str(path), "--model.judge.budget_usd", "5")
+    assert judge.problems() == []  # with a budget: every price is known
+
+
+@each_overlay
+def test_overlay_names_the_keys_that_it_needs(path, keys, monkeypatch):
+    judge, text = parse("--config", str(path)), path.read_text()
+    for name in ("OPENAI_API_KEY", "OPENROUTER_API_KEY"):
+        monkeypatch.delenv(name)
+        needed = any(name in problem for problem in judge.problems())
+        assert needed == (name in text)
+        monkeypatch.setenv(name, "planted-key-0123")
+
+
+@each_overlay
+def test_reasoning_models_get_no_temperature(path):
     judge = parse("--config", str(path))
-    if not judge.providers:  # the provider of the oracle is tested where it lives
-        assert judge.problems() == []
-    assert "temperature" not in judge.params or "gpt-5" not in judge.model
+    asked = [(judge.model, judge.params), *((o.model, o.params) for o in judge.per_task.values())]
+    for model, params in asked:
+        assert "temperature" not in params or not re.search("gpt-[56]", model)
+
+
+@each_overlay
+def test_prices_in_the_comments_are_those_that_runs_are_billed_by(path):
+    judge, litellm = parse("--config", str(path)), import_litellm()
+    text = " ".join(path.read_text().replace("#", " ").split())
+    stated = {}
+    for part in text.split("Price: ")[1:]:
+        if prices := re.match(r"(\S+) \$([\d.]+) in / \$([\d.]+) out per 1M tokens", part):
+            cached = re.search(
+                r"\$([\d.]+) in from the prefix cache \(from litellm's price table, 2026", part
+            )
+            stated[prices[1]] = [float(price) for price in (prices[2], prices[3], cached[1])]
+    assert set(stated) == models(judge) - set(judge.prices) - {"shapes/oracle"}
+    names = ("input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost")
+    for model, prices in stated.items():
+        listed = litellm.get_model_info(model)
+        assert prices == pytest.approx([1e6 * listed[name] for name in names])
+
+
+@each_overlay
+def test_overlay_holds_no_secret_and_says_how_to_start_it(path):
+    text = path.read_text()
+    assert secret_problems(yaml.safe_load(text), path.stem) == []
+    assert f"--config configs/judge/{path.name}" in text
+
+
+def test_mixed_sends_only_images_to_the_model_that_sees():
+    judge = parse("--config", str(FOLDER / "mixed.yaml"))
+    assert set(judge.per_task) == {"verify"}
+    assert judge.per_task["verify"].model != judge.model
+
+
+def test_fallback_has_two_providers():
+    judge = parse("--config", str(FOLDER / "fallback.yaml"))
+    assert judge.deployments == [Deployment("openai/gpt-4o-mini", rpm=500)]
+    assert [other.model.split("/")[0] for other in judge.fallbacks] == ["openrouter"]
 
 
 def test_one_parameter_from_the_command_line():
@@ -68,8 +164,7 @@ def test_one_parameter_from_the_command_line():
     assert judge.params == {"api_base": "http://host:1/v1", "temperature": 0, "max_tokens": 4096}
 
 
-def test_tasks_may_have_their_own_model(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where the default cache is made
+def test_tasks_may_have_their_own_model(keys, tmp_path):
     base = tmp_path / "base.yaml"
     base.write_text(BASE)
     judge = parse("--config", str(base))

@@ -10,7 +10,7 @@ import torch
 from judge_fakes import JudgeServer
 
 from balcap.batch import CaptionBatch, Rollouts
-from balcap.judge import Judge, JudgeFailure, Rating, Verdict, client
+from balcap.judge import Judge, JudgeFailure, Rating, Verdict, asking, client
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
 
 KEY = "sk-planted-0123456789abcdef"
@@ -111,9 +111,9 @@ def test_retry_after_is_respected():
     limited = RuntimeError("slow down")
     limited.litellm_response_headers = {"retry-after": "7"}  # as litellm attaches them
     assert client._retry_after(limited) == 7.0
-    assert client._pause(0, 7.0) == 7.0
-    assert client._pause(0, 3600.0) == client.LONGEST_BACKOFF_S
-    assert client.BACKOFF_S / 2 <= client._pause(0, 0.0) <= client.BACKOFF_S
+    assert asking._backoff(0, 7.0) == 7.0
+    assert asking._backoff(0, 3600.0) == asking.LONGEST_BACKOFF_S
+    assert asking.BACKOFF_S / 2 <= asking._backoff(0, 0.0) <= asking.BACKOFF_S
 
 
 class Failing(JudgeServer):
@@ -140,7 +140,10 @@ def failing(monkeypatch):
 
 def judged(server: Failing, png: bytes, **settings):
     suite = RewardSuite([Precision(), Recall(), Linguistic()])
-    judge = Judge("openai/gpt-4o-mini", params={"api_base": server.url}, cache=None, retries=0, **settings)
+    defaults = {"params": {"api_base": server.url}, "cache": None, "retries": 0, "max_failed_share": 1.0}
+    # a caption per call, so that a failure hits one caption
+    defaults["per_call"] = {"decompose": 1, "match": 1}
+    judge = Judge("openai/gpt-4o-mini", **{**defaults, **settings})
     judgments = suite.gather(judge, rollouts([["A cat. calm", "A mat", "A cat. calm"]], png))
     stats = judge.stats()
     judge.close()
@@ -158,8 +161,8 @@ def test_equal_captions_are_asked_once(failing, png):
     judgments, rewards, stats = judged(failing, png)
     # "A cat. calm": 1 of 2 pointable, covers 1 of 2 units; "A mat": 1 of 1, covers 1 of 2. Language 0.5.
     assert_rewards(rewards, [[[0.5, 0.5, 0.5], [1.0, 0.5, 0.5], [0.5, 0.5, 0.5]]])
-    # 2 distinct captions + 1 reference decomposed; 2 verified, matched and rated
-    assert stats.calls == 3 + 3 * 2
+    # 2 distinct captions + 1 reference decomposed; 2 matched and rated; 3 assertions verified in one call
+    assert stats.calls == 3 + 2 * 2 + 1
     assert stats.shared == 0
     assert judgments.units == [["A cat", "A mat"]]
     assert judgments.failures == {}

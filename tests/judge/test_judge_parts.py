@@ -38,7 +38,7 @@ def test_a_caption_cannot_end_its_fence(caption):
 
 @given(st.lists(any_text, max_size=5))
 def test_lists_in_fences_come_back(texts):
-    message = Verify().messages(image=_png(), assertions=texts)[1]["content"][1]["text"]
+    message = Verify().messages(texts, image=_png())[1]["content"][1]["text"]
     assert [item["text"] for item in json.loads(message.split("\n")[1])] == texts
 
 
@@ -81,10 +81,10 @@ def test_no_text_crashes_the_search(text):
 
 def test_messages_of_every_task_name_it_first():
     for task, messages in (
-        (Decompose, Decompose().messages(caption="x")),
-        (Verify, Verify().messages(image=_png(), assertions=["x"])),
-        (Match, Match().messages(units=["x"], assertions=["y"])),
-        (Rate, Rate().messages(caption="x")),
+        (Decompose, Decompose().messages(["x"])),
+        (Verify, Verify().messages(["x"], image=_png())),
+        (Match, Match().messages([("y",)], units=["x"])),
+        (Rate, Rate().messages(["x"])),
     ):
         assert messages[0]["content"].splitlines()[0] == f"Task: {task.name}"
         assert [message["role"] for message in messages] == ["system", "user"]
@@ -92,22 +92,23 @@ def test_messages_of_every_task_name_it_first():
 
 
 def test_fences_of_match():
-    text = Match().messages(units=["u"], assertions=["a", "b"])[1]["content"][0]["text"]
+    text = Match().messages([("a", "b"), ("c",)], units=["u"])[1]["content"][0]["text"]
     assert text == (
         '<reference_units>\n[{"id": 1, "text": "u"}]\n</reference_units>\n'
-        '<assertions>\n[{"id": 1, "text": "a"}, {"id": 2, "text": "b"}]\n</assertions>'
+        '<captions>\n[{"id": 1, "assertions": ["a", "b"]}, {"id": 2, "assertions": ["c"]}]\n</captions>'
     )
 
 
 def test_decompose_drops_empty_and_repeated_assertions():
-    answer = Decompose().read({"assertions": [" A cat. ", "", "A cat.", "A mat\ud800."]})
-    assert Decompose().parse(answer, caption="x") == ["A cat.", "A mat\ufffd."]
+    said = [" A cat. ", "", "A cat.", "A mat\ud800."]
+    answer = Decompose().read({"captions": [{"id": 2, "assertions": []}, {"id": 1, "assertions": said}]})
+    assert Decompose().parse(answer, ["x", "y"]) == [["A cat.", "A mat\ufffd."], []]
 
 
 def test_verdicts_are_sorted_by_id():
     items = [{"id": 2, "true": False, "pointable": True}, {"id": 1, "true": True, "pointable": False}]
     answer = Verify().read({"verdicts": items, "reason": "an extra key is dropped"})
-    assert Verify().parse(answer, image=b"", assertions=["a", "b"]) == [
+    assert Verify().parse(answer, ["a", "b"], image=b"") == [
         Verdict(True, False),
         Verdict(False, True),
     ]
@@ -115,22 +116,51 @@ def test_verdicts_are_sorted_by_id():
 
 @pytest.mark.parametrize("score", [-0.1, 10.1, float("nan"), float("inf")])
 def test_ratings_out_of_range_are_invalid(score):
-    answer = Rate().read({"clarity": 1, "fluency": score, "coherency": 1})
+    answer = Rate().read({"captions": [{"id": 1, "clarity": 1, "fluency": score, "coherency": 1}]})
     with pytest.raises(InvalidAnswer, match="fluency"):
-        Rate().parse(answer, caption="x")
+        Rate().parse(answer, ["x"])
 
 
 def test_rating_is_scaled():
     # (8 + 6.5 + 2) / 10 / 3 = 0.55
-    answer = Rate().read({"clarity": 8, "fluency": 6.5, "coherency": 2})
-    assert Rate().parse(answer, caption="x") == Rating(0.8, 0.65, 0.2)
-    assert Rate().parse(answer, caption="x").mean == pytest.approx(0.55)
+    answer = Rate().read({"captions": [{"id": 1, "clarity": 8, "fluency": 6.5, "coherency": 2}]})
+    assert Rate().parse(answer, ["x"]) == [Rating(0.8, 0.65, 0.2)]
+    assert Rate().parse(answer, ["x"])[0].mean == pytest.approx(0.55)
 
 
-@pytest.mark.parametrize("answer", [{}, {"units": [{"id": 1}]}, {"units": "x"}, {"units": [1]}])
+@pytest.mark.parametrize("answer", [{}, {"captions": [{"id": 1}]}, {"captions": "x"}, {"captions": [1]}])
 def test_answers_of_another_form_are_invalid(answer):
-    with pytest.raises(InvalidAnswer, match="units"):
+    with pytest.raises(InvalidAnswer, match="captions"):
         Match().read(answer)
+
+
+@pytest.mark.parametrize(
+    ("covered", "missing"),
+    [([1], []), ([1, 2, 3], []), ([1, 1], [2]), ([1], [1, 2]), ([0, 1], [2]), ([], [])],
+)
+def test_coverage_that_does_not_hold_each_unit_once_is_invalid(covered, missing):
+    answer = Match().read({"captions": [{"id": 1, "covered": covered, "missing": missing}]})
+    with pytest.raises(InvalidAnswer, match="each of the 2 units once"):
+        Match().parse(answer, [("a",)], units=["u", "v"])
+
+
+def test_coverage_is_in_the_order_of_the_units():
+    captions = [{"id": 2, "covered": [], "missing": [2, 1]}, {"id": 1, "covered": [2], "missing": [1]}]
+    answer = Match().read({"captions": captions})
+    assert Match().parse(answer, [("a",), ("b",)], units=["u", "v"]) == [[False, True], [False, False]]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("There is a dog.", "there is  a dog", True),
+        ("A caf\u00e9.", "A cafe\u0301!", True),
+        ("The sign reads US.", "The sign reads us.", False),
+        ("There is a dog.", "There are dogs.", False),
+    ],
+)
+def test_what_makes_two_assertions_one_question(one, other, same):
+    assert (Verify().identity(one) == Verify().identity(other)) is same
 
 
 @pytest.mark.parametrize("task", [Decompose, Verify, Match, Rate])

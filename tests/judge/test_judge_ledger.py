@@ -1,0 +1,138 @@
+"""Every call is a row, and the budget holds."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+from balcap.judge import BudgetSpent, JudgeFailure, LedgerError, Price, Rate
+from balcap.judge.ledger import Call, Ledger, ledger_problem
+
+
+def rows(path) -> list[dict]:
+    with sqlite3.connect(path) as database:
+        database.row_factory = sqlite3.Row
+        return [dict(row) for row in database.execute("SELECT * FROM calls ORDER BY id")]
+
+
+def test_every_call_is_a_row(make_judge, server, png, tmp_path):
+    path = tmp_path / "run" / "ledger.sqlite"
+    judge = make_judge(ledger=str(path), retries=2)
+    assert ledger_problem(path) is None
+    assert not path.parent.exists()  # checking makes nothing
+    server.script = ["503", "out_of_range", None]
+    before = time.time()
+    judge.run(judge.rate("A cat."))
+    judge.run(judge.verify(png, ["A cat", "A mat"]))
+    server.script = ["refusal"]
+    with pytest.raises(JudgeFailure):
+        judge.run(judge.rate("A dog."))
+    judge.close()
+    found = rows(path)
+    shown = [(row["task"], row["items"], row["attempt"], row["outcome"], row["tokens_in"]) for row in found]
+    assert shown == [
+        ("rate", 1, 1, "server", 0),
+        ("rate", 1, 2, "invalid", 1000),  # an answer of no use is paid for all the same
+        ("rate", 1, 3, "ok", 1000),
+        ("verify", 2, 1, "ok", 1000),
+        ("rate", 1, 1, "refused", 1000),
+    ]
+    # gpt-4o-mini: 1000 * 0.15e-6 + 100 * 0.60e-6 = 0.00021
+    assert [row["usd"] for row in found] == pytest.approx([0, 0.00021, 0.00021, 0.00021, 0.00021])
+    assert {row["model"] for row in found} == {"openai/gpt-4o-mini"}
+    assert all(before <= row["at"] <= time.time() and 0 < row["latency_s"] < 60 for row in found)
+    stats = judge.stats()
+    assert stats.calls == 5
+    assert stats.cost_usd == pytest.approx(sum(row["usd"] for row in found)) == pytest.approx(judge.spent())
+
+
+def test_prices_of_the_config_come_first(make_judge, server):
+    price = Price(input=2.0, output=10.0, cached=0.5)
+    judge = make_judge(prices={"openai/gpt-4o-mini": price})
+    judge.run(judge.rate("A cat."))
+    # 1000 * 2e-6 + 100 * 10e-6
+    assert judge.spent() == pytest.approx(0.003)
+    # 400 fresh, 600 cached, 100 out: (400 * 2 + 600 * 0.5 + 100 * 10) / 1e6
+    assert price.usd(1000, 100, 600) == pytest.approx(0.0021)
+
+
+def test_an_unknown_price_is_no_zero(make_judge, server, tmp_path):
+    path = tmp_path / "l.sqlite"
+    judge = make_judge(model="hosted_vllm/some-model", ledger=str(path))
+    judge.run(judge.rate("A cat."))
+    judge.close()
+    assert rows(path)[0]["usd"] is None
+    assert judge.stats().unpriced_calls == 1
+
+
+@pytest.mark.parametrize("concurrency", [1, 5])
+def test_the_budget_is_overshot_by_the_calls_under_way_at_most(make_judge, server, concurrency):
+    server.latency = 0.02
+    judge = make_judge(budget_usd=0.0042, concurrency=concurrency)  # 20 calls
+    answers = judge.run(judge.ask(Rate, [f"A cat {number}." for number in range(200)]))
+    server.latency = 0.0
+    assert isinstance(judge.stopped, BudgetSpent)
+    assert "model.judge.budget_usd" in str(judge.stopped)
+    assert 20 <= server.calls < 20 + concurrency
+    there = [answer for answer in answers if not isinstance(answer, JudgeFailure)]
+    assert len(there) == server.calls  # nothing that was paid for is thrown away
+    assert {answer.kind for answer in answers if isinstance(answer, JudgeFailure)} == {"stopped"}
+
+
+def test_a_budget_counts_earlier_processes(make_judge, server, tmp_path):
+    path = str(tmp_path / "l.sqlite")
+    for calls in (3, 6, 6):
+        judge = make_judge(ledger=path, budget_usd=0.00125)  # 5.95 calls: the sixth still starts
+        for number in range(3):
+            judge.run(judge.ask(Rate, [f"{calls} {number} {time.time()}"]))
+        judge.close()
+        assert server.calls == calls
+    assert judge.spent() == pytest.approx(6 * 0.00021)
+
+
+WRITER = """
+import sys
+from balcap.judge.ledger import Call, Ledger
+ledger = Ledger(sys.argv[1])
+for i in range(200):
+    ledger.add(Call(0.0, "rate", "m", 1, 1, "ok", 10, 1, 0, 0.001, 0.1))
+    ledger.spent()
+print("done", flush=True)
+sys.stdin.readline()
+ledger.close()
+"""
+
+
+def test_ranks_see_what_the_others_spend(tmp_path):
+    path = tmp_path / "l.sqlite"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    for rank in ranks:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == "done\n"
+    mine = Ledger(path)
+    mine.add(Call(0.0, "rate", "m", 1, 1, "ok", 10, 1, 0, 0.001, 0.1))
+    deadline = time.monotonic() + 10
+    while mine.spent() < 0.6 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert mine.spent() == pytest.approx(3 * 200 * 0.001 + 0.001)  # while they are still running
+    for rank in ranks:
+        rank.communicate("go\n", timeout=30)
+    mine.close()
+    assert len(rows(path)) == 601
+
+
+def test_a_file_that_is_something_else_is_named(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("no database, but long enough to look like one. " * 100)
+    with pytest.raises(LedgerError, match=r"model\.judge\.ledger: .*notes\.txt"):
+        Ledger(path)
+    assert str(path) in (ledger_problem(path) or "")
