@@ -104,7 +104,7 @@ class Asker:
                     if missed.kind == "stopped" or (missed.kind in DIVISIBLE and len(items) > 1):
                         break
                 else:
-                    self._health.succeeded()
+                    self._health.succeeded(question.task.name)
                     return answer, route
         except ImageError as error:
             failure = JudgeFailure(question.task.name, str(error), "image")
@@ -251,11 +251,11 @@ class Asker:
         if kind not in self._warned:  # one line per kind of trouble, not one per caption
             self._warned.add(kind)
             logger.warning("judge: %s", failure)
-        if failure.kind != "image" and self._health.failed(str(failure)):
+        if failure.kind != "image" and (trouble := self._health.failed(failure.task, failure.kind)):
             self.stop(
                 JudgeUnavailable(
-                    f"the judge is not available: {self._health.describe()}. What was paid for is kept. "
-                    "model.judge.max_failed_share and model.judge.retries say when to give up"
+                    f"the judge is not available: {trouble}, the latest with: {failure}. What was paid for is "
+                    "kept. model.judge.max_failed_share and model.judge.retries say when to give up"
                 )
             )
 

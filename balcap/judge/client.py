@@ -208,6 +208,7 @@ class Client:
         for router in self._routers.values():
             router.discard()
         self._routers.clear()
+        await _stop_logging()
         for client in _forget_clients(self._litellm):
             close = getattr(client, "close", None) or getattr(client, "aclose", None)
             result = close() if close is not None else None
@@ -439,6 +440,14 @@ def _read(route: Route, response: Any, bill: Bill) -> Reply:
     if not text.strip():
         raise InvalidReply("it is empty", "", bill)
     return Reply(text, bill)
+
+
+async def _stop_logging() -> None:
+    """End litellm's logging task where it runs on this loop, which is about to close."""
+    from litellm.litellm_core_utils.logging_worker import GLOBAL_LOGGING_WORKER as worker
+
+    if getattr(worker, "_bound_loop", None) is asyncio.get_running_loop():
+        await worker.stop()
 
 
 def _forget_clients(litellm: Any) -> list[Any]:

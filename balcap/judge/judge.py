@@ -72,7 +72,7 @@ class Judge:
             null for three times that.
         retries: repetitions of a call that failed in a way that may pass, at least 0.
         max_failed_share: the run ends, with a checkpoint, when more than this share of the recent judgments
-            failed, in (0, 1]; 1 never ends it.
+            of a kind failed, in (0, 1], or when none comes any more; 1 never ends it.
         budget_usd: the run ends, with a checkpoint, when so many dollars are spent, above 0; calls that are
             under way then are still paid. Counts the whole `ledger`; null for no limit.
         cache: SQLite file that keeps the answers, shared by the processes of one machine; null for none.

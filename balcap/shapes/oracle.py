@@ -41,7 +41,7 @@ def _fact(text: str) -> tuple:
 def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
     """The oracle's answer to a judge's messages; ValueError where they hold no known task."""
     task = messages[0]["content"].split("\n", 1)[0].removeprefix("Task: ").strip()
-    parts = messages[-1]["content"]
+    parts = messages[1]["content"]  # rounds of repair may follow
     parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
     text = "\n".join(part["text"] for part in parts if part["type"] == "text")
     data = {tag: json.loads(body) for tag, body in _FENCE.findall(text)}

@@ -19,7 +19,7 @@ from balcap.batch import CaptionBatch
 from balcap.data.bad_rows import TooManyBadRows
 from balcap.data.datamodule import CaptionDataModule
 from balcap.data.images import PILLOW_MAX_PIXELS
-from balcap.data.reader import DEFAULT_PROMPT
+from balcap.data.prompt import DEFAULT_PROMPT
 from balcap.data.sharegpt4v import DataError
 
 

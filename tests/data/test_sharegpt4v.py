@@ -12,14 +12,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balcap.data.sharegpt4v import DataError, column, flat_rows, load_rows, normalise, parse_rows
+from balcap.data import sharegpt4v
+from balcap.data.sharegpt4v import (
+    DataError,
+    column,
+    flat_rows,
+    load_rows,
+    normalise,
+    parse_rows,
+    raw_rows,
+)
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["image", "conversations", "from", "value", "x"]), inner, max_size=4
+            st.sampled_from(["image", "conversations", "from", "value", "reference_units"]), inner, max_size=4
         )
     ),
     max_leaves=12,
@@ -33,6 +42,7 @@ def test_a_row_becomes_flat_columns(row: Callable) -> None:
         "sample_id": "coco/a.jpg",
         "question": "What is it?",
         "caption": "A cat.",
+        "reference_units": None,
         "problem": "",
         "detail": "",
     }
@@ -73,8 +83,58 @@ def test_causes_in_the_text(row: Callable) -> None:
 @given(json_values)
 def test_no_row_whatsoever_breaks_the_table(raw: object) -> None:
     flat = normalise(raw, 0)
+    units = flat.pop("reference_units")
+    assert units is None or all(isinstance(unit, str) for unit in units)
     assert [type(v) for v in flat.values()] == [int, str, str, str, str, str]
     assert "".join(str(v) for v in flat.values()).encode()  # Arrow stores UTF-8
+
+
+@pytest.mark.parametrize("units", [["There is a cat.", "The cat is red."], [], None])
+def test_units_of_the_reference_are_read(row: Callable, units: list | None) -> None:
+    flat = normalise({**row("a.jpg"), "reference_units": units}, 0)
+    assert (flat["reference_units"], flat["problem"]) == (units, "")
+
+
+@pytest.mark.parametrize(
+    "units", ["There is a cat.", 5, {}, ["There is a cat.", 5], ["There is a cat.", " "]]
+)
+def test_units_that_are_no_list_of_texts_make_a_bad_row(row: Callable, units: object) -> None:
+    flat = normalise({**row("a.jpg"), "reference_units": units}, 0)
+    assert (flat["reference_units"], flat["problem"]) == (None, "malformed_units")
+    assert '"reference_units" is' in flat["detail"]
+    assert flat["caption"]  # whoever needs only the image, or writes units anew, still has the row
+
+
+def test_the_table_holds_units_where_rows_have_them(tmp_path: Path, row: Callable) -> None:
+    path = tmp_path / "rows.json"
+    rows = [{**row("a.jpg"), "reference_units": ["There is a cat.\ud800"]}, row("b.jpg")]
+    path.write_text(json.dumps([*rows, {**row("c.jpg"), "reference_units": []}]))
+    table, _ = load_rows(str(path), cache_dir=str(tmp_path / "cache"))
+    assert [r["reference_units"] for r in table] == [["There is a cat.\ufffd"], None, []]
+    assert column(table, "problem") == ["", "", ""]
+
+
+def test_raw_rows_are_those_of_the_table(tmp_path: Path, row: Callable) -> None:
+    path = tmp_path / "rows.json"
+    rows = [{**row("a.jpg"), "mine": 1}, 17, row("a.jpg")]
+    path.write_text(json.dumps(rows))
+    raw, digest = raw_rows(str(path))
+    table, same = load_rows(str(path), cache_dir=str(tmp_path / "cache"))
+    assert (list(raw), digest) == (rows, same)
+    assert len(table) == 3
+
+
+def test_a_table_of_an_earlier_format_is_not_read(
+    tmp_path: Path, row: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = tmp_path / "rows.json", str(tmp_path / "cache")
+    path.write_text(json.dumps([row("a.jpg")]))
+    monkeypatch.setattr(sharegpt4v, "_FORMAT", sharegpt4v._FORMAT - 1)
+    earlier, digest = load_rows(str(path), cache_dir=cache)
+    monkeypatch.undo()
+    now, same = load_rows(str(path), cache_dir=cache)
+    assert earlier.cache_files != now.cache_files
+    assert digest == same  # checkpoints know the data set by it, and go on
 
 
 def test_the_second_good_row_of_an_image_is_a_duplicate(row: Callable) -> None:

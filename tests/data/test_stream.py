@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def make_reader(rows: int, bad: set[int], folder: Path) -> RowReader:
             "sample_id": f"{i}.png",
             "question": "What?",
             "caption": f"caption {i}",
+            "reference_units": [f"unit {i}"] if i % 2 else None,
             "problem": "no_caption" if i in bad else "",
             "detail": "",
         }
@@ -64,6 +66,16 @@ def train(stream: CaptionStream, batches: int, workers: int = 0) -> list[Caption
 
 def ids(batches: list[CaptionBatch]) -> list[str]:
     return [i for batch in batches for i in batch.sample_ids]
+
+
+def test_units_travel_with_their_image(tmp_path: Path) -> None:
+    (batch,) = train(make_stream(tmp_path, batch_size=4), 1)
+    rows = [int(name.removesuffix(".png")) for name in batch.sample_ids]
+    assert batch.reference_units == [[f"unit {row}"] if row % 2 else None for row in rows]
+    assert any(units is None for units in batch.reference_units)
+    chosen = batch.select([3, 1])
+    assert chosen.reference_units == [batch.reference_units[3], batch.reference_units[1]]
+    assert replace(batch, reference_units=None).select([0]).reference_units is None
 
 
 # ---- order

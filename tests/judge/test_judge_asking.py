@@ -9,6 +9,7 @@ import pytest
 from judge_fakes import JudgeServer
 
 from balcap.judge import Deployment, JudgeFailure, JudgeUnavailable, Rate, TaskModel, asking
+from balcap.judge.health import Health
 
 NOWHERE = "http://127.0.0.1:9/v1"
 
@@ -204,3 +205,33 @@ def test_a_cached_answer_needs_no_judge(make_judge, server, tmp_path):
     judge.run(judge.ask(Rate, [f"A dog {number}." for number in range(20)]))
     assert judge.stopped is not None
     assert judge.run(judge.rate("A cat.")).clarity == 1.0
+
+
+def test_health_is_kept_for_each_kind_of_judgment():
+    health = Health(0.5)
+    for _ in range(200):
+        health.succeeded("rate")
+    # one kind has lost its judge while the others go on
+    said = []
+    for _ in range(8):
+        said.append(health.failed("verify", "timeout"))
+        health.succeeded("rate")
+    assert said[:7] == [None] * 7
+    assert "verify" in (said[7] or "")
+
+
+def test_nothing_coming_any_more_is_seen_at_once():
+    health = Health(0.5)
+    for task in ("rate", "verify", "match") * 100:
+        health.succeeded(task)
+    said = [health.failed(task, "server") for task in ("rate", "verify", "match", "rate") * 2]
+    assert said[:7] == [None] * 7
+    assert said[7] == "the last 8 judgments failed"
+
+
+def test_one_image_that_is_refused_is_not_an_outage():
+    health = Health(0.5)
+    for _ in range(60):
+        health.succeeded("rate")
+    assert [health.failed("rate", "filtered") for _ in range(16)] == [None] * 16
+    assert [health.failed("rate", "filtered") for _ in range(50)][-1] is not None  # but more than half is

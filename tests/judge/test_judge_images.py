@@ -226,7 +226,7 @@ def test_a_limit_that_nothing_meets_is_an_error() -> None:
     kilobytes=st.floats(2, 60),
     kind=st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "GIF"]),
 )
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_limits_hold_for_every_shape(
     width: int, height: int, max_side: int, kilobytes: float, kind: str
 ) -> None:

@@ -1,0 +1,89 @@
+"""A captioner with moods, and what it was asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import litellm
+
+from balcap.shapes.oracle import Oracle
+from tests.judge_replies import Messages, data_of, image_urls, task_of
+
+Item = tuple[str, str]
+
+
+def items_of(messages: Messages) -> list[Item]:
+    """What a request asks about, item by item: (task, question and image, or caption); verify and match as
+    a whole."""
+    if task_of(messages) in ("verify", "match"):
+        return [(task_of(messages), str(messages[-1]["content"]))]
+    if task_of(messages) == "recaption":
+        (image,) = image_urls(messages)
+        return [("recaption", f"{item['text']} {image['url']}") for item in data_of(messages, "questions")]
+    return [(task_of(messages), item["text"]) for item in data_of(messages, "captions")]
+
+
+class Moody(Oracle):
+    """The oracle, but what `mood` says about a request goes wrong with it.
+
+    Attributes:
+        mood: request -> "refusal", "filter", "prose" (no JSON), "empty" (an empty caption), "nothing" (a
+            caption that asserts nothing), "400", "401", "429"; None for the right answer.
+        asked: how often each item came.
+    """
+
+    mood: ClassVar[Callable[[Messages], str | None]]
+    asked: ClassVar[Counter[Item]]
+
+    @classmethod
+    def reset(cls, mood: Callable[[Messages], str | None] = lambda messages: None) -> None:
+        cls.mood, cls.asked = staticmethod(mood), Counter()
+
+    async def acompletion(self, *args: Any, **kwargs: Any) -> Any:
+        messages = kwargs["messages"]
+        Moody.asked.update(items_of(messages))
+        response = await super().acompletion(*args, **kwargs)
+        mood, choice = Moody.mood(messages), response.choices[0]
+        who = {"model": "model", "llm_provider": "moody"}
+        if mood == "refusal":
+            choice.message.content, choice.message.refusal = None, "I cannot help with that."
+        elif mood == "filter":
+            choice.finish_reason = "content_filter"
+        elif mood == "prose":
+            choice.message.content = "A red circle."
+        elif mood in ("empty", "nothing"):
+            text = "" if mood == "empty" else "..."
+            choice.message.content = f'{{"captions": [{{"id": 1, "caption": "{text}"}}]}}'
+        elif mood == "400":
+            raise litellm.BadRequestError("this image is not supported", **who)
+        elif mood == "401":
+            raise litellm.AuthenticationError("no such key", **who)
+        elif mood == "429":
+            raise litellm.RateLimitError("slow down", **who)
+        return response
+
+
+MOODY = {
+    "judge.model": "moody/model",
+    "judge.providers": "{moody: tests.recaption.recaption_fakes.Moody}",
+    "judge.retries": 0,
+}
+"""Options that make `Moody` the judge."""
+
+
+def about(names: dict[str, str], image_of: Callable[[str], str]) -> Callable[[Messages], str | None]:
+    """A mood: image name -> what goes wrong with its caption.
+
+    Args:
+        names: sample id -> mood.
+        image_of: sample id -> the image as the judge gets it.
+    """
+    moods = {image_of(name): mood for name, mood in names.items()}
+
+    def mood(messages: Messages) -> str | None:
+        urls = image_urls(messages)
+        return moods.get(urls[0]["url"]) if urls else None
+
+    return mood
