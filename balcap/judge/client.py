@@ -174,7 +174,9 @@ class Client:
         try:
             router = self._router(litellm, route)
             settings = self._settings(litellm, question, route)
-            chat = wire(messages, question.images, _provider(litellm, self._places(route)[0].model))
+            sent = (messages, question.images, _provider(litellm, self._places(route)[0].model))
+            # Decoding and encoding a picture takes long enough to hold up everybody else's answers.
+            chat = await asyncio.to_thread(wire, *sent) if question.shows_image else wire(*sent)
             async with asyncio.timeout(timeout_s):
                 response = await router.acompletion(
                     model=route.name, messages=chat, timeout=timeout_s, **settings

@@ -57,7 +57,8 @@ def prune(
     max_mb: float | None = None,
 ) -> int | None:
     """Delete as `cache` says; the number of answers that went, None if nothing was asked for."""
-    conditions, values = [], []
+    conditions: list[str] = []
+    values: list[Any] = []
     for condition, value in (("task = ?", task), ("model = ?", model)):
         if value is not None:
             conditions.append(condition)

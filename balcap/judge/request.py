@@ -70,8 +70,12 @@ class Question:
             name: _image_digest(value) if isinstance(value, bytes) else value
             for name, value in self.context.items()
         }
-        sent = repr(self.images) if any(isinstance(v, bytes) for v in self.context.values()) else ""
-        return [self.task.name, self.task.version, context, sent]
+        return [self.task.name, self.task.version, context, repr(self.images) if self.shows_image else ""]
+
+    @property
+    def shows_image(self) -> bool:
+        """Whether an image is part of the context."""
+        return any(isinstance(value, bytes) for value in self.context.values())
 
     def messages(self, items: Sequence[Any]) -> list[Message]:
         """The chat as `Task.messages` writes it."""

@@ -1,0 +1,77 @@
+"""``main.py cache`` and ``main.py ledger``: shown and pruned while others may be writing."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+
+import pytest
+
+from balcap.judge.cache import JudgmentCache, describe
+from balcap.judge.ledger import Call, Ledger
+from main import main
+
+
+@pytest.fixture
+def cache(tmp_path):
+    path = tmp_path / "c.sqlite"
+    cache = JudgmentCache(path)
+    for number in range(20):
+        task, model = ("rate", "m") if number % 2 else ("verify", "n")
+        cache.put(f"key {number}", task, model, "x" * 50_000)
+    cache.close()
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE answers SET at = ? WHERE task = 'rate'", (time.time() - 10 * 86400,))
+    return path
+
+
+def left(path) -> dict[str, int]:
+    with sqlite3.connect(path) as database:
+        return dict(database.execute("SELECT task, count(*) FROM answers GROUP BY task").fetchall())
+
+
+def test_shown_and_left_alone(cache, capsys):
+    main(["cache", "--path", str(cache)])
+    shown = capsys.readouterr().out
+    assert "verify" in shown
+    assert "10" in shown
+    assert left(cache) == {"rate": 10, "verify": 10}
+
+
+@pytest.mark.parametrize(
+    ("flags", "rest"),
+    [
+        (["--older_than_days", "5"], {"verify": 10}),
+        (["--older_than_days", "50"], {"rate": 10, "verify": 10}),
+        (["--task", "verify"], {"rate": 10}),
+        (["--model", "n", "--older_than_days", "5"], {"rate": 10, "verify": 10}),
+        (["--max_mb", "0.51"], {"verify": 10}),  # the oldest go first
+        (["--max_mb", "0"], {}),
+    ],
+)
+def test_pruned_as_asked(cache, capsys, flags, rest):
+    answers, size = describe(cache)
+    assert (answers, size > 1_000_000) == (20, True)
+    main(["cache", "--path", str(cache), *flags])
+    assert left(cache) == rest
+    assert f"deleted {20 - sum(rest.values()):,} answers" in capsys.readouterr().out
+    assert describe(cache)[1] < size or rest == {"rate": 10, "verify": 10}
+
+
+def test_a_ledger_is_summed_up(tmp_path, capsys):
+    ledger = Ledger(tmp_path / "judge_ledger.sqlite")
+    for outcome, usd in (("ok", 0.5), ("ok", 0.25), ("server", 0.0)):
+        ledger.add(Call(0.0, "rate", "openai/m", 1, 1, outcome, 1000, 10, 0, usd, 0.1))
+    ledger.close()
+    main(["ledger", str(tmp_path)])  # the run folder
+    shown = capsys.readouterr().out
+    assert "3 calls, $0.7500" in shown
+    assert "2,000" in shown
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match="does not exist"):
+        main(["cache", "--path", str(tmp_path / "none.sqlite")])
+    (tmp_path / "judge_ledger.sqlite").write_text("no database, but long enough to look like one. " * 50)
+    with pytest.raises(SystemExit, match="cannot be read as a ledger"):
+        main(["ledger", str(tmp_path)])
