@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa:
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException  # noqa: E402
 
 from balcap.data import CaptionDataModule  # noqa: E402
+from balcap.estimate.trainer import HERE, BalCapTrainer, estimate_problems, launch_of  # noqa: E402
 from balcap.judge import BudgetSpent, RunStopped  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
 from callbacks.caption_writer import CaptionWriter  # noqa: E402
@@ -39,12 +40,13 @@ class ConfigError(SystemExit):
 
 
 class BalCapCLI(LightningCLI):
-    """``fit``, ``validate`` and ``predict``, with all outputs of a run in ``run_dir``."""
+    """``fit``, ``estimate``, ``validate`` and ``predict``, with all outputs of a run in ``run_dir``."""
 
     def __init__(self, args: Any = None) -> None:
         super().__init__(
             BalCapModule,
             CaptionDataModule,
+            trainer_class=BalCapTrainer,
             args=args,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
@@ -58,6 +60,7 @@ class BalCapCLI(LightningCLI):
         skip = {"model", "dataloaders", "datamodule", "weights_only"}
         return {
             "fit": {*skip, "train_dataloaders", "val_dataloaders"},
+            "estimate": {*skip, "launch"},
             "validate": skip,
             "predict": {*skip, "return_predictions"},
         }
@@ -106,7 +109,9 @@ class BalCapCLI(LightningCLI):
         from balcap.loggers import RunCSVLogger
 
         options = self.config[self.subcommand]
-        if options.trainer.logger is None:
+        if self.subcommand == "estimate":
+            kwargs |= HERE
+        elif options.trainer.logger is None:
             keep = self.subcommand != "fit" or bool(options.ckpt_path)
             kwargs["logger"] = [
                 RunCSVLogger(options.run_dir, keep=keep),
@@ -123,11 +128,14 @@ class BalCapCLI(LightningCLI):
     def _problems(self) -> list[str]:
         assert isinstance(self.model, BalCapModule)
         assert isinstance(self.datamodule, CaptionDataModule)
+        if self.subcommand == "estimate":
+            return estimate_problems(self.model, self.datamodule)
         return [*self.model.problems(), *self.datamodule.problems(str(self.subcommand))]
 
     def _trainer_problems(self, trainer: Trainer) -> list[str]:
         found = []
-        if self.subcommand == "fit" and trainer.max_steps == -1 and trainer.max_epochs in (-1, None):
+        endless = trainer.max_steps == -1 and trainer.max_epochs in (-1, None)
+        if self.subcommand in ("fit", "estimate") and endless:
             found.append("trainer.max_steps: the run would never end; set it, or trainer.max_epochs")
         if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
             found.append(
@@ -159,6 +167,8 @@ class BalCapCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "estimate":
+            return kwargs | {"launch": launch_of(self.config[subcommand])}
         kwargs["weights_only"] = True  # a checkpoint is data: it must not run code when it is read
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # they are on disk already

@@ -115,8 +115,9 @@ def image_tokens(model: str, url: str) -> int:
 def pieces(model: str, messages: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int]]:
     """The prompt in its order: (content, tokens) of texts, in pieces of a prefix cache, and of pictures."""
     for message in messages:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts: list[dict[str, Any]] = [{"type": "text", "text": message["content"]}]
+        if not isinstance(message["content"], str):
+            parts = message["content"]
         yield message["role"], 3
         for part in parts:
             if part["type"] == "image_url":
@@ -196,7 +197,7 @@ def sample(batch: CaptionBatch, seed: int) -> list[list[str]]:
     engine = HFGenerate()
     engine.attach(policy)
     torch.manual_seed(seed)
-    found: list[list[str]] = []
+    found: list[Any] = []
     for start in range(0, len(batch), 32):
         part = batch.select(range(start, min(start + 32, len(batch))))
         found += engine.generate(part, policy.encode(part), G, Sampling(max_tokens=128)).captions
@@ -412,10 +413,10 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         cases[kind, model] = [long(batch, captions, half, kind == "long") for captions in (one, two)]
     with tempfile.TemporaryDirectory() as folder:
         found = {
-            (kind, model): compare(*pictures, model + PREFIX * (kind == "prefix"), Path(folder))
-            for (kind, model), pictures in cases.items()
+            (kind, model): compare(first, second, model + PREFIX * (kind == "prefix"), Path(folder))
+            for (kind, model), (first, second) in cases.items()
         }
-    console = Console(width=150)
+    console = Console(width=160)
     console.print(table(found))
     result = figures(found)
     rounded = json.loads(json.dumps(result), parse_float=lambda number: round(float(number), 4))

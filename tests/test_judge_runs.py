@@ -81,10 +81,14 @@ def test_a_judge_that_misbehaves_costs_judgments_not_the_run(http, cli, tmp_path
     assert all(math.isfinite(float(row["train/loss"])) for row in without)
 
 
-def test_a_judge_that_is_gone_ends_the_run_with_a_checkpoint(http, cli, server, tmp_path: Path, capsys) -> None:
+def test_a_judge_that_is_gone_ends_the_run_with_a_checkpoint(
+    http, cli, server, tmp_path: Path, capsys
+) -> None:
     options = {"trainer.max_steps": 6, "model.judge.retries": 1}
     whole = http(server, **options, run_dir=tmp_path / "whole")
-    whole[whole.index(next(a for a in whole if a.startswith("--model.judge.cache")))] = "--model.judge.cache=null"
+    whole[whole.index(next(a for a in whole if a.startswith("--model.judge.cache")))] = (
+        "--model.judge.cache=null"
+    )
     cli(whole)
     first = server.calls
     server.down_after = first + first // 2
@@ -104,7 +108,9 @@ def test_a_judge_that_is_gone_ends_the_run_with_a_checkpoint(http, cli, server, 
     cli([*http(server, **options), "--ckpt_path", "last"])
     columns = [key for key in trained(run)[0] if key.startswith("train/")]
     again, undisturbed = trained(run), trained(tmp_path / "whole")
-    assert [[row[key] for key in columns] for row in again] == [[row[key] for key in columns] for row in undisturbed]
+    assert [[row[key] for key in columns] for row in again] == [
+        [row[key] for key in columns] for row in undisturbed
+    ]
 
 
 def test_a_judge_that_was_never_there_says_so_at_once(http, cli, server, tmp_path: Path) -> None:

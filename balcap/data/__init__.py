@@ -6,6 +6,7 @@ What happens to a row, and where::
     split.py        which rows take part, and which images are held out
     files.py        sample id -> a file inside data.image_root
     images.py       bytes -> upright RGB image, or the cause why not
+    prompt.py       what is asked about an image
     stream.py       rows -> full batches, without end, resumable to the exact row
     bad_rows.py     bad_rows.jsonl: every row that was left out, and the limit on their share
     datamodule.py   all of it behind one LightningDataModule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,20 +22,48 @@ def problems(data: CaptionDataModule, stage: str) -> list[str]:
     """
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}, expected one of {', '.join(STAGES)}")
-    found = _numbers(data)
-    if data.prompts is not None and not (data.prompts and all(p.strip() for p in data.prompts)):
-        found.append(
-            "data.prompts must hold at least one prompt and no empty one; null asks the row's question"
-        )
+    found = _numbers(data) + prompt_problems(data.prompts)
     if stage == "predict":
         return found + _prediction(data)
-    if data.data is None:
-        found.append(
-            "data.data is required: a ShareGPT4V .json or .jsonl file, or a hub id such as owner/name"
-        )
-    else:
-        found += _source(data.data, "data.data", hub=True)
-    return found + _image_root(data)
+    return found + source_problems(data.data) + _image_root(data)
+
+
+def prompt_problems(prompts: Sequence[str] | None, prefix: str = "data.") -> list[str]:
+    """What is wrong with a choice of prompts; `prefix` goes before the names of the settings."""
+    if prompts is None or (prompts and all(prompt.strip() for prompt in prompts)):
+        return []
+    return [f"{prefix}prompts must hold at least one prompt and no empty one; null asks the row's question"]
+
+
+def source_problems(data: str | None, prefix: str = "data.") -> list[str]:
+    """What is wrong with the name of a data set, as `load_rows` takes it."""
+    if data is None:
+        wanted = "a ShareGPT4V .json or .jsonl file, or a hub id such as owner/name"
+        return [f"{prefix}data is required: {wanted}"]
+    return _source(data, f"{prefix}data", hub=True)
+
+
+def folder_problems(
+    image_root: str | None,
+    folders: Sequence[str] | None,
+    link_targets: Sequence[str] | None,
+    prefix: str = "data.",
+) -> list[str]:
+    """What is wrong with the folders that images are read from."""
+    if image_root is None:
+        return [f"{prefix}image_root is required: the folder that the image paths of the data set start from"]
+    root = Path(image_root).expanduser()
+    if not root.is_dir():
+        why = "is not a folder" if root.exists() else "does not exist"
+        return [f"{prefix}image_root: {image_root} {why}"]
+    found = []
+    for folder in folders or ():
+        if not (root / folder.strip("/")).is_dir():
+            found.append(f"{prefix}folders: {folder} does not exist under {prefix}image_root={image_root}")
+    for target in link_targets or ():
+        if not Path(target).expanduser().is_dir():
+            found.append(f"{prefix}link_targets: {target} does not exist")
+    return found
 
 
 def _numbers(data: CaptionDataModule) -> list[str]:
@@ -78,21 +107,7 @@ def looks_like_hub_id(value: str) -> bool:
 
 
 def _image_root(data: CaptionDataModule) -> list[str]:
-    if data.image_root is None:
-        return ["data.image_root is required: the folder that the image paths of the data set start from"]
-    root = Path(data.image_root).expanduser()
-    if not root.is_dir():
-        return [
-            f"data.image_root: {data.image_root} {'is not a folder' if root.exists() else 'does not exist'}"
-        ]
-    found = []
-    for folder in data.folders or ():
-        if not (root / folder.strip("/")).is_dir():
-            found.append(f"data.folders: {folder} does not exist under data.image_root={data.image_root}")
-    for target in data.link_targets or ():
-        if not Path(target).expanduser().is_dir():
-            found.append(f"data.link_targets: {target} does not exist")
-    return found
+    return folder_problems(data.image_root, data.folders, data.link_targets)
 
 
 def _prediction(data: CaptionDataModule) -> list[str]:

@@ -38,7 +38,8 @@ class CaptionDataModule(lightning.LightningDataModule):
 
     Args:
         data: ShareGPT4V rows: path of a ``.json`` or ``.jsonl`` file, or a hub id such as
-            ``Lin-Chen/ShareGPT4V``. Required unless predicting.
+            ``Lin-Chen/ShareGPT4V``. Rows may hold what their caption asserts, as ``reference_units``; the
+            judge is then not asked for it. Required unless predicting.
         image_root: folder that the image paths in the rows start from. Only files below it are read, since
             images are sent to the judge.
         name: configuration of a hub data set, such as ``ShareGPT4V``.

@@ -122,6 +122,7 @@ def folder_rows(folder: str | Path) -> list[dict[str, Any]]:
                 "sample_id": name,
                 "question": "",
                 "caption": "",
+                "reference_units": None,
                 "problem": "not_utf8" if bad else "",
                 "detail": f"file name {name!r}: rename it" if bad else "",
             }

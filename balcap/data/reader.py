@@ -12,10 +12,7 @@ from balcap.batch import CaptionBatch, Cursor
 from balcap.data.bad_rows import BadRowLog
 from balcap.data.files import ImageFolder
 from balcap.data.images import BadImage
-from balcap.data.split import image_hash
-
-DEFAULT_PROMPT = "Describe this image in detail."
-"""For images that come without a question."""
+from balcap.data.prompt import prompt_for
 
 
 class Table(Protocol):
@@ -35,6 +32,7 @@ class Sample:
     image_bytes: bytes
     prompt: str
     reference: str
+    reference_units: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,8 @@ class RowReader:
         except BadImage as bad:
             self.bad_rows.add(row["row"], row["sample_id"], bad.cause, bad.detail)
             return None
-        return Sample(row["sample_id"], image, data, self._prompt(row), row["caption"])
-
-    def _prompt(self, row: Mapping[str, Any]) -> str:
-        if self.prompts:
-            return self.prompts[image_hash(self.seed, row["sample_id"]) % len(self.prompts)]
-        return row["question"] or DEFAULT_PROMPT
+        prompt = prompt_for(row["sample_id"], row["question"], self.prompts, self.seed)
+        return Sample(row["sample_id"], image, data, prompt, row["caption"], row["reference_units"])
 
 
 def to_batch(samples: Sequence[Sample], cursor: Cursor | None = None) -> CaptionBatch:
@@ -83,5 +77,6 @@ def to_batch(samples: Sequence[Sample], cursor: Cursor | None = None) -> Caption
         image_bytes=[s.image_bytes for s in samples],
         prompts=[s.prompt for s in samples],
         references=[s.reference for s in samples],
+        reference_units=[s.reference_units for s in samples],
         cursor=cursor,
     )

@@ -7,6 +7,10 @@ A row of the file::
 
 ``id`` is not unique in ShareGPT4V, so a sample is known by its image. A row that is not as it should be
 keeps its place in the table with a cause: whoever reads it can list it and go on.
+
+Beside ShareGPT4V's own keys one more is read: ``"reference_units"``, a list of strings, the assertions of the
+caption as `balcap.recaption` writes them. Absent, or null, they are asked for in training. Anything else is a
+bad row, ``malformed_units``: to pay for what was to be there already would be a surprise.
 """
 
 from __future__ import annotations
@@ -24,10 +28,10 @@ if TYPE_CHECKING:
 
 PLACEHOLDER = "<image>"
 
-TEXT_ONLY_CAUSES = frozenset(("no_caption", "no_image_placeholder"))
+TEXT_ONLY_CAUSES = frozenset(("no_caption", "no_image_placeholder", "malformed_units"))
 """Causes that do not matter to who only needs the image."""
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of the cache's key: raise it when `normalise` answers differently."""
 
 
@@ -51,13 +55,15 @@ def normalise(raw: Any, row: int) -> dict[str, Any]:
 
     Returns:
         ``row``; ``sample_id``, the image as the data set writes it ("" if there is none); ``question``
-        without placeholder; ``caption``; ``problem``, the cause why the row is bad, or ""; ``detail``.
+        without placeholder; ``caption``; ``reference_units``, assertions of the caption, or None; ``problem``,
+        the cause why the row is bad, or ""; ``detail``.
     """
     flat: dict[str, Any] = {
         "row": row,
         "sample_id": "",
         "question": "",
         "caption": "",
+        "reference_units": None,
         "problem": "",
         "detail": "",
     }
@@ -93,6 +99,11 @@ def normalise(raw: Any, row: int) -> dict[str, Any]:
         return bad("no_caption", "no gpt turn with text")
     if PLACEHOLDER not in question:
         return bad("no_image_placeholder", f"no {PLACEHOLDER} in the human turn {_short(question)}")
+    units = raw.get("reference_units")
+    if units is not None:
+        if not isinstance(units, list) or not all(isinstance(unit, str) and unit.strip() for unit in units):
+            return bad("malformed_units", f'"reference_units" is {_short(units)}, not a list of texts')
+        flat["reference_units"] = [_storable(unit) for unit in units]
     return flat
 
 
@@ -234,6 +245,7 @@ def load_rows(data: str, name: str | None = None, cache_dir: str | None = None) 
     text = datasets.Value("string")
     features = datasets.Features(
         row=datasets.Value("int64"),
+        reference_units=datasets.List(text),
         **dict.fromkeys(("sample_id", "question", "caption", "problem", "detail"), text),
     )
     if path.is_file():
@@ -258,6 +270,19 @@ def load_rows(data: str, name: str | None = None, cache_dir: str | None = None) 
             "folder that you may write to and that has room"
         ) from error
     return table, digest
+
+
+def raw_rows(data: str, name: str | None = None, cache_dir: str | None = None) -> tuple[Iterator[Any], str]:
+    """The rows that `load_rows` makes a table of, as parsed and in the same order, and the same digest.
+
+    Raises:
+        DataError: as `load_rows`; for a file that breaks off, not before its rows are read.
+    """
+    path = Path(data).expanduser()
+    if path.is_file():
+        return parse_rows(path), _digest(path)
+    rows = _load_from_hub(data, name, cache_dir)
+    return iter(rows), rows._fingerprint
 
 
 def column(table: Dataset, name: str) -> list[str]:

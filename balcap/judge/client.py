@@ -20,6 +20,7 @@ from balcap.judge.answers import extract_json
 from balcap.judge.errors import FailureKind, InvalidAnswer
 from balcap.judge.redact import redact
 from balcap.judge.request import Question, Route, response_format, wire
+from balcap.judge.secrets import resolve
 from balcap.judge.tasks.base import Message
 
 # Set here, or a matter of how a question is asked; in `params` they would be silently overruled.
@@ -269,17 +270,23 @@ class Client:
     def _understood(self, litellm: Any, route: Route, error: Exception) -> CallFailed:
         """What an exception of litellm means for us, free of secrets."""
         kinds = litellm.exceptions
-        reason = redact(f"{route.model}: {type(error).__name__}: {error}")
-        text = str(error)
-        if isinstance(error, litellm.types.router.RouterRateLimitErrorBasic) or any(words in text for words in _HELD_BACK):
+        text = str(error).partition(" LiteLLM: model group")[0].partition("\nLiteLLM: model group")[0]
+        reason = redact(
+            f"{route.model}: {type(error).__name__}: {text.removeprefix(f'litellm.{type(error).__name__}: ')}"
+        )
+        if isinstance(error, litellm.types.router.RouterRateLimitErrorBasic) or any(
+            words in text for words in _HELD_BACK
+        ):
             return CallFailed("limited", reason, True, 1.0, held_back=True)
         if isinstance(error, litellm.types.router.RouterRateLimitError):  # all deployments rest
             return CallFailed("limited", reason, True, min(error.cooldown_time, self._cooldown_s))
         body = getattr(error, "body", None)
         spent = isinstance(body, dict) and body.get("code") == "insufficient_quota"  # comes as a rate limit
         status = getattr(error, "status_code", None)
-        if spent:
-            return CallFailed("rejected", reason)
+        if spent or isinstance(
+            error, kinds.AuthenticationError | kinds.PermissionDeniedError | kinds.NotFoundError
+        ):
+            return CallFailed("denied", reason)
         if isinstance(error, kinds.RateLimitError):
             return CallFailed("limited", reason, True, _retry_after(error))
         if isinstance(error, kinds.Timeout):
@@ -383,7 +390,7 @@ def listed_price(litellm: Any, model: str) -> Price | None:
 
 
 def _deployed(litellm: Any, route: Route, place: Deployment) -> dict[str, Any]:
-    params = {"model": place.model, **route.params, **(place.params or {})}
+    params = resolve({"model": place.model, **route.params, **(place.params or {})})
     if params.get("api_base") and not params.get("api_key") and missing_keys(litellm, place.model):
         params["api_key"] = "none"  # a server of one's own rarely asks for a key, but the clients insist
     limits = {"rpm": place.rpm, "tpm": place.tpm, "max_parallel_requests": place.max_parallel}

@@ -10,7 +10,8 @@ FailureKind = Literal[
     "invalid",  # not what was asked for: no JSON, a wrong length, unknown ids, empty
     "cut",  # ran into max_tokens
     "too_long",  # does not fit the context window
-    "rejected",  # bad request, wrong key, unknown model, spent quota
+    "rejected",  # bad request
+    "denied",  # wrong key, unknown model, spent quota
     "image",  # cannot be decoded
     "limited",  # rate limit
     "timeout",

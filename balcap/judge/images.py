@@ -153,9 +153,3 @@ def _encoded(pixels: Image, kind: str, **options: int) -> bytes:
 
 def _url(mime: str, content: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-@lru_cache(maxsize=16)
-def data_url(image: bytes) -> str:
-    """`image_url` under the default policy."""
-    return image_url(image, ImagePolicy())

@@ -108,7 +108,19 @@ def ledger(path: str) -> None:
     calls, usd = sum(row[3] for row in rows), sum(row[8] or 0.0 for row in rows)
     _table(
         f"{file}: {calls:,} calls, ${usd:,.4f}",
-        ("task", "model", "outcome", "calls", "items", "tokens in", "cached", "tokens out", "$", "s", "s max"),
+        (
+            "task",
+            "model",
+            "outcome",
+            "calls",
+            "items",
+            "tokens in",
+            "cached",
+            "tokens out",
+            "$",
+            "s",
+            "s max",
+        ),
         [
             (
                 *row[:3],

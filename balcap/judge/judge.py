@@ -62,7 +62,7 @@ class Judge:
             are verified in one call with one image, and every verdict is remembered. ``per_rollout`` makes
             a call of its own for each caption and kind, several times as dear: the baseline.
         per_call: task name -> most items in one call (captions; assertions for ``verify``), each at least
-            1; null for each task's own (4, 60, 8 and, for ``rate``, 1).
+            1; null for each task's own (4, 128, 8 and, for ``rate``, 1).
         images: how images are sent.
         prices: litellm model string -> US dollars per million tokens, for models that litellm has no price
             for, or another one; null for none.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,12 @@ from balcap.judge.client import (
     register_providers,
 )
 from balcap.judge.ledger import ledger_problem
+from balcap.judge.secrets import secret_problems
 from balcap.judge.tasks import Task
 
 if TYPE_CHECKING:
     from balcap.judge.judge import Judge
 
-_SECRET = re.compile(r"(^|_)(api_key|key|secret|token|password|credentials)$")
 Place = tuple[str, Deployment]  # key of its settings, and where it is
 
 
@@ -96,14 +95,10 @@ def _given(judge: Judge, key: str) -> Iterator[tuple[str, str | None, Mapping[st
 def _params(judge: Judge, key: str) -> list[str]:
     found = []
     for where, _, params in _given(judge, key):
-        for name, value in (params or {}).items():
+        for name in params or {}:
             if name in RESERVED:
                 found.append(f"{where}.params.{name}: set by the judge itself; remove it")
-            elif _SECRET.search(name) and not str(value).startswith("os.environ/"):
-                found.append(
-                    f"{where}.params.{name}: keys come from the environment; remove it, or write "
-                    "os.environ/<NAME>"
-                )
+        found += secret_problems(params or {}, f"{where}.params")
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sqlite3
@@ -59,7 +58,9 @@ def test_a_stored_answer_that_no_longer_fits_is_asked_again(make_judge, server, 
 
 
 def test_the_key_depends_on_all_that_changes_an_answer(png, monkeypatch):
-    def key(image: bytes = png, says: tuple = ("A",), model: str = "m", images=ImagePolicy(), **params) -> str:  # noqa: B008
+    def key(
+        image: bytes = png, says: tuple = ("A",), model: str = "m", images=ImagePolicy(), **params
+    ) -> str:  # noqa: B008
         return Question(Verify(), {"image": image}, [Route(model, params)], images).keys(says)[0]
 
     keys = [

@@ -78,7 +78,9 @@ def test_questions_under_way_are_shared_item_by_item(make_judge, server, png):
     assert judge.stats().shared == 1
 
 
-@pytest.mark.parametrize(("count", "most", "sizes"), [(7, 3, [3, 3, 1]), (6, 3, [3, 3]), (4, 3, [2, 2]), (3, 9, [3])])
+@pytest.mark.parametrize(
+    ("count", "most", "sizes"), [(7, 3, [3, 3, 1]), (6, 3, [3, 3]), (4, 3, [2, 2]), (3, 9, [3])]
+)
 def test_long_lists_are_split_evenly(make_judge, server, png, count, most, sizes):
     judge = make_judge(per_call={"verify": most})
     said = [f"Thing {number}" for number in range(count)]
@@ -113,7 +115,9 @@ def test_what_is_shared_stands_first(make_judge, server, png):
 def test_units_of_the_data_are_not_asked_for(make_judge, server, png):
     judge = make_judge()
     given = suite().gather_group
-    judgments = judge.run(given(judge, "id", png, "A cat. A mat", ["A cat"], reference_units=["A cat", "A bat"]))
+    judgments = judge.run(
+        given(judge, "id", png, "A cat. A mat", ["A cat"], reference_units=["A cat", "A bat"])
+    )
     assert judgments.units == [["A cat", "A bat"]]
     assert judgments["match"] == [[[True, False]]]
     assert tasks(server).count("decompose") == 1  # the caption's
@@ -137,15 +141,17 @@ def test_what_does_not_depend_on_the_captions_is_not_divided(make_judge, server)
     judge = make_judge()
     answers = judge.run(judge.ask(Decompose, ["A cat", "A mat", "A hat"]))
     assert [type(answer) for answer in answers] == [JudgeFailure] * 3
-    assert {answer.kind for answer in answers} == {"rejected"}
+    assert {answer.kind for answer in answers} == {"denied"}
     assert server.calls == 1
 
 
 def test_a_missing_verdict_is_a_missing_precision_of_who_stated_it(make_judge, server, png):
     real = server._fault
-    server._fault = lambda body, digest: "refusal" if "hat" in str(body["messages"][1]) and "verify" in (
-        body["messages"][0]["content"].splitlines()[0]
-    ) else real(body, digest)
+    server._fault = lambda body, digest: (
+        "refusal"
+        if "hat" in str(body["messages"][1]) and "verify" in (body["messages"][0]["content"].splitlines()[0])
+        else real(body, digest)
+    )
     judge = make_judge(retries=0)
     judgments = suite().gather(judge, rollouts([CAPTIONS], png))
     del server._fault
@@ -174,6 +180,6 @@ def test_closing_in_the_middle_answers_everybody(make_judge, server, png):
     while not server.calls:
         pass
     judge.close()
-    with pytest.raises((JudgeFailure, BaseException)):  # noqa: PT012, B017
+    with pytest.raises((JudgeFailure, BaseException)):  # noqa: PT012
         for answer in waiting.result(10):
             raise answer

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from balcap.data.images import decode_image
-from balcap.judge.images import ImageError, ImagePolicy, data_url, image_url
+from balcap.judge.images import ImageError, ImagePolicy, image_url
 
 SIZE = (96, 64)
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
@@ -63,7 +63,6 @@ def test_photographs_travel_byte_for_byte(name: str) -> None:
     mime, content = sent(file)
     assert mime == ("image/png" if name.endswith("png") else "image/jpeg")
     assert content == file
-    assert image_url(file, ImagePolicy()) == data_url(file)
 
 
 PLAIN = {"JPEG": ("RGB", "L"), "PNG": ("RGB", "L", "P", "1"), "WEBP": ("RGB",), "GIF": ("P", "L", "1")}
@@ -297,7 +296,6 @@ def test_urls_are_deterministic_and_kept() -> None:
     assert image_url.cache_info().hits == hits + 1
     image_url.cache_clear()
     assert image_url(file, ImagePolicy()) == first
-    assert data_url(file) == first
 
 
 def test_detail_per_provider() -> None:

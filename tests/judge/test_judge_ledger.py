@@ -111,7 +111,10 @@ def test_ranks_see_what_the_others_spend(tmp_path):
     path = tmp_path / "l.sqlite"
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", WRITER, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for _ in range(3)
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import unicodedata
@@ -10,12 +9,11 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from balcap.judge import Decompose, InvalidAnswer, JudgeStats, Match, Rate, Rating, Verdict, Verify
 from balcap.judge.answers import extract_json
 from balcap.judge.fence import fence
-from balcap.judge.images import ImageError, data_url
 from balcap.judge.redact import redact
 from balcap.judge.request import response_format
 from balcap.judge.tasks.base import Schema
@@ -175,69 +173,10 @@ def test_schemas_are_strict(task):
     assert issubclass(task.schema, Schema)
 
 
-# ---- images
-
-
-def _png(**save) -> bytes:
+def _png() -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (4, 2), (255, 0, 0)).save(buffer, "PNG", **save)
+    Image.new("RGB", (4, 2), (255, 0, 0)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _file(image: Image.Image, kind: str, **save) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **save)
-    return buffer.getvalue()
-
-
-def _decoded(url: str) -> bytes:
-    return base64.b64decode(url.partition(",")[2])
-
-
-def test_ordinary_files_travel_untouched():
-    info = PngImagePlugin.PngInfo()
-    info.add_text("scene", '{"objects": []}')
-    png = _png(pnginfo=info)
-    assert data_url(png).startswith("data:image/png;base64,")
-    assert _decoded(data_url(png)) == png
-    for kind in ("JPEG", "WEBP", "GIF"):
-        file = _file(Image.new("RGB", (4, 2)), kind)
-        assert data_url(file) == f"data:image/{kind.lower()};base64,{base64.b64encode(file).decode()}"
-
-
-def test_rotated_photos_are_turned_upright():
-    picture = Image.new("RGB", (32, 16), (255, 0, 0))
-    picture.paste((0, 0, 255), (0, 0, 16, 16))  # blue left, red right
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees clockwise: blue above, red below
-    url = data_url(_file(picture, "JPEG", exif=exif, quality=95))
-    assert url.startswith("data:image/jpeg;")
-    shown = Image.open(io.BytesIO(_decoded(url)))
-    assert shown.size == (16, 32)
-    assert shown.getexif().get(0x0112, 1) == 1
-    top, bottom = shown.getpixel((8, 4)), shown.getpixel((8, 28))
-    assert top[2] > 200 > 60 > top[0]
-    assert bottom[0] > 200 > 60 > bottom[2]
-
-
-def test_what_providers_refuse_is_encoded_again():
-    cmyk = _file(Image.new("CMYK", (4, 2)), "JPEG")
-    frames = [Image.new("RGB", (4, 2), colour) for colour in ((255, 0, 0), (0, 255, 0))]
-    animated = _file(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    bmp = _file(Image.new("RGB", (4, 2)), "BMP")
-    for file, mime in ((cmyk, "jpeg"), (animated, "png"), (bmp, "png")):
-        url = data_url(file)
-        assert url.startswith(f"data:image/{mime};")
-        shown = Image.open(io.BytesIO(_decoded(url)))
-        assert (shown.mode, shown.size, getattr(shown, "n_frames", 1)) == ("RGB", (4, 2), 1)
-        data_url.cache_clear()
-        assert data_url(file) == url
-
-
-def test_no_image_is_an_error():
-    for file in (b"", b"text", _file(Image.new("CMYK", (64, 64)), "JPEG")[:200]):
-        with pytest.raises(ImageError):
-            data_url(file)
 
 
 # ---- secrets and counters

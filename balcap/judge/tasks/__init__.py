@@ -1,19 +1,21 @@
 """The kinds of judgment, one file each: schema -> prompt -> parser.
 
-=============  ==================  ======================================  =========
-task           is given            answers                                 image
-=============  ==================  ======================================  =========
-`Decompose`    a caption           its atomic assertions                   no
-`Verify`       image, assertions   true and pointable for each             yes
-`Match`        units, assertions   covered or not for each reference unit  no
-`Rate`         a caption           clarity, fluency, coherency             no
-=============  ==================  ======================================  =========
+=============  =========================  ======================================  =========
+task           is given                   answers                                 image
+=============  =========================  ======================================  =========
+`Decompose`    captions                   the atomic assertions of each           no
+`Verify`       an image, assertions       true and pointable for each             yes
+`Match`        reference units, captions  for each, which units it covers         no
+`Rate`         captions                   clarity, fluency, coherency of each     no
+`Recaption`    an image, a question       a new reference caption                 yes
+=============  =========================  ======================================  =========
 """
 
 from balcap.judge.tasks.base import Schema, Task
 from balcap.judge.tasks.decompose import Decompose
 from balcap.judge.tasks.match import Match
 from balcap.judge.tasks.rate import Rate, Rating
+from balcap.judge.tasks.recaption import Recaption
 from balcap.judge.tasks.verify import Verdict, Verify
 
-__all__ = ["Decompose", "Match", "Rate", "Rating", "Schema", "Task", "Verdict", "Verify"]
+__all__ = ["Decompose", "Match", "Rate", "Rating", "Recaption", "Schema", "Task", "Verdict", "Verify"]

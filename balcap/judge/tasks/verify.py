@@ -78,7 +78,7 @@ class Verify(Task[Verdict]):
     version = "2"
     schema = Verdicts
     answer_type = Verdict
-    per_call = 60
+    per_call = 128
 
     def messages(self, items: Sequence[str], *, image: bytes) -> list[Message]:  # type: ignore[override]
         return chat(self.name, INSTRUCTIONS, fence("assertions", numbered(items)), image)
