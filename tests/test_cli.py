@@ -49,6 +49,7 @@ def test_every_config_instantiates_without_weights(
     config: Path, overlay: Path | None, world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setenv("OPENROUTER_API_KEY", "sk-test")
     local = ["--data.image_root", str(world), "--run_dir", str(tmp_path), "--trainer.accelerator", "cpu"]
     local += ["--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.precision", "32-true"]
     if config.stem == "shapes":

@@ -453,8 +453,9 @@ def _read(route: Route, response: Any, bill: Bill) -> Reply:
 
 async def _stop_logging() -> None:
     """End litellm's logging task where it runs on this loop, which is about to close."""
-    from litellm.litellm_core_utils.logging_worker import GLOBAL_LOGGING_WORKER as worker
+    from litellm.litellm_core_utils import logging_worker
 
+    worker = logging_worker.GLOBAL_LOGGING_WORKER
     if getattr(worker, "_bound_loop", None) is asyncio.get_running_loop():
         await worker.stop()
 

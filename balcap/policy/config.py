@@ -40,6 +40,8 @@ class PolicyConfig:
         load_in_4bit: base weights in NF4 with double quantisation (bitsandbytes); needs `lora`.
         freeze_vision: train the language model only. The tower and its projector stay as they are.
         gradient_checkpointing: recompute activations in backward: slower, far less memory.
+        shared_prefix: forward each image and prompt once for its G captions, exactly; false forwards them with
+            every caption, as do models that cannot take it.
         attn_implementation: of transformers ("sdpa", "flash_attention_2", "eager"); null lets it choose.
         min_pixels: smallest image area in pixels that the processor scales to (Qwen2.5-VL); null: the model's own.
         max_pixels: largest image area, likewise. Fewer pixels are fewer image tokens.
@@ -52,6 +54,7 @@ class PolicyConfig:
     load_in_4bit: bool = False
     freeze_vision: bool = True
     gradient_checkpointing: bool = False
+    shared_prefix: bool = True
     attn_implementation: str | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None

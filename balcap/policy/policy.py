@@ -12,9 +12,15 @@ from torch import Tensor, nn
 
 from balcap.batch import CaptionBatch, Rollouts
 from balcap.policy.config import PolicyConfig
-from balcap.policy.loading import load_model, load_processor, prepare
+from balcap.policy.loading import load_model, load_processor, prepare, vision_prefixes
 from balcap.policy.logps import caption_logps
 from balcap.policy.prompts import PromptEncoder, Prompts
+from balcap.policy.shared_prefix import (
+    base_of,
+    image_features,
+    prepare_shared_prefix,
+    shared_prefix_logps,
+)
 
 
 class Policy(nn.Module):
@@ -26,15 +32,24 @@ class Policy(nn.Module):
         model: the model to train, frozen parts marked.
         encoder: builds its prompts.
         reference: a frozen copy, or None.
+        shared_prefix: forward each image and prompt once for all its captions, where the model can take it.
     """
 
-    def __init__(self, model: Any, encoder: PromptEncoder, reference: Any | None = None) -> None:
+    def __init__(
+        self, model: Any, encoder: PromptEncoder, reference: Any | None = None, shared_prefix: bool = True
+    ) -> None:
         super().__init__()
         self.model = model
         self.encoder = encoder
         self.reference = reference
         if reference is not None:
             reference.requires_grad_(False).eval()
+        self.shared_prefix = shared_prefix and prepare_shared_prefix(model)
+        if self.shared_prefix and reference is not None:
+            prepare_shared_prefix(reference)
+        vision = tuple(vision_prefixes(base_of(model)))
+        named = base_of(model).named_parameters()
+        self.vision_is_frozen = not any(p.requires_grad for name, p in named if name.startswith(vision))
 
     @classmethod
     def load(cls, config: PolicyConfig, with_reference: bool) -> Policy:
@@ -43,7 +58,7 @@ class Policy(nn.Module):
         model = load_model(config)
         encoder = PromptEncoder(processor, model.config)
         copy = load_model(config) if with_reference and config.lora is None else None
-        return cls(prepare(model, config), encoder, copy)
+        return cls(prepare(model, config), encoder, copy, config.shared_prefix)
 
     def train(self, mode: bool = True) -> Policy:
         """As of any module, but the reference stays in evaluation mode: dropout would make it noisy."""
@@ -104,6 +119,12 @@ class Policy(nn.Module):
         ids = [rollouts.batch.sample_ids[i] for i in chosen]
         self.encoder.check_captions(ids, token_ids, mask)
         (b, G, T), device = token_ids.shape, self.device
+        if self.shared_prefix:
+            features = self._features(model, prompts, chosen)
+            ids_here, mask_here = token_ids.to(device), mask.to(device)
+            return shared_prefix_logps(
+                model, prompts, chosen, ids_here, mask_here, features, temperature, entropy
+            )
         width = max(1, int(mask.flatten(0, 1).any(0).sum()))  # this micro-batch's own longest caption
         inputs = prompts.inputs(chosen, G, device)
         logps, spread = caption_logps(
@@ -120,3 +141,17 @@ class Policy(nn.Module):
             return torch.nn.functional.pad(x, (0, T - width)).view(shape)
 
         return back(logps), None if spread is None else back(spread)
+
+    def _features(self, model: Any, prompts: Prompts, rows: Sequence[int]) -> list[Tensor]:
+        """Image features of these rows; a frozen tower sees each image once, for policy and reference alike."""
+        device = self.device
+        if not self.vision_is_frozen:
+            distinct = list(dict.fromkeys(rows))
+            found = dict(zip(distinct, image_features(model, prompts, distinct, device), strict=True))
+            return [found[row] for row in rows]
+        new = [row for row in dict.fromkeys(rows) if row not in prompts.features]
+        if new:
+            with torch.no_grad():
+                made = image_features(self.model, prompts, new, device)
+            prompts.features.update(zip(new, made, strict=True))
+        return [prompts.features[row] for row in rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,10 +26,14 @@ class Prompts:
     Attributes:
         items: ``[B]`` model inputs of one example each, no padding.
         pad_token_id: fills the left side.
+        image_token_id: stands where image features go.
+        features: row -> features of its image by a frozen vision tower, kept for the whole step.
     """
 
     items: Sequence[dict[str, Tensor]]
     pad_token_id: int
+    image_token_id: int = -1
+    features: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def inputs(self, rows: Sequence[int], repeat: int, device: torch.device | str) -> dict[str, Tensor]:
         """Model inputs ``[len(rows) * repeat, P]``, left-padded; each row stands `repeat` times in a row."""
@@ -98,7 +102,7 @@ class PromptEncoder:
             out = dict(self.processor(text=[text], images=[image], return_tensors="pt", **once))
             self._check(sample_id, out)
             items.append(out)
-        return Prompts(items, self.tokenizer.pad_token_id)
+        return Prompts(items, self.tokenizer.pad_token_id, self.image_token_id)
 
     def _check_question(self, sample_id: str, prompt: str) -> None:
         there = [t for t in self.tokenizer.convert_ids_to_tokens(self.banned_token_ids) if t in prompt]

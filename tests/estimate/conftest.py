@@ -17,7 +17,7 @@ SETTINGS = {
     "data.batch_size": 4,
     "data.val_size": 4,
     "data.val_batch_size": 4,
-    "data.max_rows": 25,  # 20 to train on: 32 images are one epoch and a part of the next
+    "data.max_rows": 20,  # 15 to train on: 24 images are one epoch and a part of the next
     "data.num_workers": 0,
     "model.num_captions": 4,
     "model.val_captions": 2,
@@ -25,9 +25,9 @@ SETTINGS = {
     "model.policy.model": ROOT / "assets/shapes-base",
     "model.judge.model": "openai/gpt-4o-mini",
     "model.judge.providers": "null",
-    "trainer.max_steps": 8,
+    "trainer.max_steps": 6,
     "trainer.max_time": "null",
-    "trainer.val_check_interval": 3,
+    "trainer.val_check_interval": 4,
     "trainer.check_val_every_n_epoch": "null",
 }
 
@@ -40,11 +40,13 @@ class Paid:
         run: its folder.
         arguments: of ``fit``, without the command and the run folder.
         tasks: task -> (calls, tokens in, tokens out), by its ledger.
+        usd: dollars, likewise.
     """
 
     run: Path
     arguments: list[str]
     tasks: dict[str, tuple[int, int, int]]
+    usd: float
 
 
 def command(name: str, arguments: list[str]) -> None:
@@ -83,7 +85,8 @@ def paid(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Paid:
         rows = ledger.execute(
             "SELECT task, count(*), sum(tokens_in), sum(tokens_out) FROM calls GROUP BY task"
         ).fetchall()
-    return Paid(tmp / "run", arguments, {task: tuple(figures) for task, *figures in rows})
+        (usd,) = ledger.execute("SELECT sum(usd) FROM calls").fetchone()
+    return Paid(tmp / "run", arguments, {task: tuple(figures) for task, *figures in rows}, usd)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from balcap.estimate.rehearsal import Counting
 from balcap.estimate.report import Note, Report
 from balcap.estimate.tokens import reasoning_tokens, text_counter
 from balcap.estimate.usage import Usage, Usages
-from balcap.judge import Judge
+from balcap.judge import Group, Judge, Task
 from balcap.judge.client import Price
+from balcap.judge.tasks.base import Message, Schema
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
 
 MODEL = "openai/gpt-4o-mini"
@@ -221,3 +223,32 @@ def test_a_forecast_multiplies_rows_by_the_plan() -> None:
     assert _calls(found.train) == {"decompose": 24, "verify": 12, "match": 12, "rate": 96}
     assert _calls(found.val) == {"decompose": 10, "verify": 10, "match": 10, "rate": 10}
     assert found.rollouts == 106
+
+
+class Mood(Task[str]):
+    """A kind of judgment that nobody has heard of."""
+
+    name = "mood"
+    version = "1"
+    schema = Schema
+    answer_type = str
+
+    def messages(self, items: Sequence[str], **context: Any) -> list[Message]:
+        return [{"role": "system", "content": "Task: mood"}, {"role": "user", "content": str(items)}]
+
+    def parse(self, answer: Any, items: Sequence[str], **context: Any) -> list[str]:
+        return ["calm" for _ in items]
+
+    async def inputs(self, group: Group) -> tuple[dict[str, Any], list[list[Any] | None]]:
+        return {}, [[caption] for caption in group.captions]
+
+
+def test_a_task_of_ones_own_is_counted_with_a_short_answer() -> None:
+    class Calm(Linguistic):
+        needs = (Mood,)
+
+    setting = replace(_setting(Judge(MODEL)), suite=RewardSuite([Calm()]))
+    course = play(setting, "group", [_sample()], captions=3, visits=1)
+    assert _calls(course.mean(1)) == {"mood": 3}
+    assert course.unknown == {"mood"}
+    assert course.mean(1)["mood", MODEL].tokens_out > 0

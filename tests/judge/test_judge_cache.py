@@ -57,10 +57,13 @@ def test_a_stored_answer_that_no_longer_fits_is_asked_again(make_judge, server, 
     assert server.calls == 2
 
 
+DEFAULT = ImagePolicy()
+
+
 def test_the_key_depends_on_all_that_changes_an_answer(png, monkeypatch):
     def key(
-        image: bytes = png, says: tuple = ("A",), model: str = "m", images=ImagePolicy(), **params
-    ) -> str:  # noqa: B008
+        image: bytes = png, says: tuple = ("A",), model: str = "m", images=DEFAULT, **params
+    ) -> str:
         return Question(Verify(), {"image": image}, [Route(model, params)], images).keys(says)[0]
 
     keys = [

@@ -1,9 +1,10 @@
-"""Log-probs of padded groups against HF's own forward of one example at a time, without any padding."""
+"""Log-probs of groups, padded or in one packed sequence, against HF's own forward of one example at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,16 @@ Load = Callable[..., Policy]
 LENGTHS = [[3, 1, 5], [7, 2, 2], [4, 6, 1]]
 ROWS = [0, 1, 2]
 WORDS = range(20, 300)
+
+
+@pytest.fixture(params=["shared prefix", "separate"])
+def load(load: Load, request: pytest.FixtureRequest) -> Load:
+    """The policy on both paths: one packed sequence, and every caption with its own prompt."""
+
+    def loaded(**config: Any) -> Policy:
+        return load(**{"shared_prefix": request.param == "shared prefix", **config})
+
+    return loaded
 
 
 @pytest.fixture
@@ -103,7 +114,7 @@ def test_a_wrong_padding_side_would_be_noticed(
     def pad_right(row: Tensor, width: int, fill: int) -> Tensor:
         return torch.nn.functional.pad(row, (0, width - row.shape[1]), value=fill)
 
-    policy = load()
+    policy = load(shared_prefix=False)  # the path that pads prompts
     expected, _ = alone.logps(rollouts)
     monkeypatch.setattr(prompts_module, "_pad_left", pad_right)
     wrong, _ = policy.logps(rollouts, policy.encode(rollouts.batch), ROWS)
@@ -114,7 +125,7 @@ def test_a_wrong_padding_side_would_be_noticed(
 def test_a_missing_mask_or_image_would_be_noticed(
     load: Load, alone: Alone, rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
 ):
-    policy = load()
+    policy = load(shared_prefix=False)
     prompts, (expected, _) = policy.encode(rollouts.batch), alone.logps(rollouts)
     original = prompts_module.Prompts.inputs
 
@@ -136,7 +147,7 @@ def test_positions_in_one_dimension_would_be_noticed(
 ):
     if family == "llava":
         pytest.skip("LLaVA's positions have one dimension")
-    policy = load()
+    policy = load(shared_prefix=False)
     prompts, (expected, _) = policy.encode(rollouts.batch), alone.logps(rollouts)
     for item in prompts.items:
         item.pop("mm_token_type_ids")  # without it Qwen2.5-VL counts image tokens like words

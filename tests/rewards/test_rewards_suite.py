@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,26 +23,33 @@ NAN = float("nan")
 class FakeJudge:
     """Words are assertions, capital words are true; "fail" fails. Speaks every task through `parse`."""
 
+    grouping = "group"
+
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any]] = []
 
-    async def ask(self, task: type[Task[Any]], **inputs: Any) -> Any:
-        known = task().known(**inputs)
+    async def ask(
+        self, task: type[Task[Any]], items: Sequence[Any], together: bool = False, **context: Any
+    ) -> list[Any]:
+        await asyncio.sleep(0)
+        return [self._one(task(), item, context) for item in items]
+
+    def _one(self, task: Task[Any], item: Any, context: dict[str, Any]) -> Any:
+        known = task.known(item, **context)
         if known is not None:
             return known
-        self.asked.append((task.name, inputs.get("caption") or inputs.get("assertions")))
-        await asyncio.sleep(0)
-        if "fail" in str(inputs.get("caption")):
-            raise JudgeFailure(task.name, "as told")
+        self.asked.append((task.name, item))
+        if "fail" in str(item):
+            return JudgeFailure(task.name, "as told")
         if task.name == "decompose":
-            return inputs["caption"].split()
+            return item.split()
         if task.name == "verify":
-            return [Verdict(word.istitle(), True) for word in inputs["assertions"]]
+            return Verdict(item.istitle(), True)
         if task.name == "match":
-            return [unit in inputs["assertions"] for unit in inputs["units"]]
+            return [unit in item for unit in context["units"]]
         if task.name == "rate":
             return Rating(0.5, 0.5, 0.5)
-        return task().parse(task().read({"colours": [inputs["caption"].count("red")]}), **inputs)
+        return task.parse(task.read({"colours": [item.count("red")]}), [item], **context)[0]
 
     def run(self, coroutine):
         return asyncio.run(coroutine)
@@ -140,15 +148,16 @@ class CountColours(Task[int]):
     name = "count_colours"
     version = "1"
     schema = Colours
+    answer_type = int
 
-    def messages(self, *, caption: str):
-        return chat(self.name, "Count.", caption)
+    def messages(self, items):
+        return chat(self.name, "Count.", " ".join(items))
 
-    def parse(self, answer: Colours, *, caption: str) -> int:
-        return sum(answer.colours)
+    def parse(self, answer: Colours, items) -> list[int]:
+        return [sum(answer.colours)]
 
     async def inputs(self, group):
-        return [{"caption": caption} for caption in group.captions]
+        return {}, [[caption] for caption in group.captions]
 
 
 class Redness(Reward):
@@ -172,8 +181,8 @@ def test_a_new_reward_and_a_new_task():
 class OneCall(CountColours):
     """Judges all captions of a group in one question, as a task may."""
 
-    async def judge_group(self, judge, group):
-        count = await judge.ask(CountColours, caption=" ".join(group.captions))
+    async def judge_group(self, group):
+        (count,) = await group.judge.ask(CountColours, [" ".join(group.captions)])
         return [count] * len(group.captions)
 
 

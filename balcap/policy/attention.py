@@ -1,0 +1,90 @@
+"""Attention over a packed sequence: prompts causally, captions on [their prompt, themselves].
+
+Registered with transformers under a name of its own; where no layout is given, as in ``generate``, the
+attention that was there before does the work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from balcap.policy.layout import Layout
+
+PREFIX = "balcap_"
+KNOWN = ("sdpa", "flash_attention_2", "flash_attention_3")
+
+
+def install(language_model: Any) -> None:
+    """Let a text model of transformers take a `Layout` as the keyword ``layout`` of its forward."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = language_model.config._attn_implementation
+    if before.startswith(PREFIX):
+        return
+    usual = ALL_ATTENTION_FUNCTIONS[before]
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        layout = options.pop("layout", None)
+        if layout is None:
+            return usual(module, query, key, value, mask, **options)
+        return shared_prefix_attention(query, key, value, layout, options.get("scaling")), None
+
+    AttentionInterface.register(PREFIX + before, attend)
+    AttentionMaskInterface.register(PREFIX + before, ALL_MASK_ATTENTION_FUNCTIONS[before])
+    language_model.set_attn_implementation(PREFIX + before)
+
+
+def shared_prefix_attention(
+    query: Float[Tensor, "1 Hq N D"],
+    key: Float[Tensor, "1 Hkv N D"],
+    value: Float[Tensor, "1 Hkv N D"],
+    layout: Layout,
+    scale: float | None = None,
+) -> Float[Tensor, "1 N Hq D"]:
+    """Attention in two parts per image: the prompt on itself, then its captions as a batch of G.
+
+    Exact: every token gets what it would get in a sequence of its prompt and its caption alone.
+
+    Args:
+        query, key, value: projections of the packed sequence, rotated to their positions.
+        layout: where prompts and captions stand.
+        scale: of the scores; None for 1 / sqrt(D).
+    """
+    key, value, grouped = _heads(query, key, value)
+    out = []
+    for span, (index, real), mask in zip(layout.spans, layout.padded, layout.masks, strict=True):
+        prompt = slice(span.start, span.start + span.prompt)
+        q, k, v = (x[:, :, prompt] for x in (query, key, value))
+        own = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        out.append(own[0].transpose(0, 1))  # [P, Hq, D]
+        if not sum(span.captions):
+            continue
+        many = len(span.captions)
+        q_captions = _gather(query, index)  # [G, Hq, L, D]
+        keys = torch.cat([k.expand(many, -1, -1, -1), _gather(key, index)], 2)
+        values = torch.cat([v.expand(many, -1, -1, -1), _gather(value, index)], 2)
+        said = scaled_dot_product_attention(
+            q_captions, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped
+        )
+        out.append(said.transpose(1, 2)[real])  # [sum of lengths, Hq, D]
+    return torch.cat(out)[None]
+
+
+def _heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Keys and values for all heads, or whether the kernel shares them itself: on a CPU none does."""
+    repeat = query.shape[1] // key.shape[1]
+    if repeat == 1 or query.is_cuda:
+        return key, value, repeat > 1
+    return key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1), False
+
+
+def _gather(states: Tensor, index: Tensor) -> Tensor:
+    """``[1, H, N, D]`` at ``[G, L]`` -> ``[G, H, L, D]``."""
+    return states[0][:, index].transpose(0, 1)

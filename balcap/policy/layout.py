@@ -1,0 +1,114 @@
+"""Images and their captions in one sequence, without padding: each prompt once, before its captions.
+
+``[prompt of image 0, its caption 1, …, its caption G, prompt of image 1, …]``. A caption sees its image's
+prompt and itself, and its positions continue after the prompt as if the other captions were not there. The
+first token of a caption is predicted from the prompt's last state, so a caption's last token need not be
+forwarded: nothing follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """One image's part of the sequence.
+
+    Attributes:
+        start: index of the prompt's first token.
+        prompt: P, its length.
+        captions: ``[G]`` forwarded tokens of each caption: one fewer than it has, at least 0.
+    """
+
+    start: int
+    prompt: int
+    captions: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """Index behind the last token."""
+        return self.start + self.prompt + sum(self.captions)
+
+
+class Layout:
+    """Where everything stands in the packed sequence of N tokens.
+
+    Built from lengths alone; the index tensors live on `device`.
+
+    Args:
+        prompts: ``[b]`` prompt tokens of each image.
+        captions: ``[b][G]`` caption tokens of each image, end-of-sequence included.
+        device: of the index tensors.
+    """
+
+    def __init__(
+        self, prompts: Sequence[int], captions: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+    ):
+        self.device = torch.device(device)
+        self.spans: list[Span] = []
+        start = 0
+        for length, group in zip(prompts, captions, strict=True):
+            self.spans.append(Span(start, length, tuple(max(0, n - 1) for n in group)))
+            start = self.spans[-1].end
+        self.tokens = start
+        self._captions = [list(group) for group in captions]
+
+    @cached_property
+    def predictors(self) -> Int[Tensor, M]:  # noqa: F821
+        """Of each caption token, captions in order, the index of the token whose state predicts it."""
+        found: list[int] = []
+        for span, group in zip(self.spans, self._captions, strict=True):
+            start = span.start + span.prompt
+            for forwarded, tokens in zip(span.captions, group, strict=True):
+                if tokens:
+                    found.append(span.start + span.prompt - 1)
+                    found.extend(range(start, start + forwarded))
+                start += forwarded
+        return torch.tensor(found, dtype=torch.long, device=self.device)
+
+    @cached_property
+    def padded(self) -> list[tuple[Int[Tensor, "G L"], Bool[Tensor, "G L"]]]:
+        """Per image: indices of its captions' tokens, padded on the right (with the prompt's last), and which
+        are real."""
+        found = []
+        for span in self.spans:
+            lengths = torch.tensor(span.captions, dtype=torch.long)
+            width = int(lengths.max()) if len(lengths) else 0
+            steps = torch.arange(width)
+            real = steps < lengths[:, None]
+            starts = span.start + span.prompt + lengths.cumsum(0) - lengths
+            index = torch.where(real, starts[:, None] + steps, span.start + span.prompt - 1)
+            found.append((index.to(self.device), real.to(self.device)))
+        return found
+
+    @cached_property
+    def masks(self) -> list[Bool[Tensor, "L K"]]:
+        """Per image: what a padded caption token may see of [prompt, own caption], K = P + L."""
+        found = []
+        for span, (index, _) in zip(self.spans, self.padded, strict=True):
+            width = index.shape[1]
+            own = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
+            prompt = torch.ones(width, span.prompt, dtype=torch.bool, device=self.device)
+            found.append(torch.cat([prompt, own], 1))
+        return found
+
+    @property
+    def separate(self) -> int:
+        """Tokens that separate sequences would forward: the prompt and a whole caption, for each caption."""
+        return sum(
+            sum(span.prompt + tokens for tokens in group)
+            for span, group in zip(self.spans, self._captions, strict=True)
+        )
+
+    @property
+    def padding(self) -> float:
+        """Share of padding among the caption tokens that attention works on, in [0, 1)."""
+        cells = sum(real.numel() for _, real in self.padded)
+        return 1 - sum(sum(span.captions) for span in self.spans) / cells if cells else 0.0
