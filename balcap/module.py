@@ -58,6 +58,8 @@ class BalCapModule(L.LightningModule):
         kl_coef: weight of the KL (k3) to the reference; 0 keeps no reference.
         updates_per_rollout: optimizer steps on each batch of rollouts.
         micro_batch_size: images (with their G captions) per forward pass; null takes all at once.
+        max_tokens_per_forward: tokens per forward pass, all images packed into it together; an image with more
+            has a pass of its own; null for no limit. The memory of an update grows with it.
         max_grad_norm: clip the gradient to this norm; null does not clip.
         max_skipped_updates: end the run when more updates in a row than this had a non-finite gradient.
         val_captions: captions per image in validation.
@@ -87,6 +89,7 @@ class BalCapModule(L.LightningModule):
         kl_coef: float = 0.0,
         updates_per_rollout: int = 1,
         micro_batch_size: int | None = None,
+        max_tokens_per_forward: int | None = None,
         max_grad_norm: float | None = 1.0,
         max_skipped_updates: int = 5,
         val_captions: int = 1,
@@ -105,6 +108,7 @@ class BalCapModule(L.LightningModule):
         self.clip_eps_low, self.clip_eps_high = clip_eps_low, clip_eps_high
         self.loss_aggregation, self.kl_coef = loss_aggregation, kl_coef
         self.updates_per_rollout, self.micro_batch_size = updates_per_rollout, micro_batch_size
+        self.max_tokens_per_forward = max_tokens_per_forward
         self.max_grad_norm, self.max_skipped_updates = max_grad_norm, max_skipped_updates
         self.val_captions, self.seed = val_captions, seed
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
@@ -154,7 +158,7 @@ class BalCapModule(L.LightningModule):
             found.append(f"model.kl_coef: {self.kl_coef} would reward drifting away; use 0 or more")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             found.append(f"model.max_grad_norm: {self.max_grad_norm} must be above 0, or null")
-        for key in ("updates_per_rollout", "micro_batch_size", "val_captions"):
+        for key in ("updates_per_rollout", "micro_batch_size", "max_tokens_per_forward", "val_captions"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 found.append(f"model.{key}: {value} must be at least 1")

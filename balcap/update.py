@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +27,21 @@ def update(module: BalCapModule, rollouts: Rollouts, prompts: Prompts, advantage
     """`module.updates_per_rollout` optimizer steps on one batch of rollouts.
 
     Every optimizer step sees the whole batch, in micro-batches whose losses share one denominator: the
-    tokens (or sequences) of all ranks. All ranks run the same number of backward passes, and gradients
-    are reduced on the last. The first step is on-policy: its own log-probs are the old ones.
+    tokens (or sequences) of all ranks. Gradients are reduced on each rank's last backward pass. The first
+    step is on-policy: its own log-probs are the old ones. A group whose advantages are all 0 moves nothing
+    without a KL term, and is not forwarded then.
 
     Returns:
-        Sums for ``train/loss``, ``kl``, ``clip_fraction``, ``entropy`` and ``grad_norm``.
+        Sums for ``train/loss``, ``kl``, ``clip_fraction``, ``entropy`` and ``grad_norm``, over what was
+        forwarded, and the size of one pass (`_book_size`).
 
     Raises:
         UpdatesDiverged: more than `module.max_skipped_updates` steps in a row were skipped because their
             gradient was not finite. The weights are those of the last good step.
     """
     tally, device = Tally(), module.device
-    micro = list(_micro_batches(len(rollouts), module.micro_batch_size))
+    rows = _that_matter(advantages, module.kl_coef)
+    micro = list(_micro_batches(module, rollouts, prompts, rows))
     world = module.trainer.world_size
     normalizer = loss_normalizer(rollouts.completion_mask, module.loss_aggregation)
     normalizer = module.gather(normalizer.to(device).float()).sum() / world  # DDP averages what ranks sum
@@ -47,6 +50,7 @@ def update(module: BalCapModule, rollouts: Rollouts, prompts: Prompts, advantage
     if module.kl_coef:
         ref = [module.policy.reference_logps(rollouts, prompts, rows, temperature) for rows in micro]
     old: list[Tensor] = []
+    _book_size(tally, module, rollouts, prompts, micro)
     module.policy.model.train()
     optimizer = module.optimizers()
     assert isinstance(optimizer, LightningOptimizer)
@@ -80,10 +84,42 @@ def update(module: BalCapModule, rollouts: Rollouts, prompts: Prompts, advantage
     return tally
 
 
-def _micro_batches(n: int, size: int | None) -> Iterator[list[int]]:
-    size = size or n
-    for start in range(0, n, size):
-        yield list(range(start, min(n, start + size)))
+def _that_matter(advantages: Tensor, kl_coef: float) -> list[int]:
+    """Images with something to learn from; at least one, so that every rank takes part in the reduction."""
+    if kl_coef:
+        return list(range(len(advantages)))
+    rows = advantages.ne(0).any(-1).nonzero()[:, 0].tolist()
+    return rows or [0]
+
+
+def _micro_batches(
+    module: BalCapModule, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]
+) -> Iterator[list[int]]:
+    """Images that are forwarded together: at most `micro_batch_size`, and `max_tokens_per_forward` tokens
+    unless one image alone has more."""
+    most_images = module.micro_batch_size or len(rollouts)
+    most_tokens = module.max_tokens_per_forward or float("inf")
+    batch: list[int] = []
+    for row in rows:
+        fits = not batch or module.policy.size(rollouts, prompts, [*batch, row]).forwarded <= most_tokens
+        if len(batch) == most_images or not fits:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _book_size(
+    tally: Tally, module: BalCapModule, rollouts: Rollouts, prompts: Prompts, micro: Sequence[Sequence[int]]
+) -> None:
+    """``tokens_forwarded`` in one pass, the share of tokens that separate sequences would forward beyond
+    that (``tokens_saved``), and the share of padding in what attention or the forward works on."""
+    sizes = [module.policy.size(rollouts, prompts, rows) for rows in micro]
+    forwarded, separate = sum(s.forwarded for s in sizes), sum(s.separate for s in sizes)
+    tally.add("tokens_forwarded", forwarded, 1)
+    tally.add("tokens_saved", separate - forwarded, separate)
+    tally.add("padding", sum(s.padding * s.forwarded for s in sizes), forwarded)
 
 
 def _without_sync(module: BalCapModule, active: bool) -> AbstractContextManager:

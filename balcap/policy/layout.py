@@ -110,5 +110,5 @@ class Layout:
     @property
     def padding(self) -> float:
         """Share of padding among the caption tokens that attention works on, in [0, 1)."""
-        cells = sum(real.numel() for _, real in self.padded)
+        cells = sum(len(span.captions) * max(span.captions, default=0) for span in self.spans)
         return 1 - sum(sum(span.captions) for span in self.spans) / cells if cells else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from balcap.batch import CaptionBatch, Rollouts
 from balcap.policy.config import PolicyConfig
+from balcap.policy.layout import Layout
 from balcap.policy.loading import load_model, load_processor, prepare, vision_prefixes
 from balcap.policy.logps import caption_logps
 from balcap.policy.prompts import PromptEncoder, Prompts
@@ -21,6 +23,22 @@ from balcap.policy.shared_prefix import (
     prepare_shared_prefix,
     shared_prefix_logps,
 )
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a forward pass over some images with their captions, in tokens.
+
+    Attributes:
+        forwarded: that the language model works on, padding included.
+        separate: of a prompt and a whole caption for each caption, without padding.
+        padding: share of padding, in [0, 1): of the whole forward, or with a shared prefix of the caption
+            tokens in attention alone.
+    """
+
+    forwarded: int
+    separate: int
+    padding: float
 
 
 class Policy(nn.Module):
@@ -78,6 +96,17 @@ class Policy(nn.Module):
     def encode(self, batch: CaptionBatch) -> Prompts:
         """Prompts of a batch; see `PromptEncoder.encode`."""
         return self.encoder.encode(batch)
+
+    def size(self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> Size:
+        """What `logps` of these rows forwards."""
+        lengths = rollouts.completion_mask[list(rows)].sum(-1).tolist()
+        layout = Layout([prompts.items[row]["input_ids"].shape[1] for row in rows], lengths)
+        if self.shared_prefix:
+            return Size(layout.tokens, layout.separate, layout.padding)
+        width = max(1, max(max(group, default=0) for group in lengths))
+        longest = max(span.prompt for span in layout.spans)
+        forwarded = sum(len(group) for group in lengths) * (longest + width)
+        return Size(forwarded, layout.separate, 1 - layout.separate / forwarded)
 
     def logps(
         self,
