@@ -1,4 +1,4 @@
-"""Train, validate and use a captioner: ``python main.py {fit,validate,predict} --config configs/shapes.yaml``.
+"""Train, validate and use a captioner: ``python main.py {fit,estimate,validate,predict} --config configs/shapes.yaml``.
 
 ``recaption --config configs/recaption.yaml`` writes the references that it is trained on; ``cache`` and
 ``ledger`` show what judges have answered and cost.

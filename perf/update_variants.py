@@ -1,0 +1,242 @@
+"""Who makes the update that `perf/update.py` measures, and whether they agree."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import itertools
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balcap.objective import loss_normalizer, policy_loss
+from balcap.policy.policy import Policy
+from balcap.policy.prompts import PromptEncoder, Prompts
+from balcap.policy.shared_prefix import base_of, shared_prefix_logps
+from perf.update_case import QUESTION, Case, Work
+
+OURS, NAIVE, TRL, COMPACT, ALONE = "ours", "naive", "TRL", "TRL, captions only", "alone"
+
+
+def twin(model: Any) -> Any:
+    """A model of its own, to be patched at will, on the very same weights."""
+    shared = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+class Ours:
+    """As in `balcap.update`, one micro-batch: log-probs and entropies, loss, backward."""
+
+    def __init__(self, model: Any, processor: Any, shared_prefix: bool) -> None:
+        model = twin(model)
+        self.policy = Policy(model, PromptEncoder(processor, model.config), shared_prefix=shared_prefix)
+        self.policy.model.train()
+        assert self.policy.shared_prefix == shared_prefix, "this model cannot share a prefix"
+
+    def logps(self, work: Work) -> Tensor:
+        """Log-probs ``[1, G, T]``, and entropies that nobody asked for."""
+        work.prompts.features.clear()  # kept for a whole step in training: here each update is a step
+        return self.policy.logps(work.rollouts, work.prompts, [0], entropy=True)[0]
+
+    def update(self, work: Work) -> None:
+        """One update, its gradients left on the weights."""
+        logps = self.logps(work)
+        mask = work.rollouts.completion_mask
+        part = policy_loss(
+            logps,
+            logps.detach(),
+            work.advantages.to(logps.device),
+            mask.to(logps.device),
+            normalizer=loss_normalizer(mask, "token_mean"),
+        )
+        part.loss.backward()
+
+    def tokens(self, work: Work) -> int:
+        """That go through the language model."""
+        return work.layout.tokens if self.policy.shared_prefix else work.separate
+
+
+class Alone(Ours):
+    """The captions without their prompt, of which the last token is left: it predicts their first."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__(model, processor, True)
+
+    def _bare(self, work: Work) -> Prompts:
+        return Prompts([{"input_ids": work.prompts.items[0]["input_ids"][:, -1:]}], work.prompts.pad_token_id)
+
+    def logps(self, work: Work) -> Tensor:
+        """As of `Ours`."""
+        model, device = self.policy.model, self.policy.device
+        no_image = torch.zeros(0, base_of(model).config.get_text_config().hidden_size, device=device)
+        ids, mask = (x.to(device) for x in (work.rollouts.token_ids, work.rollouts.completion_mask))
+        return shared_prefix_logps(model, self._bare(work), [0], ids, mask, [no_image], entropy=True)[0]
+
+    def tokens(self, work: Work) -> int:
+        """That go through the language model."""
+        return Work(work.rollouts, self._bare(work), work.advantages).layout.tokens
+
+
+class Trl:
+    """GRPOTrainer's own training step on prepared inputs.
+
+    Args:
+        model: the model of all variants.
+        processor: its own.
+        case: the settings.
+        compact: give the captions' positions alone to the head, as TRL does on CUDA.
+    """
+
+    def __init__(self, model: Any, processor: Any, case: Case, compact: bool = False) -> None:
+        from datasets import Dataset
+        from trl import GRPOConfig, GRPOTrainer
+
+        self.compact, self.device = compact, case.device
+        self.folder = tempfile.TemporaryDirectory()
+        config = GRPOConfig(
+            output_dir=self.folder.name,
+            use_cpu=case.device == "cpu",
+            bf16=False,  # no autocast: the weights have the dtype, as ours do
+            gradient_checkpointing=False,  # the model has it or has it not, as ours
+            per_device_train_batch_size=case.captions,
+            num_generations=case.captions,
+            max_completion_length=case.longest,
+            loss_type="dapo",
+            beta=0.0,
+            report_to=[],
+        )
+        self.trainer = GRPOTrainer(
+            twin(model),
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=config,
+            train_dataset=Dataset.from_list([{"prompt": QUESTION}]),
+            processing_class=processor,
+        )
+        self.trainer._prepare_inputs = lambda inputs: inputs  # generation and rewards are done
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.model = self.trainer.model.train()
+        if case.device == "cuda" and installed("liger_kernel"):
+            from transformers.integrations.liger import apply_liger_kernel
+
+            apply_liger_kernel(self.model, {"fused_linear_cross_entropy": False})  # the form that TRL takes
+        self.prepared: tuple[Work, dict[str, Any]] | None = None
+
+    def inputs(self, work: Work) -> dict[str, Any]:
+        """What `GRPOTrainer._generate_and_score_completions` would return: one row per caption."""
+        if self.prepared is None or self.prepared[0] is not work:
+            self.prepared = work, self._inputs(work)
+        return dict(self.prepared[1])
+
+    def _inputs(self, work: Work) -> dict[str, Any]:
+        G, mask = work.rollouts.num_captions, work.rollouts.completion_mask.flatten(0, 1)
+        prompt = work.prompts.inputs([0], G, self.device)
+        completion = work.rollouts.token_ids.flatten(0, 1).masked_fill(~mask, work.prompts.pad_token_id)
+        if "mm_token_type_ids" in prompt:
+            kinds = prompt["mm_token_type_ids"]
+            prompt["mm_token_type_ids"] = torch.cat([kinds, kinds.new_zeros(mask.shape)], 1)
+        return {
+            "prompt_ids": prompt.pop("input_ids"),
+            "prompt_mask": prompt.pop("attention_mask"),
+            "completion_ids": completion.to(self.device),
+            "completion_mask": mask.long().to(self.device),
+            "advantages": work.advantages.flatten().to(self.device),
+            "num_items_in_batch": mask.sum().to(self.device),
+            "num_images": [1] * G,
+            **prompt,
+        }
+
+    def logps(self, work: Work) -> Tensor:
+        """Log-probs ``[1, G, T]``, 0 where masked."""
+        given = self.inputs(work)
+        del given["advantages"], given["num_items_in_batch"]
+        ids = torch.cat([given.pop("prompt_ids"), given["completion_ids"]], 1)
+        seen = torch.cat([given.pop("prompt_mask"), given.pop("completion_mask")], 1)
+        keep = given.pop("completion_ids").shape[1]
+        with self._head():
+            logps = self.trainer._get_per_token_logps_and_entropies(self.model, ids, seen, keep, **given)[0]
+        mask = work.rollouts.completion_mask.to(logps.device)
+        return logps.view(mask.shape).masked_fill(~mask, 0)
+
+    def update(self, work: Work) -> None:
+        """One update, its gradients left on the weights."""
+        with self._head():
+            self.trainer.training_step(self.model, self.inputs(work), None)
+
+    def tokens(self, work: Work) -> int:
+        """That go through the language model."""
+        return work.separate
+
+    @contextmanager
+    def _head(self) -> Iterator[None]:
+        from trl.trainer import utils
+
+        before = utils._use_triton
+        if self.compact:
+            utils._use_triton = lambda device: True  # which positions; the kernels have a switch of their own
+        try:
+            yield
+        finally:
+            utils._use_triton = before
+
+
+def installed(package: str) -> bool:
+    """Whether it can be imported, without doing so."""
+    return importlib.util.find_spec(package) is not None
+
+
+def variant(name: str, model: Any, processor: Any, case: Case) -> Any:
+    """The variant of this name, on a twin of the model."""
+    if name in (OURS, NAIVE):
+        return Ours(model, processor, shared_prefix=name == OURS)
+    if name == ALONE:
+        return Alone(model, processor)
+    return Trl(model, processor, case, compact=name == COMPACT)
+
+
+def agreement(variants: dict[str, Any], model: Any, work: Work) -> tuple[dict[str, float], dict[str, float]]:
+    """Errors of log-probs and gradients of ours and TRL's, each against naive, by variant."""
+    logps, gradients = {}, {}
+    names = [name for name in (NAIVE, OURS, TRL, COMPACT) if name in variants]
+    reference: list[Tensor] = []
+    for name in names:
+        with torch.no_grad():
+            logps[name] = variants[name].logps(work).float().cpu()
+        clear(model)
+        variants[name].update(work)
+        mine = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+        if name == NAIVE:
+            reference = [gradient.cpu() for gradient in mine]
+            continue
+        wrong, size = 0.0, 0.0
+        for gradient, wanted in zip(mine, reference, strict=True):
+            wrong += float((gradient - wanted.to(gradient.device)).double().square().sum())
+            size += float(wanted.double().square().sum())
+        gradients[name] = math.sqrt(wrong / size)
+    clear(model)
+    errors = {name: float((logps[name] - logps[NAIVE]).abs().max()) for name in names[1:]}
+    return errors, gradients
+
+
+@contextmanager
+def float32(model: Any) -> Iterator[None]:
+    """The weights in float32, and as they were afterwards: exact for what began in fewer bits."""
+    before = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        clear(model)
+        for parameter, dtype in before:
+            parameter.data = parameter.data.to(dtype)
+
+
+def clear(model: Any) -> None:
+    """No gradients."""
+    for parameter in model.parameters():
+        parameter.grad = None

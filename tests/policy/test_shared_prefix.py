@@ -1,0 +1,251 @@
+"""One vision pass and one prompt per image: the same log-probs and gradients as one sequence per caption."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from balcap.policy import PolicyConfig
+from balcap.policy.attention import shared_prefix_attention
+from balcap.policy.config import LoraSettings
+from balcap.policy.flops import Work, peak_flops, work_of
+from balcap.policy.head import token_logps
+from balcap.policy.layout import Layout
+from balcap.policy.policy import Policy
+from balcap.policy.shared_prefix import base_of
+from tests.tiny_models import batch_of, mixed_batch, picture, rollouts_of
+
+Load = Callable[..., Policy]
+WORDS = range(20, 300)
+pairs = st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=3)
+groups = pairs.filter(lambda lengths: any(map(any, lengths)))
+MANY = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+# ---- the layout
+
+
+def test_the_layout_by_hand():
+    # Image 0: prompt at 0-2, a caption of 3 tokens of which 2 are forwarded (3, 4), one of 1 (none).
+    # Image 1: prompt at 5-6, an empty caption, one of 2 (7).
+    layout = Layout([3, 2], [[3, 1], [0, 2]])
+    assert layout.tokens == 8
+    assert layout.predictors.tolist() == [2, 3, 4] + [2] + [] + [6, 7]
+    index, real = layout.padded[0]
+    assert real.tolist() == [[True, True], [False, False]]
+    assert index[real].tolist() == [3, 4]
+    # rows: own tokens of the longest caption; columns: the 3 prompt tokens, then its own
+    assert layout.masks[0].tolist() == [[True, True, True, True, False], [True] * 5]
+    # (3 + 3) + (3 + 1) + (2 + 0) + (2 + 2)
+    assert layout.separate == 16
+    # forwarded caption tokens 2 + 0 + 0 + 1 of the cells 2 * 2 + 2 * 1
+    assert layout.padding == pytest.approx(1 - 3 / 6)
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(0, 7), min_size=1, max_size=4)), min_size=1))
+def test_every_token_stands_once(images):
+    prompts, captions = zip(*images, strict=True)
+    layout = Layout(prompts, captions)
+    assert layout.spans[-1].end == layout.tokens
+    own = [index[real] for index, real in layout.padded]
+    starts = [torch.arange(span.start, span.start + span.prompt) for span in layout.spans]
+    assert sorted(torch.cat([*own, *starts]).tolist()) == list(range(layout.tokens))
+    assert len(layout.predictors) == sum(map(sum, captions))
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(1, 5), st.sampled_from([1, 2]))
+@settings(max_examples=30)
+def test_attention_sees_the_prompt_and_itself(captions, prompt, kv_heads):
+    """Against plain causal attention over [prompt, caption], one caption at a time."""
+    layout = Layout([prompt, 3], [captions, [2]])
+    generator = torch.Generator().manual_seed(prompt)
+    query = torch.randn(1, 4, layout.tokens, 8, generator=generator)
+    key, value = (torch.randn(1, kv_heads, layout.tokens, 8, generator=generator) for _ in "kv")
+    out = shared_prefix_attention(query, key, value, layout)[0]  # [N, Hq, D]
+    for span, (index, real) in zip(layout.spans, layout.padded, strict=True):
+        whole = torch.arange(span.start, span.start + span.prompt)
+        for own in [row[keep] for row, keep in zip(index, real, strict=True)]:
+            where = torch.cat([whole, own])
+            alone = scaled_dot_product_attention(
+                query[:, :, where],
+                key[:, :, where].repeat_interleave(4 // kv_heads, 1),
+                value[:, :, where].repeat_interleave(4 // kv_heads, 1),
+                is_causal=True,
+            )
+            torch.testing.assert_close(out[where], alone[0].transpose(0, 1), atol=1e-5, rtol=1e-5)
+
+
+# ---- the head
+
+
+@pytest.mark.parametrize("cells", [1, 37 * 3, 10**9])
+def test_chunks_of_logits_change_nothing(cells):
+    head = torch.nn.Linear(5, 37)
+    states = torch.randn(10, 5, requires_grad=True)
+    targets = torch.randint(37, (10,))
+    logps, entropy = token_logps(head, states, targets, 0.7, entropy=True, cells=cells)
+    logps.sum().backward()
+    given_states, given_weight = states.grad, head.weight.grad
+    head.weight.grad = None
+    plain = states.detach().requires_grad_()
+    expected = (head(plain) / 0.7).log_softmax(-1)
+    expected.gather(1, targets[:, None]).sum().backward()
+    torch.testing.assert_close(logps, expected.gather(1, targets[:, None])[:, 0])
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=expected).entropy())
+    torch.testing.assert_close(given_states, plain.grad)
+    torch.testing.assert_close(given_weight, head.weight.grad)
+
+
+def test_no_more_logits_than_cells_are_held():
+    sizes = []
+
+    class Head(torch.nn.Linear):
+        def forward(self, states):
+            sizes.append(len(states))
+            return super().forward(states)
+
+    token_logps(Head(5, 37), torch.randn(10, 5), torch.randint(37, (10,)), cells=37 * 3)
+    assert sizes == [3, 3, 3, 1]
+
+
+# ---- against separate sequences
+
+
+def both(load: Load, **config) -> tuple[Policy, Policy]:
+    shared, separate = load(**config), load(shared_prefix=False, **config)
+    separate.model.load_state_dict(shared.model.state_dict())
+    assert (shared.shared_prefix, separate.shared_prefix) == (True, False)
+    return shared, separate
+
+
+def gradients(policy: Policy, rollouts, rows, weights) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    policy.model.zero_grad()
+    logps, _ = policy.logps(rollouts, policy.encode(rollouts.batch), rows, 0.9)
+    (logps * weights[rows]).sum().backward()
+    return logps.detach(), {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+
+
+LORA = LoraSettings(r=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+
+
+def loud_adapter(policy: Policy) -> None:
+    """An adapter that matters: peft starts with its second half at zero."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3, generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "vision", "checkpointing"])
+@MANY
+@given(lengths=groups, seed=st.integers(0, 3), sizes=st.permutations([(64, 64), (150, 60), (70, 200)]))
+def test_log_probs_and_gradients_are_those_of_separate_sequences(
+    load: Load, kind: str, lengths, seed, sizes
+):
+    config = {
+        "full": {},
+        "lora": {"lora": LORA},
+        "vision": {"freeze_vision": False},
+        "checkpointing": {"gradient_checkpointing": True},
+    }[kind]
+    shared, separate = both(load, **config)
+    for policy in (shared, separate):
+        loud_adapter(policy)
+        policy.model.train()
+    prompts = ["What is this?", "Describe the image in detail, please.", "Go"][: len(lengths)]
+    images = [picture(w, h, seed=i) for i, (w, h) in enumerate(sizes[: len(lengths)])]
+    rollouts = rollouts_of(batch_of(images, prompts), lengths, WORDS, seed=seed)
+    weights = torch.randn(rollouts.token_ids.shape, generator=torch.Generator().manual_seed(seed))
+    rows = list(range(len(lengths)))
+    ours, mine = gradients(shared, rollouts, rows, weights)
+    naive, theirs = gradients(separate, rollouts, rows, weights)
+    torch.testing.assert_close(ours, naive, atol=1e-5, rtol=0)
+    for name, gradient in theirs.items():
+        error = (mine.get(name, torch.zeros(())) - gradient).norm()
+        assert error <= 1e-4 * gradient.norm() + 1e-5, name
+    assert set(mine) <= set(theirs)
+
+
+def test_the_reference_is_the_policy_without_its_adapter(load: Load):
+    shared, separate = both(load, lora=LORA)
+    rollouts = rollouts_of(mixed_batch(), [[3, 5], [2, 4], [6, 1]], WORDS)
+    for policy in (shared, separate):
+        loud_adapter(policy)
+    prompts, plain = shared.encode(rollouts.batch), separate.encode(rollouts.batch)
+    ours = shared.reference_logps(rollouts, prompts, [0, 1, 2])
+    torch.testing.assert_close(ours, separate.reference_logps(rollouts, plain, [0, 1, 2]), atol=1e-5, rtol=0)
+    assert (ours - shared.logps(rollouts, prompts, [0, 1, 2])[0]).abs().max() > 1e-2
+
+
+def test_a_frozen_tower_sees_each_image_once_per_step(load: Load):
+    policy = load(with_reference=True)
+    rollouts = rollouts_of(mixed_batch(), [[3, 5], [2, 4], [6, 1]], WORDS)
+    prompts = policy.encode(rollouts.batch)
+    seen = []
+    inner = base_of(policy.model).model
+    before = inner.get_image_features
+    inner.get_image_features = lambda pixel_values, *args, **kwargs: (
+        seen.append(1) or before(pixel_values, *args, **kwargs)
+    )
+    policy.logps(rollouts, prompts, [0, 1])
+    policy.logps(rollouts, prompts, [1, 2])
+    policy.reference_logps(rollouts, prompts, [0, 1, 2])
+    policy.logps(rollouts, prompts, [0, 1, 2])
+    assert len(seen) == 2  # images 0 and 1, then image 2
+    assert not any(feature.requires_grad for feature in prompts.features.values())
+
+
+def test_sampling_is_not_disturbed(load: Load):
+    """`generate` runs through the attention that was there before."""
+    shared, separate = both(load)
+    batch = mixed_batch()
+    inputs = shared.encode(batch).inputs([0, 1, 2], 1, "cpu")
+    given = [p.model.generate(**inputs, max_new_tokens=8, do_sample=False) for p in (shared, separate)]
+    assert torch.equal(*given)
+
+
+@pytest.mark.parametrize("why", ["switched off", "another attention"])
+def test_models_that_cannot_take_it_say_so(folders: dict[str, Path], caplog, why: str):
+    config = {"shared_prefix": False} if why == "switched off" else {"attn_implementation": "eager"}
+    with caplog.at_level(logging.WARNING):
+        policy = Policy.load(PolicyConfig(model=str(folders["qwen"]), dtype="float32", **config), False)
+    assert not policy.shared_prefix
+    said = [record.message for record in caplog.records if "model.policy.shared_prefix" in record.message]
+    assert len(said) == (why == "another attention")
+    rollouts = rollouts_of(mixed_batch(), [[3, 5], [2, 4], [6, 1]], WORDS)
+    assert policy.logps(rollouts, policy.encode(rollouts.batch), [0, 1, 2])[0].isfinite().all()
+
+
+# ---- accounting
+
+
+def test_work_by_hand():
+    work = Work(language=10, scores=2, head=3, vision=5, backward=2, vision_backward=0)
+    # one image: prompt 4, captions 2 and 1: tokens 7; pairs 16/2 + (4*2 + 2) + (4*1 + 0.5) = 22.5
+    # forward 10*7 + 2*22.5 + 3*3 = 124, three times with backward; the tower once over 6 patches: 30
+    assert work.update([4], [[2, 1]], [6]) == 3 * 124 + 30
+
+
+def test_work_of_a_model(load: Load):
+    base = base_of(load().model)
+    work = work_of(base)
+    layers = base.model.language_model.layers
+    matrices = sum(p.numel() for p in layers.parameters() if p.dim() > 1)
+    assert work.language == 2 * matrices
+    assert work.scores == 4 * 32 * 2  # 4 heads of 8, 2 layers
+    assert (work.backward, work.vision_backward) == (2.0, 0.0)
+    adapted = work_of(base_of(load(lora=LORA).model))
+    assert (adapted.language, adapted.backward) == (work.language, 1.0)
+
+
+def test_peaks_are_known_or_not_guessed():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA T4") is None
