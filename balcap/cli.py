@@ -51,7 +51,10 @@ class BalCapCLI(LightningCLI):
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
-            parser_kwargs={"description": "Train image captioners with balanced rewards (arXiv 2605.07394)."},
+            parser_kwargs={
+                "description": "Train image captioners with balanced rewards (arXiv 2605.07394). There are also the "
+                "commands recaption, ledger and cache, each with its own --help."
+            },
             trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": 0, "max_epochs": -1},
         )
 

@@ -131,7 +131,7 @@ class Asker:
         while True:
             async with self._slots:
                 self._may_call(question)
-                if attempt == 0:
+                if deadline == float("inf"):
                     await self._connected()
                     deadline = time.monotonic() + self._limits.deadline_s
                 attempt += 1
@@ -148,9 +148,10 @@ class Asker:
                         messages = list(chat)
                 except CallFailed as error:
                     failed = error
-            if failed.held_back:  # our own limits: nothing was sent
+            if not failed.sent and time.monotonic() + failed.after < deadline:
                 attempt -= 1
-                deadline += await self._pause(failed.after * random.uniform(1.0, 2.0))
+                waited = await self._pause(failed.after * random.uniform(1.0, 2.0))
+                deadline += waited if failed.held_back else 0.0  # our own limits are not the judge's fault
                 continue
             pause = 0.0 if failed.kind == "invalid" else _backoff(attempt - 1, failed.after)
             late = time.monotonic() + pause >= deadline
@@ -188,7 +189,7 @@ class Asker:
             raise
         except CallFailed as failed:
             bill, outcome = failed.bill, failed.kind
-            if failed.held_back:
+            if not failed.sent:
                 self._counters.calls -= 1
                 outcome = ""
             raise

@@ -108,6 +108,7 @@ class CallFailed(Exception):
         after: seconds that the provider asks to wait.
         bill: what it used all the same.
         held_back: our own limits kept it from being sent.
+        sent: whether anybody was asked: neither where it was held back nor where all deployments rest.
     """
 
     def __init__(
@@ -118,10 +119,12 @@ class CallFailed(Exception):
         after: float = 0.0,
         bill: Bill | None = None,
         held_back: bool = False,
+        sent: bool = True,
     ):
         super().__init__(reason)
         self.kind = kind
         self.may_pass, self.after, self.held_back = may_pass, after, held_back
+        self.sent = sent and not held_back
         self.bill = bill or Bill()
 
 
@@ -279,7 +282,8 @@ class Client:
         ):
             return CallFailed("limited", reason, True, 1.0, held_back=True)
         if isinstance(error, litellm.types.router.RouterRateLimitError):  # all deployments rest
-            return CallFailed("limited", reason, True, min(error.cooldown_time, self._cooldown_s))
+            rests = min(error.cooldown_time, self._cooldown_s)
+            return CallFailed("limited", reason, True, rests, sent=False)
         body = getattr(error, "body", None)
         spent = isinstance(body, dict) and body.get("code") == "insufficient_quota"  # comes as a rate limit
         status = getattr(error, "status_code", None)
