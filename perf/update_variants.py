@@ -110,9 +110,9 @@ class Trl:
             beta=0.0,
             report_to=[],
         )
-        self.trainer = GRPOTrainer(
+        self.trainer: Any = GRPOTrainer(
             twin(model),
-            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            reward_funcs=_no_reward,
             args=config,
             train_dataset=Dataset.from_list([{"prompt": QUESTION}]),
             processing_class=processor,
@@ -182,6 +182,10 @@ class Trl:
             yield
         finally:
             utils._use_triton = before
+
+
+def _no_reward(completions: list[Any], **_: Any) -> list[float | None]:
+    return [None] * len(completions)
 
 
 def installed(package: str) -> bool:
