@@ -61,9 +61,7 @@ DEFAULT = ImagePolicy()
 
 
 def test_the_key_depends_on_all_that_changes_an_answer(png, monkeypatch):
-    def key(
-        image: bytes = png, says: tuple = ("A",), model: str = "m", images=DEFAULT, **params
-    ) -> str:
+    def key(image: bytes = png, says: tuple = ("A",), model: str = "m", images=DEFAULT, **params) -> str:
         return Question(Verify(), {"image": image}, [Route(model, params)], images).keys(says)[0]
 
     keys = [
