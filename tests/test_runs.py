@@ -102,7 +102,12 @@ def test_a_judge_that_is_down_makes_rewards_missing_and_moves_nothing(
     try:
         overlay = str(ROOT / "configs/judge/local-vllm.yaml")
         args = fit_arguments(
-            **{"model.judge.params.api_base": server.url, "trainer.max_steps": 1, "model.kl_coef": 0}
+            **{
+                "model.judge.params.api_base": server.url,
+                "model.judge.max_failed_share": 1.0,  # go on whatever happens
+                "trainer.max_steps": 1,
+                "model.kl_coef": 0,
+            }
         )
         cli([*args[:3], "--config", overlay, *args[3:]])
     finally:
