@@ -11,12 +11,14 @@ import torch
 from balcap.batch import CaptionBatch, Rollouts
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import Prompts
-from balcap.rollout import Sampling
+from balcap.rollout import Finished, Sampling
 from balcap.shapes.oracle import Oracle
 
 
 class FixedEngine:
     """Captions made from the reference, the same for the same image wherever and whenever it is sampled."""
+
+    exact = True
 
     def __init__(self) -> None:
         self.policy: Policy | None = None
@@ -32,10 +34,17 @@ class FixedEngine:
         self.policy = None
 
     def generate(
-        self, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
+        self,
+        batch: CaptionBatch,
+        prompts: Prompts,
+        num_captions: int,
+        sampling: Sampling,
+        finished: Finished | None = None,
     ) -> Rollouts:
         tokenizer = self.policy.encoder.tokenizer
         texts = [[self._caption(r, g) for g in range(num_captions)] for r in batch.references]
+        for row, captions in enumerate(texts if finished else []):
+            finished(row, captions)
         ids = [[tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in group] for group in texts]
         width = max(len(row) for group in ids for row in group)
         tokens = torch.full((len(ids), num_captions, width), tokenizer.pad_token_id)

@@ -144,9 +144,9 @@ class PromptEncoder:
                 f"{self.banned_token_ids} while sampling"
             )
 
-    def decode(self, token_ids: Tensor, mask: Tensor) -> list[str]:
-        """Texts of [N, T] captions, special tokens removed."""
-        rows = [ids[keep].tolist() for ids, keep in zip(token_ids.cpu(), mask.cpu(), strict=True)]
+    def texts(self, captions: Sequence[Tensor]) -> list[str]:
+        """Texts of captions, each ``[t]`` token ids, special tokens removed."""
+        rows = [ids.tolist() for ids in captions]
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def count(self, texts: Sequence[str]) -> list[int]:

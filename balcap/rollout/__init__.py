@@ -1,5 +1,8 @@
-"""Engines that sample captions. ``base.py`` the contract, ``hf.py`` the one that needs nothing else."""
+"""Engines that sample captions.
 
-from balcap.rollout.base import RolloutEngine, Sampling
+``base.py`` the contract; ``hf.py`` the one that needs nothing else; ``packing.py`` what sampled tokens become.
+"""
 
-__all__ = ["RolloutEngine", "Sampling"]
+from balcap.rollout.base import EngineFailed, Finished, RolloutEngine, Sampling
+
+__all__ = ["EngineFailed", "Finished", "RolloutEngine", "Sampling"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from balcap.batch import CaptionBatch, Rollouts
+from balcap.judge.errors import RunStopped
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
@@ -39,17 +40,47 @@ class Sampling:
         return found
 
 
+Finished = Callable[[int, Sequence[str]], None]
+"""Told of an image as soon as its captions are complete: its row in the batch, and the ``[G]`` captions."""
+
+
+class EngineFailed(RunStopped):
+    """The engine cannot sample any more: gone, out of memory, silent, or with other weights than it should have.
+
+    The message says what to change; the run ends with a checkpoint.
+    """
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples captions. Image, video and vision tokens are banned while sampling."""
+    """Samples captions. Image, video and vision tokens are banned while sampling.
+
+    Attributes:
+        exact: True where the sampler's log-probs are the policy's own computation; else the two differ
+            by more than rounding, which training corrects (``model.importance_cap``).
+    """
+
+    exact: bool
 
     def attach(self, policy: Policy) -> None:
         """Called once, when the policy is on its device."""
 
     def generate(
-        self, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
+        self,
+        batch: CaptionBatch,
+        prompts: Prompts,
+        num_captions: int,
+        sampling: Sampling,
+        finished: Finished | None = None,
     ) -> Rollouts:
-        """`num_captions` captions for each image of the batch."""
+        """`num_captions` captions for each image of the batch.
+
+        Args:
+            finished: called once for every image, in any order, from the calling thread.
+
+        Raises:
+            EngineFailed: see there.
+        """
 
     def sync(self, policy: Policy, version: int) -> None:
         """Make the engine sample from these weights, the result of `version` optimizer updates."""

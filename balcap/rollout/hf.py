@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from balcap.batch import CaptionBatch, Rollouts
-from balcap.rollout.base import Sampling
+from balcap.rollout.base import Finished, Sampling
+from balcap.rollout.packing import pack, stop_token_ids, until_stop
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
@@ -71,6 +72,8 @@ class HFGenerate:
         max_sequences: captions per call of ``generate``; more are sampled in turns.
     """
 
+    exact = True
+
     def __init__(self, max_sequences: int = 256) -> None:
         if max_sequences < 1:
             raise ValueError(f"model.engine.init_args.max_sequences: {max_sequences} must be at least 1")
@@ -89,43 +92,33 @@ class HFGenerate:
 
     @torch.no_grad()
     def generate(
-        self, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
+        self,
+        batch: CaptionBatch,
+        prompts: Prompts,
+        num_captions: int,
+        sampling: Sampling,
+        finished: Finished | None = None,
     ) -> Rollouts:
         """See `RolloutEngine.generate`; tensors come back on the CPU."""
         policy = self._policy
         if policy is None:
             raise RuntimeError("the rollout engine has no policy; call attach first")
-        encoder, stop_ids = policy.encoder, self._stop_ids(policy)
-        rows = [b for b in range(len(batch)) for _ in range(num_captions)]
-        turns = [rows[i : i + self.max_sequences] for i in range(0, len(rows), self.max_sequences)]
+        encoder, stop_ids, G = policy.encoder, stop_token_ids(policy), num_captions
+        rows = [b for b in range(len(batch)) for _ in range(G)]
+        tokens: list[Tensor] = []
+        logps: list[Tensor] = []
+        told = 0
         with _for_sampling(policy.model):
-            parts = [self._turn(policy, prompts, turn, stop_ids, sampling) for turn in turns]
-        width = max(tokens.shape[1] for tokens, _ in parts)
-        pad = encoder.tokenizer.pad_token_id
-        token_ids = torch.cat(
-            [torch.nn.functional.pad(t, (0, width - t.shape[1]), value=pad) for t, _ in parts]
-        )
-        logps = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for _, p in parts])
-        mask, truncated, ended = _completion_mask(token_ids, stop_ids, sampling.max_tokens)
-        B, G = len(batch), num_captions
-        captions = encoder.decode(token_ids, mask)
-        return Rollouts(
-            batch=batch,
-            captions=[captions[b * G : (b + 1) * G] for b in range(B)],
-            token_ids=token_ids.view(B, G, width),
-            completion_mask=mask.view(B, G, width),
-            sampler_logps=torch.where(mask, logps, 0.0).view(B, G, width),
-            truncated=truncated.view(B, G),
-            lengths=(mask.sum(1) - ended.long()).view(B, G),
-            reference_lengths=torch.tensor(encoder.count(batch.references), dtype=torch.long),
-            weights_version=self.version,
-        )
-
-    def _stop_ids(self, policy: Policy) -> list[int]:
-        """End-of-sequence tokens: the generation config's, and the tokenizer's."""
-        own = policy.model.generation_config.eos_token_id
-        ids = own if isinstance(own, list) else [own]
-        return sorted({i for i in [*ids, policy.encoder.tokenizer.eos_token_id] if i is not None})
+            for start in range(0, len(rows), self.max_sequences):
+                turn = rows[start : start + self.max_sequences]
+                new_tokens, new_logps = self._turn(policy, prompts, turn, stop_ids, sampling)
+                tokens += new_tokens
+                logps += new_logps
+                while finished is not None and told < len(tokens) // G:
+                    done = [until_stop(t, stop_ids) for t in tokens[told * G : (told + 1) * G]]
+                    finished(told, encoder.texts(done))
+                    told += 1
+        return pack(encoder, batch, tokens, logps, stop_ids, sampling.max_tokens, self.version)
 
     def _turn(
         self, policy: Policy, prompts: Prompts, rows: list[int], stop_ids: list[int], sampling: Sampling
@@ -153,14 +146,3 @@ class HFGenerate:
         tokens = out[:, inputs["input_ids"].shape[1] :]
         # Where asking the device is slow (mps), HF sees one step late that all captions ended, and drops that step.
         return tokens.cpu(), torch.cat(recorder.logps, 1)[:, : tokens.shape[1]].cpu()
-
-
-def _completion_mask(
-    token_ids: Tensor, stop_ids: list[int], max_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(mask [N, T] up to and with the first end token, truncated [N], ended [N]); all bool."""
-    stop = torch.isin(token_ids, torch.tensor(stop_ids))
-    ended = stop.any(1)
-    first = torch.where(ended, stop.int().argmax(1), token_ids.shape[1])
-    mask = torch.arange(token_ids.shape[1])[None] <= first[:, None]
-    return mask, ~ended & (token_ids.shape[1] >= max_tokens), ended

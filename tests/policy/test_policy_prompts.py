@@ -169,12 +169,12 @@ def test_count_and_decode(load: Load):
     ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert encoder.count([text, "", "A"]) == [len(ids), 0, 1]  # no special tokens: LLaVA's would add one
     assert encoder.count([]) == []
-    row = torch.tensor(
-        [[*ids, encoder.tokenizer.eos_token_id, ids[0]], [encoder.tokenizer.eos_token_id] * (len(ids) + 2)]
-    )
-    mask = torch.ones_like(row, dtype=torch.bool)
-    mask[0, -1] = False
-    assert encoder.decode(row, mask) == [text, ""]
+    end = encoder.tokenizer.eos_token_id
+    assert encoder.texts([torch.tensor([*ids, end]), torch.tensor([end] * 5), torch.tensor([])]) == [
+        text,
+        "",
+        "",
+    ]
 
 
 # ── real photographs ─────────────────────────────────────────────────────────────────────────────────

@@ -12,7 +12,8 @@ from balcap.batch import CaptionBatch, Rollouts
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout import Sampling
-from balcap.rollout.hf import HFGenerate, _completion_mask, _Recorder
+from balcap.rollout.hf import HFGenerate, _Recorder
+from balcap.rollout.packing import pack
 from tests.tiny_models import batch_of, mixed_batch, own_logits, picture
 
 Load = Callable[..., Policy]
@@ -184,13 +185,37 @@ def test_the_seed_decides(load: Load):
 # ── ends, lengths, padding ───────────────────────────────────────────────────────────────────────────
 
 
-def test_completion_mask_by_hand():
-    # 9 and 8 end a caption, 0 pads, the limit is 4 tokens
-    tokens = torch.tensor([[5, 9, 0, 0], [5, 6, 7, 8], [5, 6, 7, 4], [9, 9, 5, 9], [8, 0, 0, 0]])
-    mask, truncated, ended = _completion_mask(tokens, [8, 9], 4)
-    assert mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0], [1, 0, 0, 0]]
-    assert truncated.tolist() == [False, False, True, False, False]
-    assert ended.tolist() == [True, True, False, True, True]
+def test_packing_by_hand(load: Load):
+    # 9 and 8 end a caption, the limit is 4 tokens
+    encoder = load().encoder
+    rows = [[5, 9, 0, 0], [5, 6, 7, 8], [5, 6, 7, 4], [9, 9, 5, 9], [8, 0, 0]]
+    logps = [-torch.arange(1.0, len(row) + 1) for row in rows]
+    batch = batch_of([picture(56, 56)], ["Describe."])
+    rollouts = pack(encoder, batch, [torch.tensor(row) for row in rows], logps, [8, 9], 4, 3)
+    mask = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0], [1, 0, 0, 0]]
+    pad = encoder.tokenizer.pad_token_id
+    tokens = [[5, 9, pad, pad], [5, 6, 7, 8], [5, 6, 7, 4], [9, pad, pad, pad], [8, pad, pad, pad]]
+    assert rollouts.completion_mask.int().tolist() == [mask]
+    assert rollouts.token_ids.tolist() == [tokens]
+    assert rollouts.sampler_logps[0, 0].tolist() == [-1, -2, 0, 0]
+    assert rollouts.truncated.tolist() == [[False, False, True, False, False]]
+    assert rollouts.lengths.tolist() == [[1, 3, 4, 0, 0]]
+    assert rollouts.weights_version == 3
+
+
+@pytest.mark.parametrize("engine_size", [256, 4, 3, 1])
+def test_images_are_told_as_their_captions_are_complete(load: Load, engine_size: int):
+    policy, batch, told = load(), mixed_batch(), []
+    engine = HFGenerate(engine_size)
+    engine.attach(policy)
+    rollouts = engine.generate(
+        batch,
+        policy.encode(batch),
+        3,
+        Sampling(max_tokens=5),
+        lambda row, texts: told.append((row, list(texts))),
+    )
+    assert told == list(enumerate(rollouts.captions))
 
 
 def check_ends(policy: Policy, rollouts: Rollouts, max_tokens: int) -> None:
