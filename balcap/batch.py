@@ -136,7 +136,7 @@ class Rollouts:
 class StepRecord:
     """All that one step knew about its rollouts, for callbacks that log it.
 
-    ``training_step`` and ``validation_step`` return it under the key ``"record"``.
+    ``training_step`` and ``validation_step`` return those that they are done with under the key ``"records"``.
 
     Attributes:
         rollouts: what was sampled.
@@ -145,6 +145,7 @@ class StepRecord:
         rewards: ``[B, G, K]`` in [0, 1] before the length gate, NaN where missing.
         gated: ``[B, G, K]`` after the length gate; equal to `rewards` in validation.
         advantages: ``[B, G]``; None in validation.
+        number: batches that were learned from before this one, or in validation its place in the pass.
     """
 
     rollouts: Rollouts
@@ -153,3 +154,4 @@ class StepRecord:
     rewards: Float[Tensor, "B G K"]
     gated: Float[Tensor, "B G K"]
     advantages: Float[Tensor, "B G"] | None = None
+    number: int = 0

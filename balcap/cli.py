@@ -27,6 +27,7 @@ from callbacks.curves import RunCurves  # noqa: E402
 from callbacks.export import ExportPolicy  # noqa: E402
 from callbacks.progress import CaptionProgressBar  # noqa: E402
 from callbacks.rollout_log import RolloutLog  # noqa: E402
+from callbacks.trace import ChromeTrace  # noqa: E402
 from callbacks.validate_ends import ValidateAtEnds  # noqa: E402
 
 
@@ -53,7 +54,7 @@ class BalCapCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_kwargs={
                 "description": "Train image captioners with balanced rewards (arXiv 2605.07394). There are also the "
-                "commands recaption, ledger and cache, each with its own --help."
+                "commands recaption, serve, ledger and cache, each with its own --help."
             },
             trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": 0, "max_epochs": -1},
         )
@@ -79,6 +80,7 @@ class BalCapCLI(LightningCLI):
         parser.add_lightning_class_args(ExportPolicy, "export")
         parser.add_lightning_class_args(RunCurves, "curves")
         parser.add_lightning_class_args(CaptionWriter, "captions")
+        parser.add_lightning_class_args(ChromeTrace, "trace")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("run_dir", "data.run_dir")
         for target, name in (
@@ -86,6 +88,7 @@ class BalCapCLI(LightningCLI):
             ("rollout_log.dirpath", "rollouts"),
             ("export.dirpath", "export"),
             ("captions.path", "captions.jsonl"),
+            ("trace.path", "trace.json"),
         ):
             parser.link_arguments("run_dir", target, compute_fn=_below(name))
         parser.link_arguments(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -24,9 +24,12 @@ from balcap.judge.judgments import Judgments
 from balcap.objective import cgdpo, grpo, length_gate, length_mask, length_ratio, linear_length_penalty
 from balcap.objective.loss import LossAggregation
 from balcap.policy import PolicyConfig
+from balcap.policy.flops import peak_flops, peak_memory
 from balcap.rewards import Reward, RewardSuite, b_capscore
 from balcap.rollout import RolloutEngine, Sampling
+from balcap.rollout.pipeline import Flight, Judging, restored, saved
 from balcap.tally import Tally
+from balcap.timeline import Timeline
 from balcap.update import update
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,13 @@ class BalCapModule(L.LightningModule):
         loss_aggregation: ``token_mean`` over all caption tokens of the step, or ``sequence_mean``, the mean
             over captions of their token means.
         kl_coef: weight of the KL (k3) to the reference; 0 keeps no reference.
+        lag: 0 updates on the captions that it has just sampled; 1 on those of the step before, so that judging
+            goes on while the device works. They are then one update old.
+        importance_cap: where another engine or older weights sampled, a token's loss is multiplied with the
+            importance ratio of trainer to sampler, at most this (truncated importance sampling); null
+            corrects nothing. Samples of the policy itself with lag 0 need no correction.
+        mismatch_threshold: nats of difference between the log-probs of sampler and trainer beyond which a token
+            counts in ``train/mismatch_share``.
         updates_per_rollout: optimizer steps on each batch of rollouts.
         micro_batch_size: images (with their G captions) per forward pass; null takes all at once.
         max_tokens_per_forward: tokens per forward pass, all images packed into it together; an image with more
@@ -87,6 +97,9 @@ class BalCapModule(L.LightningModule):
         clip_eps_high: float = 0.2,
         loss_aggregation: LossAggregation = "token_mean",
         kl_coef: float = 0.0,
+        lag: Literal[0, 1] = 0,
+        importance_cap: float | None = 2.0,
+        mismatch_threshold: float = 0.1,
         updates_per_rollout: int = 1,
         micro_batch_size: int | None = None,
         max_tokens_per_forward: int | None = None,
@@ -107,6 +120,7 @@ class BalCapModule(L.LightningModule):
         self.tau_low, self.tau_high = tau_low, tau_high
         self.clip_eps_low, self.clip_eps_high = clip_eps_low, clip_eps_high
         self.loss_aggregation, self.kl_coef = loss_aggregation, kl_coef
+        self.lag, self.importance_cap, self.mismatch_threshold = lag, importance_cap, mismatch_threshold
         self.updates_per_rollout, self.micro_batch_size = updates_per_rollout, micro_batch_size
         self.max_tokens_per_forward = max_tokens_per_forward
         self.max_grad_norm, self.max_skipped_updates = max_grad_norm, max_skipped_updates
@@ -119,7 +133,10 @@ class BalCapModule(L.LightningModule):
         )
         self.skipped_in_a_row = self.skipped_total = 0
         self._attached = False
-        self._seconds: dict[str, float] = {}
+        self._flights: deque[Flight] = deque()  # sampled, not yet learned from; oldest first
+        self._resumed: deque[dict[str, Any]] = deque()  # the same, of the run that is continued
+        self.learned = 0  # batches
+        self.timeline = Timeline(self._settle)
         self._judged = 0  # rollouts, in this process
 
     # ── construction ─────────────────────────────────────────────────────────────────────────────────
@@ -156,6 +173,11 @@ class BalCapModule(L.LightningModule):
             found.append(f"model.clip_eps_high: {self.clip_eps_high} must be above 0")
         if self.kl_coef < 0:
             found.append(f"model.kl_coef: {self.kl_coef} would reward drifting away; use 0 or more")
+        if self.importance_cap is not None and self.importance_cap < 1:
+            found.append(
+                f"model.importance_cap: {self.importance_cap} would weigh down captions that the sampler and the "
+                "trainer agree on; use 1 or more, or null"
+            )
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             found.append(f"model.max_grad_norm: {self.max_grad_norm} must be above 0, or null")
         for key in ("updates_per_rollout", "micro_batch_size", "max_tokens_per_forward", "val_captions"):
@@ -191,26 +213,95 @@ class BalCapModule(L.LightningModule):
 
     # ── the step ─────────────────────────────────────────────────────────────────────────────────────
 
-    def training_step(self, batch: CaptionBatch, batch_idx: int) -> dict[str, StepRecord]:
-        """Sample G captions per image, judge them, gate, advantage, update, log."""
-        with self._timed("step"):
-            with self._timed("rollout"), self._seeded(self.global_step):
+    def training_step(self, batch: CaptionBatch, batch_idx: int) -> dict[str, list[StepRecord]]:
+        """Sample G captions per image, judge them, gate, advantage, update, log.
+
+        With a lag the update is on the batch of the step before. The first step has none then; the last one
+        samples nothing.
+        """
+        self.timeline.begin()
+        before = self.judge.stats()
+        sampled = len(self._flights) < self._updates_left()
+        if sampled:
+            self._flights.append(self._depart(batch))
+        keep = self.lag if sampled and not self._is_last_batch() else 0
+        records = []
+        while len(self._flights) > keep:
+            records.append(self._learn(self._flights[0], before, last=len(self._flights) == keep + 1))
+            self._flights.popleft()
+            before = self.judge.stats()
+        return {"records": records}
+
+    def _depart(self, batch: CaptionBatch) -> Flight:
+        """Sample captions; each image's are sent to the judge when they are complete."""
+        number = self.global_step + self.updates_per_rollout * len(self._flights)
+        judging = Judging(self.rewards, self.judge, batch)
+        try:
+            with self.timeline.span("rollout"), self._seeded(number):
                 prompts = self.policy.encode(batch)
-                rollouts = self._engine().generate(batch, prompts, self.num_captions, self.sampling)
-            with self._timed("judge"):
-                before = self.judge.stats()
-                judgments = self._judge(rollouts)
-                rewards = self.rewards(judgments).cpu()  # [B, G, K]; lengths and masks are there too
-            gated = self.control_length(rewards, rollouts)
-            advantages = self.advantages(gated)  # [B, G]
-            with self._timed("update"), self._seeded(self.global_step):
-                tally = update(self, rollouts, prompts, advantages)
-                self._engine().sync(self.policy, self.global_step)
-        self._log_step(tally, rollouts, judgments, rewards, before)
+                rollouts = self._resume_flight(batch, judging)
+                if rollouts is None:
+                    rollouts = self._engine().generate(
+                        batch, prompts, self.num_captions, self.sampling, judging.ask
+                    )
+        except BaseException:
+            judging.cancel()
+            raise
+        return Flight(rollouts, prompts, judging)
+
+    def _resume_flight(self, batch: CaptionBatch, judging: Judging) -> Rollouts | None:
+        """Captions that the run before had sampled for this batch and not learned from."""
+        if not self._resumed:
+            return None
+        rollouts = restored(self._resumed.popleft(), batch)
+        if rollouts is None:
+            self._resumed.clear()
+            log.warning("captions in flight belong to other images than those that come now; sampled anew")
+            return None
+        for row, captions in enumerate(rollouts.captions):
+            judging.ask(row, captions)
+        return rollouts
+
+    def _learn(self, flight: Flight, before: Any, last: bool) -> StepRecord:
+        """Update on one batch when its judgments are there."""
+        rollouts = flight.rollouts
+        with self.timeline.span("judge_wait"):
+            judgments = self._judged_flight(flight)
+            rewards = self.rewards(judgments).cpu()  # [B, G, K]; lengths and masks are there too
+        self.timeline.add("judge", "judge", flight.judging.started, flight.judging.ended)
+        gated = self.control_length(rewards, rollouts)
+        advantages = self.advantages(gated)  # [B, G]
+        staleness = self.global_step - rollouts.weights_version
+        with self.timeline.span("update"), self._seeded(self.global_step):
+            tally = update(self, rollouts, flight.prompts, advantages)
+        with self.timeline.span("sync"):
+            self._engine().sync(self.policy, self.global_step)
+        tally.add("staleness", staleness, 1)
+        self._log_step(tally, rollouts, judgments, rewards, before, last)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
-            data.consumed(batch)
-        return {"record": StepRecord(rollouts, judgments, self.rewards.names, rewards, gated, advantages)}
+            data.consumed(rollouts.batch)
+        number, self.learned = self.learned, self.learned + 1
+        return StepRecord(rollouts, judgments, self.rewards.names, rewards, gated, advantages, number)
+
+    def _updates_left(self) -> float:
+        """Batches that the run will still learn from, where it ends with a number of steps."""
+        steps = self.trainer.max_steps
+        return math.inf if steps < 0 else math.ceil((steps - self.global_step) / self.updates_per_rollout)
+
+    def _is_last_batch(self) -> bool:
+        """Whether the run ends with this batch, where it ends with a number of epochs."""
+        epochs = self.trainer.max_epochs
+        return bool(
+            epochs not in (-1, None)
+            and self.trainer.current_epoch + 1 >= epochs
+            and self.trainer.is_last_batch
+        )
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the sampler's distribution is another than the trainer's at the start of an update."""
+        return self.lag > 0 or not self._engine().exact
 
     def control_length(self, rewards: Tensor, rollouts: Rollouts) -> Tensor:
         """``[B, G, K]`` with the linguistic reward gated by length, as `length_control` says."""
@@ -229,7 +320,7 @@ class BalCapModule(L.LightningModule):
             return grpo(rewards, weights)
         return cgdpo(rewards, weights, whiten=self.whiten, all_gather=self.gather)
 
-    def validation_step(self, batch: CaptionBatch, batch_idx: int) -> dict[str, StepRecord]:
+    def validation_step(self, batch: CaptionBatch, batch_idx: int) -> dict[str, list[StepRecord]]:
         """Rewards of `val_captions` sampled captions per held-out image; the same draw at every validation."""
         with self._seeded(batch_idx, stage=1):
             prompts = self.policy.encode(batch)
@@ -239,11 +330,19 @@ class BalCapModule(L.LightningModule):
         for name, values in self._scores(rollouts, rewards).items():
             if name in self.val_means:
                 self.val_means[name].update(values.float())
-        return {"record": StepRecord(rollouts, judgments, self.rewards.names, rewards, rewards)}
+        record = StepRecord(rollouts, judgments, self.rewards.names, rewards, rewards, number=batch_idx)
+        return {"records": [record]}
 
     def _judge(self, rollouts: Rollouts) -> Judgments:
-        """All judgments that the rewards need; ends the run, on all ranks, where the judge says so."""
-        judgments = self.rewards.gather(self.judge, rollouts)
+        """All judgments that the rewards need, asked for now."""
+        return self._counted(self.rewards.gather(self.judge, rollouts), rollouts)
+
+    def _judged_flight(self, flight: Flight) -> Judgments:
+        """The same, asked for when the captions came."""
+        return self._counted(flight.judging.result(), flight.rollouts)
+
+    def _counted(self, judgments: Judgments, rollouts: Rollouts) -> Judgments:
+        """Ends the run, on all ranks, where the judge says so."""
         self._judged += rollouts.truncated.numel()
         why = self.judge.stopped
         if self.gather(torch.tensor([float(why is not None)])).sum() > 0:
@@ -303,7 +402,13 @@ class BalCapModule(L.LightningModule):
         return scores
 
     def _log_step(
-        self, tally: Tally, rollouts: Rollouts, judgments: Judgments, rewards: Tensor, before: Any
+        self,
+        tally: Tally,
+        rollouts: Rollouts,
+        judgments: Judgments,
+        rewards: Tensor,
+        before: Any,
+        last: bool,
     ) -> None:
         for k, name in enumerate(self.rewards.names):
             values = rewards[..., k].double()
@@ -315,7 +420,8 @@ class BalCapModule(L.LightningModule):
             )
         for name, values in self._scores(rollouts, rewards).items():
             tally.add_values(name, values)
-        metrics = {f"train/{name}": value for name, value in tally.means(self.gather).items()}
+        means = tally.means(self.gather) | tally.largest(self.gather)
+        metrics = {f"train/{name}": value for name, value in means.items()}
         metrics["train/skipped_updates"] = float(self.skipped_total)
         metrics["train/lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         now = self.judge.stats()
@@ -324,11 +430,39 @@ class BalCapModule(L.LightningModule):
         totals = self.gather(torch.tensor(step, dtype=torch.float64)).reshape(-1, len(step)).sum(0).tolist()
         metrics |= {f"judge/{n}": v for n, v in zip((*_JUDGE_COUNTS, "failed"), totals, strict=True)}
         metrics |= self._judge_costs()
-        metrics |= {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
-        self.log_dict(metrics, batch_size=len(rollouts))
+        metrics |= self._times(rollouts, means["tflops"])
+        self._emit(metrics, len(rollouts), last)
         if judgments.failures:
             missing = ", ".join(f"{n} {task}" for task, n in judgments.failures.items())
             self.say(f"step {self.global_step}: judgments missing: {missing}; {'; '.join(judgments.reasons)}")
+
+    def _times(self, rollouts: Rollouts, tflops: float) -> dict[str, float]:
+        """Seconds of each stage of this step, what they come to per second, the share spent waiting, and memory.
+
+        Model FLOPs utilisation, ``time/mfu``, is left out for devices whose peak is not known.
+        """
+        seconds, tokens = self.timeline.seconds(), float(rollouts.completion_mask.sum())
+        times = {f"time/{name}_s": value for name, value in seconds.items()}
+        times["time/idle_share"] = self.timeline.idle_share()
+        for name in ("rollout", "update"):
+            if seconds.get(name, 0.0) > 0:
+                times[f"time/{name}_tokens_per_s"] = tokens / seconds[name]
+        if peak := peak_flops(self.device):
+            times["time/mfu"] = 1e12 * tflops / (seconds["update"] * peak)
+        times["time/peak_memory_gb"] = peak_memory(self.device) / 1e9
+        return times
+
+    def _emit(self, metrics: dict[str, float], batch_size: int, last: bool) -> None:
+        """Log under the number of batches learned from: with a lag Lightning's own count is of batches sampled."""
+        if self.lag == 0:
+            self.log_dict(metrics, batch_size=batch_size)
+            return
+        if last:
+            self.log_dict(metrics, batch_size=batch_size, logger=False)
+        every = getattr(self.trainer, "log_every_n_steps", 1)
+        if self.learned % max(1, every) == 0:
+            for logger in self.loggers:
+                logger.log_metrics(metrics | {"epoch": self.current_epoch}, step=self.learned)
 
     def _judge_costs(self) -> dict[str, float]:
         """Dollars of the whole run, and per 1,000 rollouts that these processes have had judged."""
@@ -351,13 +485,9 @@ class BalCapModule(L.LightningModule):
         if self.trainer.is_global_zero:
             log.warning(message)
 
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
+    def _settle(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self._seconds[name] = time.perf_counter() - start
 
     @contextmanager
     def _seeded(self, step: int, stage: int = 0) -> Iterator[None]:
@@ -379,7 +509,17 @@ class BalCapModule(L.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["balcap"] = {
             "skipped_total": self.skipped_total,
+            "learned": self.learned,
+            "in_flight": self._of_all_ranks([saved(flight.rollouts) for flight in self._flights]),
         }
+
+    def _of_all_ranks(self, mine: Any) -> list[Any]:
+        """A collective: call it on every rank."""
+        if self.trainer.world_size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(everyone, mine)
+        return everyone
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of something else: strict loading is off, and would let it pass in silence."""
@@ -392,9 +532,20 @@ class BalCapModule(L.LightningModule):
                 f"{len(trained ^ there)} differ (such as {sorted(trained ^ there)[0]}). Were model.policy.lora, "
                 "freeze_vision or the base model changed? Resume with the config saved in the run folder"
             )
-        self.skipped_total = checkpoint.get("balcap", {}).get("skipped_total", 0)
+        own = checkpoint.get("balcap", {})
+        self.skipped_total, self.learned = own.get("skipped_total", 0), own.get("learned", 0)
+        in_flight = own.get("in_flight", [])
+        if len(in_flight) == self.trainer.world_size:
+            self._resumed = deque(in_flight[self.global_rank])
+        elif any(in_flight):
+            rank_zero_info(
+                "captions in flight were sampled by another number of ranks; they are sampled anew"
+            )
 
     def teardown(self, stage: str) -> None:
+        for flight in self._flights:
+            flight.judging.cancel()
+        self._flights.clear()
         self.judge.close()
         if self.engine is not None and self._attached:
             self.engine.close()

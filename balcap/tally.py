@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float]] = {}
+        self._largest: dict[str, float] = {}
 
     def add(self, name: str, total: float | Tensor, count: float | Tensor) -> None:
         """Book a sum of `count` values under a name."""
@@ -23,6 +25,22 @@ class Tally:
         """Book every value of a tensor that is not NaN."""
         known = ~values.isnan()
         self.add(name, torch.where(known, values, 0.0).double().sum(), known.sum())
+
+    def add_max(self, name: str, value: float | Tensor) -> None:
+        """Book the largest of several values."""
+        self._largest[name] = max(self._largest.get(name, -math.inf), float(value))
+
+    def largest(self, all_gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """Name -> largest value on any rank.
+
+        Args:
+            all_gather: maps ``[n]`` to ``[ranks, n]`` (or to itself on one rank).
+        """
+        if not self._largest:
+            return {}
+        local = torch.tensor(list(self._largest.values()), dtype=torch.float64)
+        everywhere = all_gather(local) if all_gather else local
+        return dict(zip(self._largest, everywhere.reshape(-1, len(local)).amax(0).tolist(), strict=True))
 
     def means(self, all_gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Name -> mean over all ranks; NaN where nothing was booked.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from balcap.batch import Rollouts
-from balcap.objective import loss_normalizer, policy_loss
+from balcap.objective import loss_normalizer, policy_loss, truncated_importance
 from balcap.policy.prompts import Prompts
 from balcap.tally import Tally
 
@@ -28,12 +29,13 @@ def update(module: BalCapModule, rollouts: Rollouts, prompts: Prompts, advantage
 
     Every optimizer step sees the whole batch, in micro-batches whose losses share one denominator: the
     tokens (or sequences) of all ranks. Gradients are reduced on each rank's last backward pass. The first
-    step is on-policy: its own log-probs are the old ones. A group whose advantages are all 0 moves nothing
-    without a KL term, and is not forwarded then.
+    step's own log-probs are the old ones. A group whose advantages are all 0 moves nothing without a KL term, and
+    is not forwarded then. Where the sampler's log-probs are others than the trainer's, because of its arithmetic
+    or of older weights, the truncated importance ratio corrects it.
 
     Returns:
         Sums for ``train/loss``, ``kl``, ``clip_fraction``, ``entropy`` and ``grad_norm``, over what was
-        forwarded, and the size of one pass (`_book_size`).
+        forwarded, the size of one pass (`_book_size`) and the distance to the sampler (`_book_mismatch`).
 
     Raises:
         UpdatesDiverged: more than `module.max_skipped_updates` steps in a row were skipped because their
@@ -50,6 +52,8 @@ def update(module: BalCapModule, rollouts: Rollouts, prompts: Prompts, advantage
     if module.kl_coef:
         ref = [module.policy.reference_logps(rollouts, prompts, rows, temperature) for rows in micro]
     old: list[Tensor] = []
+    importance: list[Tensor | None] = []
+    cap = module.importance_cap if module.corrects else None
     _book_size(tally, module, rollouts, prompts, micro)
     module.policy.model.train()
     optimizer = module.optimizers()
@@ -58,19 +62,24 @@ def update(module: BalCapModule, rollouts: Rollouts, prompts: Prompts, advantage
         optimizer.zero_grad()
         for i, rows in enumerate(micro):
             logps, entropy = module.policy.logps(rollouts, prompts, rows, temperature, entropy=step == 0)
+            mask = rollouts.completion_mask[rows].to(device)
             if step == 0:
+                sampler = rollouts.sampler_logps[rows].to(device)
                 old.append(logps.detach())
+                importance.append(truncated_importance(old[i], sampler, mask, cap) if cap else None)
+                _book_mismatch(tally, old[i], sampler, mask, module.mismatch_threshold, cap)
             part = policy_loss(
                 logps,
                 old[i],
                 advantages[rows].to(device),
-                rollouts.completion_mask[rows].to(device),
+                mask,
                 ref[i] if ref else None,
                 module.kl_coef,
                 module.clip_eps_low,
                 module.clip_eps_high,
                 module.loss_aggregation,
                 normalizer,
+                importance[i],
             )
             with _without_sync(module, i < len(micro) - 1):
                 module.manual_backward(part.loss)
@@ -114,12 +123,29 @@ def _book_size(
     tally: Tally, module: BalCapModule, rollouts: Rollouts, prompts: Prompts, micro: Sequence[Sequence[int]]
 ) -> None:
     """``tokens_forwarded`` in one pass, the share of tokens that separate sequences would forward beyond
-    that (``tokens_saved``), and the share of padding in what attention or the forward works on."""
+    that (``tokens_saved``), the share of padding in what attention or the forward works on, and ``tflops``,
+    10^12 operations of the policy's forward and backward over distinct tokens in all passes."""
     sizes = [module.policy.size(rollouts, prompts, rows) for rows in micro]
     forwarded, separate = sum(s.forwarded for s in sizes), sum(s.separate for s in sizes)
     tally.add("tokens_forwarded", forwarded, 1)
     tally.add("tokens_saved", separate - forwarded, separate)
     tally.add("padding", sum(s.padding * s.forwarded for s in sizes), forwarded)
+    flops = sum(module.policy.flops(rollouts, prompts, rows) for rows in micro)
+    tally.add("tflops", module.updates_per_rollout * flops / 1e12, 1)
+
+
+def _book_mismatch(
+    tally: Tally, logps: Tensor, sampler: Tensor, mask: Tensor, threshold: float, cap: float | None
+) -> None:
+    """|log-prob of the trainer - log-prob of the sampler| over tokens, in nats: mean, largest, share beyond
+    `threshold`; and the share of tokens whose importance ratio was cut at `cap`."""
+    difference = (logps - sampler)[mask].double()
+    distance, tokens = difference.abs(), mask.sum()
+    tally.add("mismatch_mean", distance.sum(), tokens)
+    tally.add("mismatch_share", (distance > threshold).sum(), tokens)
+    tally.add_max("mismatch_max", distance.max() if len(distance) else 0.0)
+    if cap is not None:
+        tally.add("importance_capped", (difference > math.log(cap)).sum(), tokens)
 
 
 def _without_sync(module: BalCapModule, active: bool) -> AbstractContextManager:

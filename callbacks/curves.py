@@ -23,8 +23,9 @@ COLOURS = {
     "linguistic": "#3c9467",
     "b_capscore": INK,
     "rollout": "#7a9cc6",
-    "judge": "#e3a35c",
+    "judge_wait": "#e3a35c",
     "update": "#7fb89a",
+    "sync": "#b9a6c9",
 }
 
 
@@ -169,20 +170,17 @@ def _plot_policy(axes: Axes, series: dict[str, Series]) -> None:
 
 
 def _plot_time(axes: Axes, series: dict[str, Series]) -> None:
-    parts = {
-        name: series[f"time/{name}_s"]
-        for name in ("rollout", "judge", "update")
-        if f"time/{name}_s" in series
-    }
+    stages = {"rollout": "rollout", "judge_wait": "waiting for the judge", "update": "update", "sync": "sync"}
+    parts = {name: series[f"time/{name}_s"] for name in stages if f"time/{name}_s" in series}
     steps = sorted({step for part_steps, _ in parts.values() for step in part_steps})
     base = [0.0] * len(steps)
     for name, (part_steps, values) in parts.items():
         at = dict(zip(part_steps, smoothed(values), strict=True))
         top = [bottom + at.get(step, 0.0) for bottom, step in zip(base, steps, strict=True)]
         if len(steps) == 1:  # an area needs two points
-            axes.bar(steps, values, bottom=base, width=0.5, color=COLOURS[name], label=name)
+            axes.bar(steps, values, bottom=base, width=0.5, color=COLOURS[name], label=stages[name])
         else:
-            axes.fill_between(steps, base, top, color=COLOURS[name], label=name, linewidth=0)
+            axes.fill_between(steps, base, top, color=COLOURS[name], label=stages[name], linewidth=0)
         base = top
     if whole := series.get("time/step_s"):
         marker = "o" if len(whole[0]) == 1 else None

@@ -22,8 +22,8 @@ THUMBNAIL = 512  # pixels of the longer side: event files hold images uncompress
 class RolloutLog(Callback):
     """Writes all rollouts of a logged step, and shows some of them.
 
-    Reads ``outputs["record"]``, a `balcap.batch.StepRecord`, which ``training_step`` and
-    ``validation_step`` return. Each rank writes
+    Reads ``outputs["records"]``, each a `balcap.batch.StepRecord`, which ``training_step`` and
+    ``validation_step`` return: none of a step that only sampled. Each rank writes
     ``<dirpath>/<train|val>-<step>-rank<rank>-<batch>.parquet``, one row per rollout, whole or not
     at all; `rollout_table` documents the columns. ``step`` is the number of optimizer steps behind the
     weights when the file is written. Validation is logged completely at every pass: it is the evidence of
@@ -48,10 +48,10 @@ class RolloutLog(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Batches, not the global step: a batch may take several optimizer steps, or skip its own.
-        index = trainer.fit_loop.total_batch_idx
-        if index % self.every_n_steps == 0:
-            self._shown = 0
-            self._log(trainer, "train", index, outputs)
+        for record in _records(outputs):
+            if record.number % self.every_n_steps == 0:
+                self._shown = 0
+                self._log(trainer, "train", record)
 
     def on_validation_batch_end(
         self,
@@ -64,16 +64,14 @@ class RolloutLog(Callback):
     ) -> None:
         if not trainer.sanity_checking:
             self._shown = 0 if batch_idx == 0 else self._shown
-            self._log(trainer, "val", batch_idx, outputs)
+            for record in _records(outputs):
+                self._log(trainer, "val", record)
 
-    def _log(self, trainer: Trainer, stage: str, batch_idx: int, outputs: Any) -> None:
-        record: StepRecord | None = outputs.get("record") if isinstance(outputs, dict) else None
-        if record is None:  # the step had nothing to train on
-            return
+    def _log(self, trainer: Trainer, stage: str, record: StepRecord) -> None:
         folder = Path(self.dirpath or Path(trainer.default_root_dir) / "rollouts")
-        step, rank = trainer.global_step, trainer.global_rank
-        table = rollout_table(record, stage=stage, step=step, batch_idx=batch_idx, rank=rank)
-        write_parquet(table, folder / f"{stage}-{step:08d}-rank{rank}-{batch_idx:06d}.parquet")
+        step, rank, number = trainer.global_step, trainer.global_rank, record.number
+        table = rollout_table(record, stage=stage, step=step, batch_idx=number, rank=rank)
+        write_parquet(table, folder / f"{stage}-{step:08d}-rank{rank}-{number:06d}.parquet")
         if trainer.is_global_zero:
             self._show(trainer, stage, step, record)
 
@@ -90,6 +88,10 @@ class RolloutLog(Callback):
                 logger.experiment.add_image(tag, np.asarray(image), step, dataformats="HWC")
                 logger.experiment.add_text(tag, rollout_markdown(record, b), step)
             self._shown += 1
+
+
+def _records(outputs: Any) -> list[StepRecord]:
+    return outputs.get("records", []) if isinstance(outputs, dict) else []
 
 
 def rollout_table(record: StepRecord, stage: str, step: int, batch_idx: int, rank: int) -> pa.Table:

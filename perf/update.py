@@ -25,8 +25,8 @@ Runs of the variants alternate. Ratios divide medians: TRL's seconds by ours, bu
 Memory. CUDA: `torch.cuda.max_memory_allocated`, weights included. CPU: growth of resident memory over a whole
 update, gradients included and weights not, in a process of its own whose peak is reset before.
 
-MFU. `perf.update_case.flops` over the device's dense bfloat16 peak; null for devices whose peak is not written
-down here.
+MFU. `balcap.policy.flops.update_flops` over the device's dense bfloat16 peak; null for devices whose peak is not
+written down there.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from perf.update_case import SIZES, Case, Work, build, flops, work_of
+from balcap.policy.flops import peak_flops, update_flops
+from balcap.policy.shared_prefix import base_of
+from perf.update_case import SIZES, Case, Work, build, work_of
 from perf.update_variants import (
     ALONE,
     COMPACT,
@@ -73,7 +75,6 @@ from perf.update_variants import (
 )
 
 TOLERANCE = 1e-3
-PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12}  # dense bfloat16 FLOP/s of the SXM modules
 
 
 @dataclass
@@ -223,9 +224,10 @@ def _synchronize() -> None:
 
 
 def _mfu(case: Case, row: Row, model: Any, work: Work) -> float | None:
-    name = torch.cuda.get_device_name() if case.device == "cuda" else ""
-    peak = next((value for key, value in PEAKS.items() if key in name), None)
-    return _round(flops(model, work) / row.median / peak) if peak and row.seconds else None
+    peak = peak_flops(torch.device(case.device))
+    if not peak or not row.seconds:
+        return None
+    return _round(update_flops(base_of(model), work.layout, work.prompts.items) / row.median / peak)
 
 
 def _peak(case: Case, name: str, variant: Any, model: Any, work: Work) -> float | None:

@@ -1,4 +1,4 @@
-"""What `perf/update.py` measures on: random models of two families, an image and its captions; FLOPs of an update."""
+"""What `perf/update.py` measures on: random models of two families, an image and its captions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.layout import Layout
 from balcap.policy.loading import prepare
 from balcap.policy.prompts import PromptEncoder, Prompts
-from balcap.policy.shared_prefix import base_of
 from tests import tiny_models as tiny
 
 QUESTION = "Describe the image in detail."
@@ -208,54 +207,3 @@ def work_of(case: Case, model: Any, processor: Any) -> Work:
     rollouts = tiny.rollouts_of(batch, [lengths.tolist()], range(20, SIZES[case.size][1]["vocab_size"]))
     advantages = torch.randn(1, 64, generator=generator)[:, : case.captions]
     return Work(rollouts, PromptEncoder(processor, model.config).encode(batch), advantages)
-
-
-def flops(model: Any, work: Work) -> float:
-    """Of one update on unique tokens, whatever a variant forwards or computes twice.
-
-    N tokens of prompt and captions, each once; M caption tokens; Q pairs of a token with one it attends to::
-
-        language   2 N (2 + 1 where trained) per weight: forward, gradient of the input, gradient of the weight
-        head       2 M (2 + 1 where trained) per weight
-        attention  3 * 4 * heads * head_dim * layers * Q
-        vision     2 * patches per weight and 4 * width per pair of patches: forward only
-    """
-    base, layout = base_of(model), work.layout
-    inner, text = base.model, base.config.get_text_config()
-    linear = [
-        p
-        for name, p in inner.language_model.named_parameters()
-        if p.dim() == 2 and "embed_tokens" not in name
-    ]
-    head = base.get_output_embeddings().weight
-    total = sum(2 * p.numel() * layout.tokens * (2 + p.requires_grad) for p in linear)
-    total += 2 * head.numel() * len(layout.predictors) * (2 + head.requires_grad)
-    pairs = sum(
-        span.prompt * (span.prompt + 1) / 2 + sum(n * span.prompt + n * (n + 1) / 2 for n in span.captions)
-        for span in layout.spans
-    )
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    total += 3 * 4 * text.num_attention_heads * size * text.num_hidden_layers * pairs
-    return total + _vision_flops(inner, base.config.vision_config, work)
-
-
-def _vision_flops(inner: Any, config: Any, work: Work) -> float:
-    """Forward of the frozen tower and of what joins it to the language model, for one image."""
-    item = work.prompts.items[0]
-    if "image_grid_thw" in item:
-        patches, tower, join = int(item["image_grid_thw"].prod()), inner.visual, inner.visual.merger
-        tokens, width = patches / config.spatial_merge_size**2, config.hidden_size
-        whole = len(config.fullatt_block_indexes)
-        window = (config.window_size // config.patch_size) ** 2
-        pairs = whole * patches**2 + (config.depth - whole) * patches * min(window, patches)
-        blocks = _size(tower) - _size(join)
-    else:
-        tokens = (config.image_size // config.patch_size) ** 2
-        patches, tower, join = tokens + 1, inner.vision_tower, inner.multi_modal_projector
-        width, pairs = config.hidden_size, config.num_hidden_layers * patches**2
-        blocks = _size(tower)
-    return 2 * (patches * blocks + tokens * _size(join)) + 4 * width * pairs
-
-
-def _size(module: Any) -> int:
-    return sum(p.numel() for p in module.parameters() if p.dim() > 1)

@@ -81,10 +81,11 @@ def test_a_judge_that_misbehaves_costs_judgments_not_the_run(http, cli, tmp_path
     assert all(math.isfinite(float(row["train/loss"])) for row in without)
 
 
+@pytest.mark.parametrize("lag", [0, 1])
 def test_a_judge_that_is_gone_ends_the_run_with_a_checkpoint(
-    http, cli, server, tmp_path: Path, capsys
+    http, cli, server, tmp_path: Path, capsys, lag: int
 ) -> None:
-    options = {"trainer.max_steps": 6, "model.judge.retries": 1}
+    options = {"trainer.max_steps": 6, "model.judge.retries": 1, "model.lag": lag}
     whole = http(server, **options, run_dir=tmp_path / "whole")
     whole[whole.index(next(a for a in whole if a.startswith("--model.judge.cache")))] = (
         "--model.judge.cache=null"

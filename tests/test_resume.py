@@ -28,10 +28,12 @@ def _trained(run: Path) -> dict[int, dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["kill -9", "SIGTERM", "Ctrl-C"]
+    ("sign", "lag"),
+    [(signal.SIGKILL, 0), (signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, 1), (signal.SIGTERM, 1)],
+    ids=["kill -9", "SIGTERM", "Ctrl-C", "kill -9 with a lag", "SIGTERM with a lag"],
 )
 def test_a_killed_run_continues_as_if_nothing_had_happened(
-    fit_arguments, cli, tmp_path: Path, monkeypatch, sign
+    fit_arguments, cli, tmp_path: Path, monkeypatch, sign, lag
 ) -> None:
     log = tmp_path / "requests.log"
     monkeypatch.setenv("ORACLE_LOG", str(log))
@@ -40,6 +42,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
         "checkpoint.every_n_train_steps": 2,
         "model.judge.providers": "{shapes: tests.fakes.CountingOracle}",
         "data.val_size": 2,
+        "model.lag": lag,
     }
     whole = {**shared, "run_dir": tmp_path / "whole", "model.judge.cache": tmp_path / "whole.sqlite"}
     cli(fit_arguments(**whole))

@@ -21,6 +21,7 @@ from balcap.objective.loss import (
     kl_k3,
     loss_normalizer,
     policy_loss,
+    truncated_importance,
 )
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "linear_length_penalty",
     "loss_normalizer",
     "policy_loss",
+    "truncated_importance",
 ]

@@ -77,6 +77,31 @@ def clipped_surrogate(
     return torch.where(completion_mask, loss, 0.0), (above | below) & completion_mask
 
 
+def truncated_importance(
+    logps: Float[Tensor, "B G T"],
+    sampler_logps: Float[Tensor, "B G T"],
+    completion_mask: Bool[Tensor, "B G T"],
+    cap: float,
+) -> Float[Tensor, "B G T"]:
+    """How much likelier the trainer makes each token than the sampler did, at most `cap`; without gradient.
+
+    Equation (truncated importance sampling: Ionides 2008; for engines whose arithmetic differs from the
+    trainer's: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training")::
+
+        w_t = min(exp(logp_t - sampler_logp_t), cap)
+
+    It corrects captions that another engine sampled, or older weights. Truncation trades variance for a small bias.
+
+    Args:
+        logps: of the trainer, under the weights at the start of the update.
+        sampler_logps: of who sampled.
+        completion_mask: True on caption tokens; elsewhere the result is 1.
+        cap: at least 1.
+    """
+    ratio = _masked_difference(logps.detach(), sampler_logps, completion_mask).exp()
+    return torch.where(completion_mask, ratio.clamp(max=cap), 1.0)
+
+
 def kl_k3(
     logps: Float[Tensor, "B G T"],
     ref_logps: Float[Tensor, "B G T"],
@@ -163,6 +188,7 @@ def policy_loss(
     clip_eps_high: float = 0.2,
     mode: LossAggregation = "token_mean",
     normalizer: float | Tensor | None = None,
+    importance: Float[Tensor, "B G T"] | None = None,
 ) -> PolicyLoss:
     """Clipped surrogate plus ``kl_coef`` times KL to the reference, aggregated.
 
@@ -171,6 +197,7 @@ def policy_loss(
         ref_logps: log-probs of the reference. None: no KL; given with ``kl_coef`` 0 it is only measured.
         kl_coef: weight of the KL term, at least 0.
         mode, normalizer: as for `aggregate`.
+        importance: `truncated_importance` of every token, which its surrogate is multiplied with; None: 1.
 
     Raises:
         ValueError: ``kl_coef`` is not 0 and there are no `ref_logps`.
@@ -182,6 +209,8 @@ def policy_loss(
     per_token, clipped = clipped_surrogate(
         logps, old_logps, advantages, completion_mask, clip_eps_low, clip_eps_high
     )
+    if importance is not None:
+        per_token = torch.where(completion_mask, per_token * importance.detach().float(), 0.0)
     kl = None
     if ref_logps is not None:
         per_token_kl = kl_k3(logps, ref_logps, completion_mask)

@@ -6,9 +6,14 @@ recomputation (gradient checkpointing, chunks of logits) and tokens that are for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from balcap.policy.layout import Layout
 
 # Dense bfloat16 operations per second, from the makers' data sheets. Others: no MFU, rather than a guess.
 PEAK = {
@@ -22,83 +27,86 @@ PEAK = {
 }
 
 
-@dataclass(frozen=True)
-class Work:
-    """One model's cost of a forward pass, and of what a backward pass adds.
+def update_flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]]) -> float:
+    """Of one forward and backward over images, their prompts once, and all their captions.
 
-    Attributes:
-        language: FLOPs per token of the language model's layers, attention scores left out.
-        scores: FLOPs per token and token that it attends to.
-        head: FLOPs per predicted token.
-        vision: FLOPs per patch of the vision tower.
-        backward: what backward adds, in forward passes: 2 where weights are trained, 1 where only an adapter
-            is (gradients of activations, not of weights).
-        vision_backward: likewise for the tower; 0 where it is frozen.
+    With N tokens of prompts and captions, M predicted tokens and Q pairs of a token with one that it sees::
+
+        language   2 N (2 + 1 where trained) per weight: forward, gradient of the input, gradient of the weight
+        head       2 M (2 + 1 where trained) per weight
+        attention  3 * 4 * heads * head size * layers * Q
+        vision     2 * patches per weight and 4 * width per pair of patches; three times that where trained
+
+    Args:
+        base: the HF image-text-to-text model; adapters within it count as what they are.
+        layout: of prompts and captions.
+        items: ``[b]`` encoded prompts, which tell the sizes of the images.
     """
-
-    language: float
-    scores: float
-    head: float
-    vision: float
-    backward: float
-    vision_backward: float
-
-    def update(
-        self, prompts: Sequence[int], captions: Sequence[Sequence[int]], patches: Sequence[int]
-    ) -> float:
-        """FLOPs of forward and backward over images with their prompts once and all captions.
-
-        Args:
-            prompts: ``[b]`` prompt tokens.
-            captions: ``[b][G]`` caption tokens.
-            patches: ``[b]`` patches of the vision tower, pooled later or not.
-        """
-        total = 0.0
-        for prompt, group in zip(prompts, captions, strict=True):
-            tokens = prompt + sum(group)
-            pairs = prompt**2 / 2 + sum(prompt * n + n**2 / 2 for n in group)
-            forward = self.language * tokens + self.scores * pairs + self.head * sum(group)
-            total += (1 + self.backward) * forward
-        return total + (1 + self.vision_backward) * self.vision * sum(patches)
-
-
-def work_of(base: Any) -> Work:
-    """`Work` of an HF image-text-to-text model, adapters within it left out of account."""
-    text = base.config.get_text_config()
-    layers, vision, language_trains, vision_trains = 0, 0, False, False
-    for name, parameter in base.named_parameters():
-        adapter = ".lora_" in name
-        size = 0 if adapter or parameter.dim() < 2 else _size(parameter)
-        if "language_model.layers." in name:
-            layers += size
-            language_trains |= parameter.requires_grad and not adapter
-        elif "language_model" not in name and "lm_head" not in name:
-            vision += size
-            vision_trains |= parameter.requires_grad
-    width = text.num_attention_heads * (
-        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    inner, text = base.model, base.config.get_text_config()
+    tokens, predicted = layout.tokens, len(layout.predictors)
+    total = 0.0
+    for name, parameter in inner.language_model.named_parameters():
+        if parameter.dim() == 2 and "embed_tokens" not in name:
+            total += 2 * _size(parameter) * tokens * (2 + parameter.requires_grad)
+    head = base.get_output_embeddings().weight
+    total += 2 * _size(head) * predicted * (2 + head.requires_grad)
+    pairs = sum(
+        span.prompt * (span.prompt + 1) / 2 + sum(n * span.prompt + n * (n + 1) / 2 for n in span.captions)
+        for span in layout.spans
     )
-    return Work(
-        language=2.0 * layers,
-        scores=4.0 * width * text.num_hidden_layers,
-        head=2.0 * text.vocab_size * text.hidden_size,
-        vision=2.0 * vision,
-        backward=2.0 if language_trains else 1.0,
-        vision_backward=2.0 if vision_trains else 0.0,
-    )
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    total += 3 * 4 * text.num_attention_heads * size * text.num_hidden_layers * pairs
+    vision = [p for name, p in inner.named_parameters() if not name.startswith("language_model.")]
+    times = 3 if any(p.requires_grad for p in vision) else 1
+    return total + times * sum(_vision_flops(inner, base.config.vision_config, item) for item in items)
+
+
+def _vision_flops(inner: Any, config: Any, item: dict[str, Tensor]) -> float:
+    """Forward of the tower and of what joins it to the language model, for one image."""
+    if "image_grid_thw" in item:
+        patches, tower, join = int(item["image_grid_thw"].prod()), inner.visual, inner.visual.merger
+        tokens = patches / config.spatial_merge_size**2
+        width = getattr(config, "embed_dim", None) or config.hidden_size  # Qwen2-VL, Qwen2.5-VL
+        pairs = config.depth * patches**2
+        if hasattr(config, "fullatt_block_indexes"):
+            whole = len(config.fullatt_block_indexes)
+            window = (config.window_size // config.patch_size) ** 2
+            pairs = whole * patches**2 + (config.depth - whole) * patches * min(window, patches)
+        blocks = _weights(tower) - _weights(join)
+    else:
+        tokens = (config.image_size // config.patch_size) ** 2
+        patches, tower, join = tokens + 1, inner.vision_tower, inner.multi_modal_projector
+        width, pairs = config.hidden_size, config.num_hidden_layers * patches**2
+        blocks = _weights(tower)
+    return 2 * (patches * blocks + tokens * _weights(join)) + 4 * width * pairs
+
+
+def _weights(module: Any) -> int:
+    return sum(_size(p) for p in module.parameters() if p.dim() > 1)
 
 
 def _size(parameter: Any) -> int:
     """Weights of a matrix; 4-bit ones lie packed, and remember their shape."""
     state = getattr(parameter, "quant_state", None)
-    if state is None:
-        return parameter.numel()
-    size = 1
-    for side in state.shape:
-        size *= side
-    return size
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 peak of a GPU by the name that CUDA gives it, None if it is not in the table."""
-    return next((peak for name, peak in PEAK.items() if name in device_name), None)
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 peak of a device in operations per second, None if it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the worst moment: of the device's allocator since it was last reset here, or on a CPU resident
+    memory of the process since it began."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

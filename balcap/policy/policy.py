@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from balcap.batch import CaptionBatch, Rollouts
 from balcap.policy.config import PolicyConfig
+from balcap.policy.flops import update_flops
 from balcap.policy.layout import Layout
 from balcap.policy.loading import load_model, load_processor, prepare, vision_prefixes
 from balcap.policy.logps import caption_logps
@@ -51,12 +52,21 @@ class Policy(nn.Module):
         encoder: builds its prompts.
         reference: a frozen copy, or None.
         shared_prefix: forward each image and prompt once for all its captions, where the model can take it.
+        source: hub id or folder that the weights came from, for engines that load their own copy.
+        revision: on the hub.
     """
 
     def __init__(
-        self, model: Any, encoder: PromptEncoder, reference: Any | None = None, shared_prefix: bool = True
+        self,
+        model: Any,
+        encoder: PromptEncoder,
+        reference: Any | None = None,
+        shared_prefix: bool = True,
+        source: str = "",
+        revision: str | None = None,
     ) -> None:
         super().__init__()
+        self.source, self.revision = source, revision
         self.model = model
         self.encoder = encoder
         self.reference = reference
@@ -76,7 +86,8 @@ class Policy(nn.Module):
         model = load_model(config)
         encoder = PromptEncoder(processor, model.config)
         copy = load_model(config) if with_reference and config.lora is None else None
-        return cls(prepare(model, config), encoder, copy, config.shared_prefix)
+        trained = prepare(model, config)
+        return cls(trained, encoder, copy, config.shared_prefix, config.model, config.revision)
 
     def train(self, mode: bool = True) -> Policy:
         """As of any module, but the reference stays in evaluation mode: dropout would make it noisy."""
@@ -107,6 +118,13 @@ class Policy(nn.Module):
         longest = max(span.prompt for span in layout.spans)
         forwarded = sum(len(group) for group in lengths) * (longest + width)
         return Size(forwarded, layout.separate, 1 - layout.separate / forwarded)
+
+    def flops(self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> float:
+        """Model FLOPs of one forward and backward over these rows; see `update_flops`."""
+        items = [prompts.items[row] for row in rows]
+        lengths = rollouts.completion_mask[list(rows)].sum(-1).tolist()
+        layout = Layout([item["input_ids"].shape[1] for item in items], lengths)
+        return update_flops(base_of(self.model), layout, items)
 
     def logps(
         self,

@@ -31,7 +31,7 @@ class Rated:
     coherency: float
 
 
-def make_record(advantages: bool = True) -> StepRecord:
+def make_record(advantages: bool = True, number: int = 0) -> StepRecord:
     """Two images, two captions each; the judge failed on the very last one."""
     batch = CaptionBatch(
         sample_ids=["a.png", "b.png"],
@@ -72,6 +72,7 @@ def make_record(advantages: bool = True) -> StepRecord:
         rewards=rewards,
         gated=gated,
         advantages=torch.tensor([[1.0, -1.0], [0.5, 0.0]]) if advantages else None,
+        number=number,
     )
 
 
@@ -107,13 +108,13 @@ class TinyModule(LightningModule):
         optimizer.step()
         for name, value in (("precision", 0.25), ("recall", 0.5), ("b_capscore", 0.375)):
             self.log(f"train/{name}", value, batch_size=1)
-        return {"record": make_record()} if self.with_record else {}
+        return {"records": [make_record(number=batch_idx)]} if self.with_record else {}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         assert self.started, "validation may rely on on_train_start"
         torch.rand(())
         self.log("val/precision", self.weight.detach().squeeze(), batch_size=1)
-        return {"record": make_record(advantages=False)} if self.with_record else {}
+        return {"records": [make_record(advantages=False, number=batch_idx)]} if self.with_record else {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -48,7 +48,7 @@ def test_smoothing_keeps_constants_short_runs_and_the_mean_of_a_window():
 def test_draws_full_and_empty_and_one_step_runs(tmp_path, steps):
     names = ["train/precision", "val/precision", "train/b_capscore", "train/length_ratio", "train/tau_low"]
     names += ["train/tau_high", "train/caption_tokens", "train/kl", "train/entropy", "time/rollout_s"]
-    names += ["time/judge_s", "time/update_s", "time/step_s"]
+    names += ["time/judge_wait_s", "time/update_s", "time/step_s"]
     rows = [{"step": step, **dict.fromkeys(names, 0.5 + step / 100)} for step in range(steps)]
     path = write(tmp_path / "metrics.csv", rows or [{"step": 0}])
     plot_curves(path, tmp_path / "new" / "curves.png")

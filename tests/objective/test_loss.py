@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balcap.objective import aggregate, clipped_surrogate, kl_k3, loss_normalizer, policy_loss
+from balcap.objective import (
+    aggregate,
+    clipped_surrogate,
+    kl_k3,
+    loss_normalizer,
+    policy_loss,
+    truncated_importance,
+)
 
 MODES = ["token_mean", "sequence_mean"]
 many = settings(max_examples=40, deadline=None)
@@ -203,3 +210,48 @@ def test_kl_without_reference_names_the_key():
 def test_unknown_aggregation_is_named():
     with pytest.raises(ValueError, match="sequence_mean"):
         loss_normalizer(torch.ones(1, 1, 1, dtype=torch.bool), "mean")  # type: ignore[arg-type]
+
+
+# ---- truncated importance sampling
+
+
+def test_importance_by_hand():
+    logps = torch.log(torch.tensor([[[0.2, 0.5, 0.9]]]))
+    sampler = torch.log(torch.tensor([[[0.4, 0.5, 0.1]]]))
+    mask = torch.tensor([[[True, True, True]]])
+    weights = truncated_importance(logps, sampler, mask, cap=2.0)
+    torch.testing.assert_close(weights, torch.tensor([[[0.5, 1.0, 2.0]]]))
+    assert truncated_importance(logps, sampler, mask & False, 2.0).tolist() == [[[1.0, 1.0, 1.0]]]
+    assert not truncated_importance(logps.requires_grad_(), sampler, mask, 2.0).requires_grad
+
+
+def test_importance_weighs_the_surrogate_and_not_the_kl():
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, 5)
+    logps, ref = (-torch.rand(shape, generator=generator) for _ in range(2))
+    advantages = torch.randn(shape[:2], generator=generator)
+    mask = torch.rand(shape, generator=generator) > 0.3
+    weights = 2 * torch.rand(shape, generator=generator)
+    weighted = policy_loss(logps, logps, advantages, mask, importance=weights).loss
+    by_hand = -(weights * advantages[..., None] * mask).sum() / mask.sum()
+    torch.testing.assert_close(weighted, by_hand)
+    with_kl = policy_loss(logps, logps, advantages, mask, ref, kl_coef=0.3, importance=weights).loss
+    torch.testing.assert_close(with_kl - weighted, 0.3 * kl_k3(logps, ref, mask).sum() / mask.sum())
+
+
+def test_importance_makes_the_gradient_of_other_samples_that_of_ones_own():
+    """Tokens drawn from q and weighed with p / q have, in expectation, the policy gradient under p."""
+    logits = torch.tensor([0.3, -0.2, 0.1], requires_grad=True)
+    q = torch.tensor([0.5, 0.2, 0.3])
+    reward = torch.tensor([1.0, -1.0, 0.5])
+    p = logits.log_softmax(-1)
+    (expected,) = torch.autograd.grad(-(p.exp() * reward).sum(), logits, retain_graph=True)
+    total = torch.zeros(3)
+    for token in range(3):
+        logp = p[token].reshape(1, 1, 1)
+        mask = torch.ones(1, 1, 1, dtype=torch.bool)
+        weight = truncated_importance(logp, q[token].log().reshape(1, 1, 1), mask, cap=100.0)
+        loss = policy_loss(logp, logp.detach(), reward[token].reshape(1, 1), mask, importance=weight).loss
+        (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        total += q[token] * gradient
+    torch.testing.assert_close(total, expected)

@@ -15,7 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from balcap.policy import PolicyConfig
 from balcap.policy.attention import shared_prefix_attention
 from balcap.policy.config import LoraSettings
-from balcap.policy.flops import Work, peak_flops, work_of
 from balcap.policy.head import token_logps
 from balcap.policy.layout import Layout
 from balcap.policy.policy import Policy
@@ -223,31 +222,3 @@ def test_models_that_cannot_take_it_say_so(folders: dict[str, Path], caplog, why
     assert len(said) == (why == "another attention")
     rollouts = rollouts_of(mixed_batch(), [[3, 5], [2, 4], [6, 1]], WORDS)
     assert policy.logps(rollouts, policy.encode(rollouts.batch), [0, 1, 2])[0].isfinite().all()
-
-
-# ---- accounting
-
-
-def test_work_by_hand():
-    work = Work(language=10, scores=2, head=3, vision=5, backward=2, vision_backward=0)
-    # one image: prompt 4, captions 2 and 1: tokens 7; pairs 16/2 + (4*2 + 2) + (4*1 + 0.5) = 22.5
-    # forward 10*7 + 2*22.5 + 3*3 = 124, three times with backward; the tower once over 6 patches: 30
-    assert work.update([4], [[2, 1]], [6]) == 3 * 124 + 30
-
-
-def test_work_of_a_model(load: Load):
-    base = base_of(load().model)
-    work = work_of(base)
-    layers = base.model.language_model.layers
-    matrices = sum(p.numel() for p in layers.parameters() if p.dim() > 1)
-    assert work.language == 2 * matrices
-    assert work.scores == 4 * 32 * 2  # 4 heads of 8, 2 layers
-    assert (work.backward, work.vision_backward) == (2.0, 0.0)
-    adapted = work_of(base_of(load(lora=LORA).model))
-    assert (adapted.language, adapted.backward) == (work.language, 1.0)
-
-
-def test_peaks_are_known_or_not_guessed():
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("NVIDIA T4") is None

@@ -1,0 +1,87 @@
+"""Model FLOPs: against what PyTorch counts, and by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from balcap.policy import LoraSettings
+from balcap.policy.flops import peak_flops, peak_memory, update_flops
+from balcap.policy.layout import Layout
+from balcap.policy.policy import Policy
+from balcap.policy.shared_prefix import base_of
+from tests.tiny_models import mixed_batch, rollouts_of
+
+Load = Callable[..., Policy]
+LENGTHS = [[9, 4, 9], [7, 7, 2], [4, 6, 8]]
+ROWS = [0, 1, 2]
+
+
+def layout_of(policy: Policy, prompts, lengths=LENGTHS) -> Layout:
+    return Layout([item["input_ids"].shape[1] for item in prompts.items], lengths)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(["q_proj", "down_proj"], r=4)], ids=["full", "lora"])
+def test_matrix_products_of_the_language_model_are_those_that_pytorch_counts(load: Load, lora) -> None:
+    policy = load(lora=lora)
+    base, rollouts = base_of(policy.model), rollouts_of(mixed_batch(), LENGTHS, range(20, 300))
+    prompts = policy.encode(rollouts.batch)
+    policy.logps(rollouts, prompts, ROWS)  # image features are there now: the tower is frozen
+    with FlopCounterMode(display=False) as counter:
+        logps, _ = policy.logps(rollouts, prompts, ROWS)
+        logps.sum().backward()
+    ops = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in ops.items() if str(op) in ("aten.mm", "aten.addmm"))
+
+    layout = layout_of(policy, prompts)
+    text = base.config.get_text_config()
+    pairs = sum(
+        span.prompt * (span.prompt + 1) / 2 + sum(n * span.prompt + n * (n + 1) / 2 for n in span.captions)
+        for span in layout.spans
+    )
+    attention = 3 * 4 * text.hidden_size * text.num_hidden_layers * pairs
+    vision = update_flops(base, layout, prompts.items) - update_flops(base, layout, [])
+    ours = update_flops(base, layout, prompts.items) - vision - attention
+    # Below the first adapter nothing needs a gradient, which the formula does not know.
+    assert products == pytest.approx(ours, rel=1e-12 if lora is None else 0.2)
+    assert vision > 0
+
+
+def test_a_prompt_counts_once_and_a_trained_tower_three_times(load: Load) -> None:
+    policy = load()
+    base, prompts = base_of(policy.model), policy.encode(mixed_batch())
+    whole = update_flops(base, layout_of(policy, prompts), prompts.items)
+    apart = sum(
+        update_flops(base, Layout([item["input_ids"].shape[1]], [[n]]), [item])
+        for item, group in zip(prompts.items, LENGTHS, strict=True)
+        for n in group
+    )
+    assert whole < 0.5 * apart
+    frozen = whole - update_flops(base, layout_of(policy, prompts), [])
+    trained = load(freeze_vision=False)
+    prompts = trained.encode(mixed_batch())
+    layout = layout_of(trained, prompts)
+    tower = update_flops(base_of(trained.model), layout, prompts.items)
+    tower -= update_flops(base_of(trained.model), layout, [])
+    assert tower == pytest.approx(3 * frozen)
+
+
+def test_peaks_are_known_or_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_flops(torch.device("cpu")) is None
+    for name, peak in {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA T4": None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda")) == peak
+
+
+def test_peak_memory_grows_with_what_is_held() -> None:
+    before = peak_memory(torch.device("cpu"))
+    held = torch.ones(50_000_000)  # 200 MB
+    assert peak_memory(torch.device("cpu")) >= before
+    assert peak_memory(torch.device("cpu")) > held.nbytes
