@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -18,19 +18,22 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
 from balcap.batch import CaptionBatch, Rollouts, StepRecord
-from balcap.judge import Judge, RunStopped
+from balcap.judge import Judge, JudgeStats, RunStopped
 from balcap.judge.cache import describe
 from balcap.judge.judgments import Judgments
-from balcap.objective import cgdpo, grpo, length_gate, length_mask, length_ratio, linear_length_penalty
+from balcap.objective import cgdpo, grpo, length_gate, linear_length_penalty
 from balcap.objective.loss import LossAggregation
 from balcap.policy import PolicyConfig
-from balcap.policy.flops import peak_flops, peak_memory
-from balcap.rewards import Reward, RewardSuite, b_capscore
-from balcap.rollout import RolloutEngine, Sampling
+from balcap.rewards import Reward, RewardSuite
+from balcap.rollout import EngineFailed, Finished, RolloutEngine, Sampling
 from balcap.rollout.pipeline import Flight, Judging, restored, saved
+from balcap.step_metrics import caption_scores, judge_costs, step_metrics
 from balcap.tally import Tally
 from balcap.timeline import Timeline
 from balcap.update import update
+
+if TYPE_CHECKING:
+    from balcap.policy.prompts import Prompts
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +140,7 @@ class BalCapModule(L.LightningModule):
         self._resumed: deque[dict[str, Any]] = deque()  # the same, of the run that is continued
         self.learned = 0  # batches
         self.timeline = Timeline(self._settle)
-        self._judged = 0  # rollouts, in this process
+        self.judged = 0  # rollouts, in this process
 
     # ── construction ─────────────────────────────────────────────────────────────────────────────────
 
@@ -239,15 +242,44 @@ class BalCapModule(L.LightningModule):
         try:
             with self.timeline.span("rollout"), self._seeded(number):
                 prompts = self.policy.encode(batch)
-                rollouts = self._resume_flight(batch, judging)
-                if rollouts is None:
-                    rollouts = self._engine().generate(
-                        batch, prompts, self.num_captions, self.sampling, judging.ask
-                    )
+                resumed = self._resume_flight(batch, judging)
+                rollouts = self._sample(batch, prompts, self.num_captions, judging.ask, resumed)
         except BaseException:
             judging.cancel()
             raise
         return Flight(rollouts, prompts, judging)
+
+    def _sample(
+        self,
+        batch: CaptionBatch,
+        prompts: Prompts,
+        num_captions: int,
+        finished: Finished | None = None,
+        resumed: Rollouts | None = None,
+    ) -> Rollouts:
+        """Captions from the engine, unless there are some already; an engine that fails ends the run on all ranks."""
+        failure, rollouts = None, resumed
+        try:
+            if rollouts is None:
+                rollouts = self._engine().generate(batch, prompts, num_captions, self.sampling, finished)
+        except EngineFailed as error:
+            failure = error
+        self._stop_together(failure)
+        assert rollouts is not None
+        return rollouts
+
+    def _sync(self) -> None:
+        failure = None
+        try:
+            self._engine().sync(self.policy, self.global_step)
+        except EngineFailed as error:
+            failure = error
+        self._stop_together(failure)
+
+    def _stop_together(self, why: RunStopped | None) -> None:
+        """Raise on all ranks what stopped one of them: they save a checkpoint together, or wait for each other."""
+        if self.gather(torch.tensor([float(why is not None)])).sum() > 0:
+            raise why or RunStopped("another process stopped the run, and says why")
 
     def _resume_flight(self, batch: CaptionBatch, judging: Judging) -> Rollouts | None:
         """Captions that the run before had sampled for this batch and not learned from."""
@@ -262,7 +294,7 @@ class BalCapModule(L.LightningModule):
             judging.ask(row, captions)
         return rollouts
 
-    def _learn(self, flight: Flight, before: Any, last: bool) -> StepRecord:
+    def _learn(self, flight: Flight, before: JudgeStats, last: bool) -> StepRecord:
         """Update on one batch when its judgments are there."""
         rollouts = flight.rollouts
         with self.timeline.span("judge_wait"):
@@ -275,7 +307,7 @@ class BalCapModule(L.LightningModule):
         with self.timeline.span("update"), self._seeded(self.global_step):
             tally = update(self, rollouts, flight.prompts, advantages)
         with self.timeline.span("sync"):
-            self._engine().sync(self.policy, self.global_step)
+            self._sync()
         tally.add("staleness", staleness, 1)
         self._log_step(tally, rollouts, judgments, rewards, before, last)
         data = getattr(self.trainer, "datamodule", None)
@@ -323,11 +355,10 @@ class BalCapModule(L.LightningModule):
     def validation_step(self, batch: CaptionBatch, batch_idx: int) -> dict[str, list[StepRecord]]:
         """Rewards of `val_captions` sampled captions per held-out image; the same draw at every validation."""
         with self._seeded(batch_idx, stage=1):
-            prompts = self.policy.encode(batch)
-            rollouts = self._engine().generate(batch, prompts, self.val_captions, self.sampling)
+            rollouts = self._sample(batch, self.policy.encode(batch), self.val_captions)
         judgments = self._judge(rollouts)
         rewards = self.val_rewards(judgments).cpu()
-        for name, values in self._scores(rollouts, rewards).items():
+        for name, values in caption_scores(self, rollouts, rewards).items():
             if name in self.val_means:
                 self.val_means[name].update(values.float())
         record = StepRecord(rollouts, judgments, self.rewards.names, rewards, rewards, number=batch_idx)
@@ -343,10 +374,8 @@ class BalCapModule(L.LightningModule):
 
     def _counted(self, judgments: Judgments, rollouts: Rollouts) -> Judgments:
         """Ends the run, on all ranks, where the judge says so."""
-        self._judged += rollouts.truncated.numel()
-        why = self.judge.stopped
-        if self.gather(torch.tensor([float(why is not None)])).sum() > 0:
-            raise why or RunStopped("the judge of another process stopped, which says why")
+        self.judged += rollouts.truncated.numel()
+        self._stop_together(self.judge.stopped)
         return judgments
 
     def on_train_epoch_start(self) -> None:
@@ -361,7 +390,7 @@ class BalCapModule(L.LightningModule):
         values = {name: self.val_rewards[name].compute() for name in self.rewards.names}
         values |= {name: metric.compute() for name, metric in self.val_means.items() if metric.update_called}
         self.log_dict({f"val/{name}": value.float() for name, value in values.items()}, prog_bar=True)
-        self.log_dict(self._judge_costs())
+        self.log_dict(judge_costs(self))
 
     def predict_step(self, batch: CaptionBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One caption per image."""
@@ -386,71 +415,20 @@ class BalCapModule(L.LightningModule):
 
     # ── logging ──────────────────────────────────────────────────────────────────────────────────────
 
-    def _scores(self, rollouts: Rollouts, rewards: Tensor) -> dict[str, Tensor]:
-        """What train and val report beside the rewards; each ``[B, G]``."""
-        lengths, references = rollouts.lengths, rollouts.reference_lengths
-        inside = length_mask(lengths, references, self.tau_low, self.tau_high)
-        scores = {
-            "length_ratio": length_ratio(lengths, references),
-            "caption_tokens": lengths.double(),
-            "length_masked": (~inside).double(),
-            "truncated": rollouts.truncated.double(),
-        }
-        if {"precision", "recall", "linguistic"} <= set(self.rewards.names):
-            three = [rewards[..., self.rewards.names.index(n)] for n in ("precision", "recall", "linguistic")]
-            scores["b_capscore"] = b_capscore(*three)
-        return scores
-
     def _log_step(
         self,
         tally: Tally,
         rollouts: Rollouts,
         judgments: Judgments,
         rewards: Tensor,
-        before: Any,
+        before: JudgeStats,
         last: bool,
     ) -> None:
-        for k, name in enumerate(self.rewards.names):
-            values = rewards[..., k].double()
-            tally.add_values(name, values)
-            spread = _group_std(values)
-            tally.add_values(f"reward_std/{name}", spread)
-            tally.add_values(
-                f"zero_variance/{name}", torch.where(spread.isnan(), spread, (spread == 0).double())
-            )
-        for name, values in self._scores(rollouts, rewards).items():
-            tally.add_values(name, values)
-        means = tally.means(self.gather) | tally.largest(self.gather)
-        metrics = {f"train/{name}": value for name, value in means.items()}
-        metrics["train/skipped_updates"] = float(self.skipped_total)
-        metrics["train/lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        now = self.judge.stats()
-        step = [getattr(now, name) - getattr(before, name) for name in _JUDGE_COUNTS]
-        step.append(sum(judgments.failures.values()))
-        totals = self.gather(torch.tensor(step, dtype=torch.float64)).reshape(-1, len(step)).sum(0).tolist()
-        metrics |= {f"judge/{n}": v for n, v in zip((*_JUDGE_COUNTS, "failed"), totals, strict=True)}
-        metrics |= self._judge_costs()
-        metrics |= self._times(rollouts, means["tflops"])
+        metrics = step_metrics(self, tally, rollouts, judgments, rewards, before)
         self._emit(metrics, len(rollouts), last)
         if judgments.failures:
             missing = ", ".join(f"{n} {task}" for task, n in judgments.failures.items())
             self.say(f"step {self.global_step}: judgments missing: {missing}; {'; '.join(judgments.reasons)}")
-
-    def _times(self, rollouts: Rollouts, tflops: float) -> dict[str, float]:
-        """Seconds of each stage of this step, what they come to per second, the share spent waiting, and memory.
-
-        Model FLOPs utilisation, ``time/mfu``, is left out for devices whose peak is not known.
-        """
-        seconds, tokens = self.timeline.seconds(), float(rollouts.completion_mask.sum())
-        times = {f"time/{name}_s": value for name, value in seconds.items()}
-        times["time/idle_share"] = self.timeline.idle_share()
-        for name in ("rollout", "update"):
-            if seconds.get(name, 0.0) > 0:
-                times[f"time/{name}_tokens_per_s"] = tokens / seconds[name]
-        if peak := peak_flops(self.device):
-            times["time/mfu"] = 1e12 * tflops / (seconds["update"] * peak)
-        times["time/peak_memory_gb"] = peak_memory(self.device) / 1e9
-        return times
 
     def _emit(self, metrics: dict[str, float], batch_size: int, last: bool) -> None:
         """Log under the number of batches learned from: with a lag Lightning's own count is of batches sampled."""
@@ -463,16 +441,6 @@ class BalCapModule(L.LightningModule):
         if self.learned % max(1, every) == 0:
             for logger in self.loggers:
                 logger.log_metrics(metrics | {"epoch": self.current_epoch}, step=self.learned)
-
-    def _judge_costs(self) -> dict[str, float]:
-        """Dollars of the whole run, and per 1,000 rollouts that these processes have had judged."""
-        # The ranks of a machine share a ledger: one of them speaks for all.
-        speaks = self.judge.ledger is None or self.trainer.local_rank == 0
-        mine = [self.judge.spent() if speaks else 0.0, self.judge.stats().cost_usd, self._judged]
-        total, here, judged = (
-            self.gather(torch.tensor(mine, dtype=torch.float64)).reshape(-1, 3).sum(0).tolist()
-        )
-        return {"judge/cost_usd": total, "judge/usd_per_1k_rollouts": 1000 * here / max(1, judged)}
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All ranks' tensors, with a leading rank dimension where there is more than one; on the CPU's side."""
@@ -552,17 +520,4 @@ class BalCapModule(L.LightningModule):
             self._attached = False
 
 
-_JUDGE_COUNTS = ("calls", "cache_hits", "tokens_in", "tokens_out")
 _VAL_MEANS = ("b_capscore", "length_ratio", "caption_tokens", "length_masked", "truncated")
-
-
-def _group_std(values: Tensor) -> Tensor:
-    """``[B, G]`` -> ``[B]`` standard deviation (ddof 1) of what is there; exactly 0 if constant, NaN below two."""
-    out = []
-    for group in values:
-        known = group[~group.isnan()]
-        if len(known) < 2:
-            out.append(math.nan)
-        else:
-            out.append(0.0 if bool((known == known[0]).all()) else float(known.std()))
-    return torch.tensor(out, dtype=torch.float64)

@@ -402,7 +402,7 @@ def plan(options: argparse.Namespace) -> list[tuple[Case, list[str]]]:
         sizes = [8] if options.quick else [8, 4, 16]
         return [(Case(options.size, prompt, G, **shared), [*three, ALONE]) for G in sizes]
     if options.quick:
-        return [(Case("30m", 420, 4, 50, 100), three)]
+        return [(Case("30m", 200, 4, 20, 40), three)]
     return [
         (Case("30m", 420, 8), [*three, COMPACT, ALONE]),
         (Case("30m", 420, 4), [*three, ALONE]),
