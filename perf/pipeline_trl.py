@@ -1,0 +1,240 @@
+"""TRL's part of `perf/pipeline.py`, a process of its own: what a careful user of ``GRPOTrainer`` would write.
+
+TRL calls one asynchronous reward function with all captions of a step, those of an image standing together. It
+judges each image's group as our runs do and returns the weighted sum of the rewards, None where all are missing.
+Settings in which TRL's defaults would be slower here are changed: no activation checkpointing, no logging, and the
+vision tower is frozen, as in our runs. bfloat16 autocast over float32 weights works in it on CPUs, in generation too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from balcap.data import CaptionDataModule
+from balcap.judge import Judge
+from balcap.policy import PolicyConfig
+from balcap.policy.loading import load_model, load_processor, prepare
+from balcap.policy.prompts import PromptEncoder
+from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
+from balcap.rewards.suite import merge
+from perf.pipeline import ROOT, Case, Step, recipe
+
+
+class Clock(TrainerCallback):
+    """Seconds of every step and its stages.
+
+    Attributes:
+        steps: done.
+        rollout, judge: seconds in this step.
+        tokens: per caption, of the last generation.
+        missing: judgments in this step.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.tokens = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.rollout = self.judge = 0.0
+        self.missing = 0
+        self.began = time.perf_counter()
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._begin()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        seconds = time.perf_counter() - self.began
+        self.steps.append(
+            Step(
+                seconds=seconds,
+                rollout=self.rollout,
+                judge=self.judge,
+                judge_wait=self.judge,
+                update=seconds - self.rollout - self.judge,
+                sync=0.0,
+                tokens=self.tokens,
+                missing=self.missing,
+            )
+        )
+        self._begin()
+
+    def generation(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """The same ``generate``; what a step does up to its end is rollout."""
+
+        @functools.wraps(generate)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            out = generate(*args, **kwargs)
+            self.rollout = time.perf_counter() - self.began
+            return out
+
+        return timed
+
+
+def reward_function(
+    judge: Judge,
+    suite: RewardSuite,
+    weights: dict[str, float],
+    captions: int,
+    stop_ids: Sequence[int],
+    clock: Clock,
+) -> Callable[..., Any]:
+    """A reward function as TRL wants it: the weighted sum of the rewards of each caption.
+
+    Args:
+        captions: G; each image's stand together.
+        stop_ids: tokens that end a caption.
+        clock: told of seconds, tokens and what is missing.
+    """
+
+    async def reward(
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        sample_id: Sequence[str],
+        image_bytes: Sequence[bytes],
+        reference: Sequence[str],
+        **_: Any,
+    ) -> list[float | None]:
+        started = time.perf_counter()
+        groups = [
+            suite.gather_group(
+                judge,
+                sample_id[i],
+                image_bytes[i],
+                reference[i],
+                [message[0]["content"].strip() for message in completions[i : i + captions]],
+            )
+            for i in range(0, len(completions), captions)
+        ]
+        futures = [asyncio.wrap_future(judge.submit(group)) for group in groups]
+        judgments = merge(await asyncio.gather(*futures))
+        clock.judge += time.perf_counter() - started
+        clock.missing += sum(judgments.failures.values())
+        lengths = [len(ids) - (len(ids) > 0 and ids[-1] in stop_ids) for ids in completion_ids]
+        clock.tokens = sum(lengths) / len(lengths)
+        rewards = suite(judgments).flatten(0, 1)  # [B * G, K]
+        share = torch.tensor([weights.get(name, 0.0) for name in suite.names])
+        sums = (rewards * share).nansum(-1).tolist()
+        return [
+            None if gone else total
+            for total, gone in zip(sums, rewards.isnan().all(-1).tolist(), strict=True)
+        ]
+
+    return reward
+
+
+def rows(case: Case, seed: int, run_dir: Path) -> Dataset:
+    """The images of our runs, in their order: `case.images` for each update."""
+    data = recipe()["data"]
+    module = CaptionDataModule(
+        data=str(ROOT / data["data"]),
+        image_root=str(ROOT / data["image_root"]),
+        batch_size=case.images,
+        val_size=0,
+        num_workers=0,
+        seed=seed,
+        run_dir=str(run_dir),
+    )
+    module.setup("fit")
+    examples = []
+    for batch in itertools.islice(module.train_dataloader(), case.updates):
+        for i, prompt in enumerate(batch.prompts):
+            question = [{"role": "user", "content": prompt}]
+            file = {"image_bytes": batch.image_bytes[i], "reference": batch.references[i]}
+            examples.append(
+                {"prompt": question, "image": batch.images[i], "sample_id": batch.sample_ids[i], **file}
+            )
+    return Dataset.from_list(examples)
+
+
+def settings(case: Case, seed: int, out: Path, banned: list[int]) -> GRPOConfig:
+    """What our runs have, in TRL's words."""
+    model = recipe()["model"]
+    optimizer = model["optimizer"]["init_args"]
+    return GRPOConfig(
+        output_dir=str(out),
+        seed=seed,
+        use_cpu=True,
+        bf16=case.precision == "bf16-mixed",
+        gradient_checkpointing=False,
+        per_device_train_batch_size=case.images * case.captions,
+        gradient_accumulation_steps=1,
+        steps_per_generation=case.steps_per_generation,
+        num_generations=case.captions,
+        max_completion_length=model["sampling"]["max_tokens"],
+        temperature=1.0,
+        top_p=1.0,
+        generation_kwargs={"suppress_tokens": banned},
+        max_steps=case.updates,
+        shuffle_dataset=False,
+        loss_type="dapo",  # the mean over all tokens, as ours
+        beta=model["kl_coef"],
+        learning_rate=optimizer["lr"],
+        weight_decay=optimizer["weight_decay"],
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def train(case: Case, seed: int, url: str, out: Path) -> list[Step]:
+    """Steps of a run of `case.updates` updates."""
+    model_recipe = recipe()["model"]
+    judge = Judge(
+        "openai/gpt-4o-mini",
+        params={"api_base": url},
+        concurrency=case.concurrency,
+        timeout_s=case.timeout_s,
+        cache=None,
+        ledger=str(out / "ledger.sqlite"),
+    )
+    policy = PolicyConfig(**{**model_recipe["policy"], "model": str(ROOT / model_recipe["policy"]["model"])})
+    model, processor = prepare(load_model(policy), policy), load_processor(policy)
+    suite = RewardSuite([Precision(), Recall(), Linguistic()])
+    clock, encoder = Clock(), PromptEncoder(processor, model.config)
+    own = model.generation_config.eos_token_id
+    stop_ids = {processor.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=reward_function(
+            judge, suite, model_recipe["weights"], case.captions, sorted(stop_ids - {None}), clock
+        ),
+        args=settings(case, seed, out, encoder.banned_token_ids),
+        train_dataset=rows(case, seed, out),
+        processing_class=processor,
+        callbacks=[clock],
+    )
+    model.generate = clock.generation(model.generate)
+    trainer.train()
+    judge.close()
+    return clock.steps
+
+
+def main() -> None:
+    """``python -m perf.pipeline_trl JSON FOLDER``: leaves ``steps.json`` in the folder."""
+    options, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+    seed, url = options.pop("seed"), options.pop("url")
+    steps = train(Case(**options), seed, url, out)
+    (out / "steps.json").write_text(json.dumps([asdict(step) for step in steps]))
+
+
+if __name__ == "__main__":
+    main()
