@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 RUN ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo seeds test lint format base clean
+.PHONY: demo seeds test test-vllm lint format base clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +36,22 @@ seeds: $(VENV)/.installed data/shapes/shapes.json
 ## every test
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# vLLM pins its own torch: an environment of its own. Both torch packages that it asks for beside
+# torchvision fail to load without CUDA, and captions need neither.
+VLLM_INSTALL = $(VLLM_BIN)/python -m pip install --quiet -r .ci/vllm.txt -e ".[dev]"
+$(VLLM_VENV)/.installed: pyproject.toml .ci/vllm.txt .ci/torchvision_operators.py
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
+	$(VLLM_INSTALL) || $(VLLM_INSTALL) --extra-index-url https://download.pytorch.org/whl/cpu
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	site=$$($(VLLM_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	  cp .ci/torchvision_operators.py $$site/ && echo "import torchvision_operators" > $$site/torchvision_operators.pth
+	touch $@
+
+## the tests of the vLLM engines, with vLLM for the CPU; with one thread each, because its threads wait busily
+test-vllm: $(VLLM_VENV)/.installed
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/rollout/vllm
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

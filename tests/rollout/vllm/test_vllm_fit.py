@@ -1,0 +1,93 @@
+"""Whole runs on the embedded world with vLLM in process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vllm")
+
+from tests.rollout.vllm.support import Shared
+from tests.support import ROOT, metrics
+
+Arguments = Callable[..., list[str]]
+
+ENGINE = {
+    "model.engine": "balcap.rollout.vllm_inprocess.VLLMInProcess",
+    "model.engine.enforce_eager": True,
+}
+LORA = {"model.policy.lora": "{r: 4, target_modules: [q_proj, v_proj, down_proj]}"}
+
+
+def steps(run: Path) -> list[dict[str, str]]:
+    return [row for row in metrics(run) if row["train/loss"]]
+
+
+@pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])
+def test_a_run_learns_from_vllms_captions_and_resumes(
+    fit_arguments: Arguments,
+    cli: Callable,
+    tmp_path: Path,
+    folders: dict[str, Path],
+    shared: Shared,
+    tuning: dict[str, object],
+):
+    shared.close()
+    # not the world's own base: vLLM has no attention on a CPU for its heads of 40 dimensions
+    options = {
+        **ENGINE,
+        **tuning,
+        "model.policy.model": folders["qwen"],
+        "trainer.max_steps": 3,
+        "trainer.precision": "bf16-mixed",
+    }
+    cli(fit_arguments(**options))
+    first = steps(tmp_path / "run")
+    assert len(first) == 3
+    for row in first:
+        assert float(row["train/staleness"]) == 0
+        # bfloat16 against float32; another prompt, image or set of weights would be off by far more
+        assert float(row["train/mismatch_mean"]) < 0.1
+        assert float(row["train/caption_tokens"]) > 1
+    cli([*fit_arguments(**{**options, "trainer.max_steps": 5}), "--ckpt_path", "last"])
+    rows = steps(tmp_path / "run")
+    assert [int(row["step"]) for row in rows[-2:]] == [3, 4]
+    assert float(rows[-1]["train/mismatch_mean"]) < 0.1
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("shared_by", [1, 2], ids=["an engine for each", "an engine for both"])
+def test_two_ranks_learn_from_their_own_captions(
+    fit_arguments: Arguments, tmp_path: Path, folders: dict[str, Path], shared: Shared, shared_by: int
+):
+    shared.close()
+    options = {
+        **ENGINE,
+        "model.engine.tensor_parallel_size": shared_by,
+        "model.policy.model": folders["qwen"],
+        "trainer.max_steps": 2,
+        "trainer.precision": "32-true",
+        "trainer.devices": 2,
+        "trainer.strategy": "ddp",
+    }
+    done = subprocess.run(
+        [sys.executable, "main.py", *fit_arguments(**options)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = steps(tmp_path / "run")
+    assert len(rows) == 2
+    for row in rows:
+        # the second step's captions come from the weights that both ranks made together
+        assert float(row["train/mismatch_max"]) < 2e-3

@@ -1,0 +1,534 @@
+"""What is asked of servers, what becomes of their answers, and what a failing one says. The servers have no model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from balcap.batch import CaptionBatch
+from balcap.policy import LoraSettings
+from balcap.policy.policy import Policy
+from balcap.rollout import RolloutEngine
+from balcap.rollout.base import EngineFailed
+from balcap.rollout.vllm_http import Server
+from balcap.rollout.vllm_server import VLLMServer
+from tests.rollout.vllm.server_fixtures import LORA, FakeServer, FakeWorker, free_port
+from tests.rollout.vllm.support import Load, draw
+from tests.tiny_models import batch_of, mixed_batch, picture
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def family() -> str:
+    return "qwen"
+
+
+@pytest.fixture
+def policy(load: Load) -> Policy:
+    return load()
+
+
+def speaks_for(policy: Policy, batch: CaptionBatch) -> FakeServer:
+    """A server whose prompts are the policy's own."""
+    fake = FakeServer(policy.source, tokens=(20, 21, policy.encoder.tokenizer.eos_token_id))
+    for question, item in zip(batch.prompts, policy.encode(batch).items, strict=True):
+        fake.prompt_ids[question] = item["input_ids"][0].tolist()
+    return fake
+
+
+@pytest.fixture
+def fakes(policy: Policy) -> Iterator[list[FakeServer]]:
+    servers = [speaks_for(policy, mixed_batch()) for _ in range(2)]
+    yield servers
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def connect(policy: Policy, fakes: list[FakeServer]) -> Iterator[Callable[..., VLLMServer]]:
+    """`connect(**init_args)`: an engine on both servers, synced."""
+    engines = []
+
+    def connect(synced: Policy = policy, **init_args: Any) -> VLLMServer:
+        init_args = {"start_timeout_s": 5, "deadline_s": 20, "urls": [f.url for f in fakes]} | init_args
+        engines.append(VLLMServer(**init_args))
+        engines[-1].attach(synced)
+        engines[-1].sync(synced, 4)
+        return engines[-1]
+
+    yield connect
+    for engine in engines:
+        engine.close()
+
+
+def asked(fakes: list[FakeServer]) -> list[dict[str, Any]]:
+    """All requests for captions, in the order of mixed_batch."""
+    found = [body for fake in fakes for body in fake.seen.get(CHAT, [])]
+    order = mixed_batch().prompts
+    return sorted(found, key=lambda body: order.index(body["messages"][0]["content"][1]["text"]))
+
+
+# ── requests ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_request_draws_from_the_policys_distribution_and_nothing_else(
+    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+):
+    engine = connect()
+    assert isinstance(engine, RolloutEngine)
+    assert not engine.exact
+    draw(engine, policy, 3, top_p=0.9, max_tokens=12)
+    bodies, batch = asked(fakes), mixed_batch()
+    assert len(bodies) == 3
+    tokenizer = policy.encoder.tokenizer
+    for body, image in zip(bodies, batch.images, strict=True):
+        plain = {"temperature": 1.0, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        plain |= {
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "max_tokens": 12,
+            "n": 3,
+            "min_tokens": 0,
+        }
+        assert {name: body[name] for name in plain} == plain
+        assert sorted(body["stop_token_ids"]) == sorted(policy.model.generation_config.eos_token_id)
+        assert body["ignore_eos"]
+        assert "logit_bias" not in body, "the endpoint would weaken it"
+        assert tokenizer.convert_tokens_to_ids(body["bad_words"]) == policy.encoder.banned_token_ids
+        assert (body["logprobs"], body["top_logprobs"], body["return_token_ids"]) == (True, 0, True)
+        assert "mm_processor_kwargs" not in body, "servers refuse them"
+        url = body["messages"][0]["content"][0]["image_url"]["url"]
+        sent = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+        assert (sent.mode, sent.size, sent.tobytes()) == ("RGB", image.size, image.tobytes())
+    assert len({body["seed"] for body in bodies}) == 3, "each image has a seed of its own"
+
+
+def test_the_seed_decides(connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]):
+    engine = connect()
+    seeds = []
+    for seed in (1, 1, 2):
+        for fake in fakes:
+            fake.seen.clear()
+        draw(engine, policy, seed=seed)
+        seeds.append([body["seed"] for body in asked(fakes)])
+    assert seeds[0] == seeds[1]
+    assert not set(seeds[0]) & set(seeds[2])
+
+
+def test_an_adapter_is_asked_for_by_name(
+    load: Load, connect: Callable[..., VLLMServer], fakes: list[FakeServer]
+):
+    policy = load(lora=LoraSettings(**LORA))
+    for fake in fakes:
+        for worker in fake.workers:
+            worker.vllm_config.lora_config = type(
+                "Lora", (), {"max_lora_rank": 4, "lora_dtype": torch.float32}
+            )
+    draw(connect(policy), policy)
+    assert {body["model"] for body in asked(fakes)} == {"balcap"}
+
+
+def test_what_else_an_image_file_says_does_not_travel():
+    from balcap.rollout.vllm_chat import data_url
+
+    image = picture(30, 20).convert("P")
+    image.info["transparency"] = 0
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image.info["exif"] = exif.tobytes()
+    url = data_url(image)
+    got = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    assert got.info == {}
+    assert (got.mode, got.tobytes()) == ("RGB", image.convert("RGB").tobytes())
+
+
+# ── answers ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_answers_become_rollouts_and_are_told_as_they_come(
+    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+):
+    told: list[tuple[int, list[str]]] = []
+    threads = set()
+
+    def finished(row: int, captions: Any) -> None:
+        threads.add(threading.current_thread())
+        told.append((row, list(captions)))
+
+    rollouts = draw(connect(), policy, 2, finished=finished)
+    text = policy.encoder.tokenizer.decode([20, 21]).strip()
+    assert sorted(told) == [(row, [text, text]) for row in range(3)]
+    assert threads == {threading.current_thread()}
+    assert rollouts.captions == [[text, text]] * 3
+    assert rollouts.lengths.tolist() == [[2, 2]] * 3
+    assert rollouts.sampler_logps.tolist() == [[[-0.5] * 3] * 2] * 3
+    assert rollouts.weights_version == 4
+
+
+def test_servers_share_the_images(
+    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+):
+    batch = batch_of([picture(56, 56)] * 12, ["Go"] * 12)
+    for fake in fakes:
+        fake.prompt_ids["Go"] = policy.encode(batch).items[0]["input_ids"][0].tolist()
+    fakes[1].delay_s = 0.5  # the busier one gets less
+    draw(connect(concurrency=4), policy, batch=batch)
+    counts = [len(fake.seen[CHAT]) for fake in fakes]
+    assert sum(counts) == 12
+    assert counts[1] >= 2
+    assert counts[0] > counts[1]
+
+
+def test_no_more_are_under_way_than_allowed(
+    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+):
+    for fake in fakes:
+        fake.delay_s = 0.1
+    draw(connect(concurrency=1), policy)
+    assert max(fake.most_at_once for fake in fakes) == 1
+
+
+def test_an_error_of_the_listener_ends_the_call(connect: Callable[..., VLLMServer], policy: Policy):
+    def finished(row: int, captions: Any) -> None:
+        raise ZeroDivisionError(row)
+
+    engine = connect()
+    with pytest.raises(ZeroDivisionError):
+        draw(engine, policy, finished=finished)
+    draw(engine, policy)
+
+
+def test_captions_that_are_missing_are_told_of(
+    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+):
+    engine = connect()
+    answer = {"prompt_token_ids": [], "choices": []}
+    for fake in fakes:
+        fake.replies[CHAT] = (200, answer)
+    engine._calls = 1  # prompts are not compared
+    with pytest.raises(EngineFailed, match=r"returned 0 captions .* asked for were 3"):
+        draw(engine, policy)
+
+
+# ── the check of prompts ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_another_prompt_is_caught_at_once_and_every_hundredth_call(
+    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+):
+    engine = connect()
+    draw(engine, policy)
+    for fake in fakes:
+        fake.prompt_ids = {question: [*ids[:5], 0, *ids[6:]] for question, ids in fake.prompt_ids.items()}
+    draw(engine, policy)  # the second call compares nothing
+    engine._calls = 100
+    with pytest.raises(EngineFailed, match=r"sample 'img0\.png': vLLM's prompt differs .* from token 5 on"):
+        draw(engine, policy)
+    with pytest.raises(EngineFailed, match=r"sample 'img\d\.png'"):
+        draw(connect(), policy)
+
+
+# ── whose weights ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_server_that_another_run_took_is_caught(
+    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+):
+    first = connect()
+    draw(first, policy)
+    connect(urls=[fakes[1].url])  # the same version number, other weights
+    with pytest.raises(
+        EngineFailed, match=f"{fakes[1].url} does not hold the weights of version 4.*another run"
+    ):
+        draw(first, policy)
+
+
+def test_a_server_that_was_started_anew_is_caught(
+    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+):
+    engine = connect()
+    fakes[0].workers = [FakeWorker(0, 1, policy.source)]
+    with pytest.raises(EngineFailed, match=f"{fakes[0].url} does not hold .* it was started anew since"):
+        draw(engine, policy)
+
+
+def test_a_server_that_is_started_anew_meanwhile_is_caught(
+    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+):
+    engine = connect()
+
+    def finished(row: int, captions: Any) -> None:
+        fakes[0].workers = [FakeWorker(0, 1, policy.source)]
+
+    for fake in fakes:
+        fake.delay_s = 0.3
+    with pytest.raises(EngineFailed, match="it was started anew since"):
+        draw(connect(concurrency=1), policy, finished=finished)
+    assert engine is not None
+
+
+def test_a_stale_server_is_caught(
+    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+):
+    engine = connect()
+    fakes[1].workers[0]._balcap_version = 3
+    with pytest.raises(
+        EngineFailed, match=f"{fakes[1].url} does not hold the weights of version 4.* at version 3"
+    ):
+        draw(engine, policy)
+
+
+def test_without_a_sync_there_is_nothing_to_sample_from(policy: Policy, fakes: list[FakeServer]):
+    engine = VLLMServer([fakes[0].url], start_timeout_s=5)
+    with pytest.raises(RuntimeError, match="call attach and sync first"):
+        draw(engine, policy)
+    engine.attach(policy)
+    with pytest.raises(RuntimeError, match="call attach and sync first"):
+        draw(engine, policy)
+    engine.close()
+    engine.close()
+
+
+# ── servers that are gone, slow, or refuse ───────────────────────────────────────────────────────────
+
+
+def test_a_server_that_is_gone_at_start_is_waited_for_and_named(policy: Policy):
+    url = f"http://127.0.0.1:{free_port()}"
+    engine = VLLMServer([url], start_timeout_s=1.5)
+    start = time.monotonic()
+    with pytest.raises(EngineFailed, match=rf"no vLLM server is up at {url} after 1\.5 s .*main\.py serve"):
+        engine.attach(policy)
+    assert 1.4 < time.monotonic() - start < 10
+    engine.close()
+
+
+def test_a_server_that_comes_up_late_is_taken(policy: Policy, fakes: list[FakeServer]):
+    fakes[0].replies["/health"] = (503, None)
+    threading.Timer(1.2, fakes[0].replies.clear).start()
+    engine = VLLMServer([fakes[0].url], start_timeout_s=20)
+    engine.attach(policy)
+    assert len(fakes[0].seen["/health"]) >= 2
+    engine.close()
+
+
+def test_a_server_that_goes_in_the_middle_ends_the_call(
+    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+):
+    engine = connect(concurrency=2)
+    fakes[0].hangs.add(CHAT)  # waits; its request must be given up
+    fakes[1].drops.add(CHAT)
+    start = time.monotonic()
+    with pytest.raises(EngineFailed, match=f"the vLLM server {fakes[1].url} is gone .*Start it again"):
+        draw(engine, policy)
+    assert time.monotonic() - start < 5
+    assert [server.busy for server in engine._servers] == [0, 0]
+
+
+def test_a_server_that_hangs_is_given_up_at_the_deadline(
+    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+):
+    engine = connect(deadline_s=1.0)
+    fakes[0].hangs.add(CHAT)
+    start = time.monotonic()
+    said = rf"no answer within model\.engine\.init_args\.deadline_s: 1 s .* {fakes[0].url} \(\d\)"
+    with pytest.raises(EngineFailed, match=said) as caught:
+        draw(engine, policy)
+    assert time.monotonic() - start < 3
+    assert fakes[1].url not in str(caught.value)
+
+
+def test_a_host_that_swallows_packets_is_named(policy: Policy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("balcap.rollout.vllm_http._CONNECT_S", 0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(EngineFailed, match=f"no vLLM server is up at {url}"):
+            VLLMServer([url], start_timeout_s=1).attach(policy)
+
+
+@pytest.mark.parametrize(
+    ("path", "reply", "said"),
+    [
+        (CHAT, (400, {"error": {"message": "too many tokens", "code": 400}}), "HTTP 400: too many tokens"),
+        (CHAT, (400, {"object": "error", "message": "older words"}), "HTTP 400: older words"),
+        (CHAT, (500, "no json"), "HTTP 500: .*no json"),
+        (CHAT, (401, {"error": "Unauthorized"}), r"Unauthorized.*api_key_env"),
+        ("/reset_mm_cache", (404, {"detail": "Not Found"}), "VLLM_SERVER_DEV_MODE=1"),
+    ],
+)
+def test_the_servers_own_words_are_passed_on(
+    connect: Callable[..., VLLMServer],
+    policy: Policy,
+    fakes: list[FakeServer],
+    path: str,
+    reply: Any,
+    said: str,
+):
+    engine = connect()
+    fakes[0].replies[path] = fakes[1].replies[path] = reply
+    use = (lambda: draw(engine, policy)) if path == CHAT else (lambda: engine.sync(policy, 5))
+    with pytest.raises(EngineFailed, match=rf"the vLLM server http://127.*{path} with .*{said}"):
+        use()
+
+
+@pytest.mark.parametrize(
+    ("path", "reply", "said"),
+    [
+        ("/collective_rpc", (404, {"detail": "Not Found"}), r"Set VLLM_SERVER_DEV_MODE=1 .*main\.py serve"),
+        (
+            "/collective_rpc",
+            (
+                500,
+                {"error": {"message": "Call to collective_rpc method failed: no attribute 'f'"}},
+            ),
+            r"HTTP 500: Call to .* failed.*Start it with --worker-extension-cls balcap\.rollout\.transfer\.RemoteWeightSync",
+        ),
+        ("/v1/models", (401, {"error": "Unauthorized"}), r"model\.engine\.init_args\.api_key_env"),
+    ],
+)
+def test_a_server_that_was_started_otherwise_is_told_how(
+    policy: Policy, fakes: list[FakeServer], path: str, reply: Any, said: str
+):
+    fakes[0].replies[path] = reply
+    engine = VLLMServer([fakes[0].url], start_timeout_s=5)
+    with pytest.raises(EngineFailed, match=said):
+        engine.attach(policy)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(404, "Set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"), (500, "no --lora-modules of your own")],
+)
+def test_an_adapter_that_cannot_be_named_is_told_of(
+    load: Load, connect: Callable[..., VLLMServer], fakes: list[FakeServer], status: int, said: str
+):
+    policy = load(lora=LoraSettings(**LORA))
+    for fake in fakes:
+        fake.workers[0].vllm_config.lora_config = type(
+            "Lora", (), {"max_lora_rank": 8, "lora_dtype": torch.float32}
+        )
+        fake.replies["/v1/load_lora_adapter"] = (status, {"detail": "Not Found"})
+    with pytest.raises(EngineFailed, match=said):
+        connect(policy)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": "other/model"}, r"serves .*other/model.*, but model\.policy\.model is"),
+        (
+            {"logprobs_mode": "processed_logprobs"},
+            "--logprobs-mode processed_logprobs; .*temperature: 1.0 it must be raw",
+        ),
+        ({"max_model_len": 20}, r"sample 'img0\.png': .* started with --max-model-len 20"),
+        (
+            {"multimodal_config": SimpleNamespace(mm_processor_kwargs=None)},
+            r"scales images otherwise .*--mm-processor-kwargs '.\"size\": .\"shortest_edge\": 3136, ",
+        ),
+        ({"data_parallel_size": 2}, "--data-parallel-size 2; start that many servers"),
+    ],
+)
+def test_a_server_that_does_not_fit_is_told_how(
+    policy: Policy, fakes: list[FakeServer], change: dict[str, Any], said: str
+):
+    fake = fakes[0]
+    config = fake.workers[0].vllm_config
+    fake.model = change.get("model", fake.model)
+    for name, value in change.items():
+        owner = config.parallel_config if name.startswith("data") else config.model_config
+        setattr(owner, name, value)
+    engine = VLLMServer([fake.url], start_timeout_s=5, deadline_s=20)
+
+    def use() -> None:
+        engine.attach(policy)
+        engine.sync(policy, 0)
+        draw(engine, policy)
+
+    with pytest.raises(EngineFailed, match=said):
+        use()
+    engine.close()
+
+
+def test_room_for_the_adapter_is_checked(load: Load, fakes: list[FakeServer]):
+    policy = load(lora=LoraSettings(**LORA))
+    engine = VLLMServer([fakes[0].url], start_timeout_s=5)
+    for room in (None, type("Lora", (), {"max_lora_rank": 2, "lora_dtype": torch.float32})):
+        fakes[0].workers[0].vllm_config.lora_config = room
+        with pytest.raises(EngineFailed, match=r"no room for an adapter of rank 4 .*--max-lora-rank"):
+            engine.attach(policy)
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", "hub/Qwen2.5-VL"])
+def test_the_same_model_in_another_folder_is_taken(policy: Policy, fakes: list[FakeServer], name: str):
+    policy.source = "/here/models/Qwen2.5-VL/"
+    fakes[0].model = f"/there/{name}"
+    engine = VLLMServer([fakes[0].url], start_timeout_s=5)
+    engine.attach(policy)
+    engine.close()
+
+
+# ── keys ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_key_is_sent_and_never_shown(
+    connect: Callable[..., VLLMServer],
+    policy: Policy,
+    fakes: list[FakeServer],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("MY_SERVERS", "hunter22")
+    engine = connect(api_key_env="MY_SERVERS")
+    assert all(h.get("Authorization") == "Bearer hunter22" for fake in fakes for h in fake.headers)
+    for fake in fakes:
+        fake.replies[CHAT] = (403, {"error": {"message": "Bearer hunter22 may not do this"}})
+    with pytest.raises(EngineFailed, match="may not do this") as caught:
+        draw(engine, policy)
+    assert "hunter22" not in str(caught.value)
+
+
+def test_a_missing_key_names_its_variable(policy: Policy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("MY_SERVERS", raising=False)
+    engine = VLLMServer(["http://127.0.0.1:1"], api_key_env="MY_SERVERS")
+    with pytest.raises(EngineFailed, match="environment variable MY_SERVERS is not set"):
+        engine.attach(policy)
+    engine.close()
+
+
+def test_credentials_in_a_url_are_not_shown():
+    server = Server("https://me:secret@host:8000/v1/")
+    assert (server.url, server.name) == ("https://me:secret@host:8000", "https://host:8000")
+    assert (server.host, server.port) == ("host", 8000)
+    assert Server("https://host").port == 443
+
+
+# ── settings ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("init_args", "said"),
+    [
+        ({"urls": []}, r"urls: \[\] must name at least one server"),
+        ({"urls": ["http://a", "http://a"]}, "each once"),
+        ({"urls": ["a:8000"]}, r"urls: \['a:8000'\] must begin with http://"),
+        ({"urls": ["http://a"], "deadline_s": 0}, "deadline_s: 0 must be above 0"),
+        ({"urls": ["http://a"], "start_timeout_s": -1}, "start_timeout_s: -1 must be above 0"),
+        ({"urls": ["http://a"], "concurrency": 0}, "concurrency: 0 must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_named(init_args: dict[str, Any], said: str):
+    with pytest.raises(ValueError, match=said):
+        VLLMServer(**init_args)
