@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
@@ -389,8 +390,8 @@ class BalCapModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         values = {name: self.val_rewards[name].compute() for name in self.rewards.names}
         values |= {name: metric.compute() for name, metric in self.val_means.items() if metric.update_called}
-        self.log_dict({f"val/{name}": value.float() for name, value in values.items()}, prog_bar=True)
-        self.log_dict(judge_costs(self))
+        self._emit({f"val/{name}": float(value) for name, value in values.items()}, prog_bar=True)
+        self._emit(judge_costs(self))
 
     def predict_step(self, batch: CaptionBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One caption per image."""
@@ -425,20 +426,19 @@ class BalCapModule(L.LightningModule):
         last: bool,
     ) -> None:
         metrics = step_metrics(self, tally, rollouts, judgments, rewards, before)
-        self._emit(metrics, len(rollouts), last)
+        self._emit(metrics, last, batch_size=len(rollouts))
         if judgments.failures:
             missing = ", ".join(f"{n} {task}" for task, n in judgments.failures.items())
             self.say(f"step {self.global_step}: judgments missing: {missing}; {'; '.join(judgments.reasons)}")
 
-    def _emit(self, metrics: dict[str, float], batch_size: int, last: bool) -> None:
+    def _emit(self, metrics: dict[str, float], last: bool = True, **how: Any) -> None:
         """Log under the number of batches learned from: with a lag Lightning's own count is of batches sampled."""
-        if self.lag == 0:
-            self.log_dict(metrics, batch_size=batch_size)
-            return
+        own_count = self.lag > 0 and self.trainer.state.fn == "fit"
         if last:
-            self.log_dict(metrics, batch_size=batch_size, logger=False)
-        every = getattr(self.trainer, "log_every_n_steps", 1)
-        if self.learned % max(1, every) == 0:
+            self.log_dict(metrics, logger=not own_count, **how)
+        training = self.trainer.state.stage == RunningStage.TRAINING
+        every = max(1, getattr(self.trainer, "log_every_n_steps", 1)) if training else 1
+        if own_count and self.learned % every == 0 and not self.trainer.sanity_checking:
             for logger in self.loggers:
                 logger.log_metrics(metrics | {"epoch": self.current_epoch}, step=self.learned)
 

@@ -86,7 +86,7 @@ def _pack_tied_heads_again(model: Any) -> None:
     """On a CPU vLLM computes logits from a packed copy of the head's weight. Where the head shares the embedding's, a
     reload names the embedding alone and leaves the head's copy as it was (vLLM 0.32)."""
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if hasattr(module, "cpu_linear") and hasattr(method, "tie_weights"):  # embeddings and heads
             method.process_weights_after_loading(module)
 

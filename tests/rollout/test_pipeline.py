@@ -37,6 +37,8 @@ def test_with_a_lag_captions_are_one_update_old_and_corrected(fit) -> None:
     rows = rows_of(late)
     assert [int(row["step"]) for row in rows] == list(range(STEPS))
     assert [float(row["train/staleness"]) for row in rows] == [0, 1, 1, 1]
+    validated = [[row["step"] for row in metrics(run) if row.get("val/b_capscore")] for run in (now, late)]
+    assert validated == [["0", str(STEPS)]] * 2
     assert float(rows[0]["train/mismatch_max"]) < 1e-3  # the first captions are the policy's own
     assert all(float(row["train/mismatch_max"]) > 1e-3 for row in rows[1:])
     assert all(0 <= float(row["train/importance_capped"]) < 0.2 for row in rows)

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vllm")
 
+from balcap.shapes.padded import BASE, padded
 from tests.rollout.vllm.support import Shared
 from tests.support import ROOT, metrics
 
@@ -25,6 +26,17 @@ ENGINE = {
 LORA = {"model.policy.lora": "{r: 4, target_modules: [q_proj, v_proj, down_proj]}"}
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world's base policy with heads of a size that vLLM has on a CPU."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = tmp_path_factory.mktemp("base")
+    padded(AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32)).save_pretrained(folder)
+    AutoProcessor.from_pretrained(BASE).save_pretrained(folder)
+    return folder
+
+
 def steps(run: Path) -> list[dict[str, str]]:
     return [row for row in metrics(run) if row["train/loss"]]
 
@@ -34,7 +46,7 @@ def test_a_run_learns_from_vllms_captions_and_resumes(
     fit_arguments: Arguments,
     cli: Callable,
     tmp_path: Path,
-    folders: dict[str, Path],
+    base: Path,
     shared: Shared,
     tuning: dict[str, object],
 ):
@@ -43,7 +55,7 @@ def test_a_run_learns_from_vllms_captions_and_resumes(
     options = {
         **ENGINE,
         **tuning,
-        "model.policy.model": folders["qwen"],
+        "model.policy.model": base,
         "trainer.max_steps": 3,
         "trainer.precision": "bf16-mixed",
     }
@@ -64,15 +76,16 @@ def test_a_run_learns_from_vllms_captions_and_resumes(
 
 @pytest.mark.parametrize("shared_by", [1, 2], ids=["an engine for each", "an engine for both"])
 def test_two_ranks_learn_from_their_own_captions(
-    fit_arguments: Arguments, tmp_path: Path, folders: dict[str, Path], shared: Shared, shared_by: int
+    fit_arguments: Arguments, tmp_path: Path, base: Path, shared: Shared, shared_by: int
 ):
     shared.close()
     options = {
         **ENGINE,
         "model.engine.tensor_parallel_size": shared_by,
-        "model.policy.model": folders["qwen"],
+        "model.policy.model": base,
         "trainer.max_steps": 2,
         "trainer.precision": "32-true",
+        "trainer.limit_val_batches": 0,
         "trainer.devices": 2,
         "trainer.strategy": "ddp",
     }
