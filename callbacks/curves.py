@@ -218,7 +218,7 @@ def _finish(axes: Axes, title: str, label: str, limits: tuple[float, float | Non
     if limits is not None:
         axes.set_ylim(*limits)
     # Below the axes, where no curve can run into it.
-    columns = min(5, len(handles))
+    columns = min(5 if sum(map(len, labels)) < 47 else 3, len(handles))
     axes.legend(
         handles,
         labels,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support import ROOT
 from tests.tiny_models import tiny_llava, tiny_qwen
@@ -17,7 +17,8 @@ from tests.tiny_models import tiny_llava, tiny_qwen
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
 
-settings.register_profile("shared machines", deadline=None)  # how long an example takes proves nothing
+# How long an example takes, or is in the making, proves nothing on a machine that others use as well.
+settings.register_profile("shared machines", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machines")
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no price table from the network
 

@@ -150,6 +150,7 @@ class Sender:
         self, group: Group, parts: Sequence[Bucket], calls: Sequence[asyncio.Future[T]]
     ) -> list[T]:
         """Send while the servers receive; what their calls return. A server that fails ends it."""
+        work: Any = None
         try:
             for work in group.send(parts):
                 while not work.is_completed():
@@ -160,13 +161,14 @@ class Sender:
             _raise_failed(calls)
             return [call.result() for call in calls]
         except RuntimeError as error:
+            work = None  # would keep the connections open as long as the error is looked at
+            if isinstance(error, EngineFailed) and not _is_broken(error):
+                raise
             # One member that dies breaks the others' transfer, too: it is to blame, not they.
             await asyncio.wait(calls, timeout=_BLAME_S)
             failed = [why for call in calls if call.done() and (why := call.exception())]
-            for why in sorted(failed, key=lambda why: getattr(why, "kind", "") == TransferBroken.__name__):
+            for why in sorted(failed, key=_is_broken):
                 raise why from None
-            if isinstance(error, EngineFailed):
-                raise
             names = ", ".join(server.name for server in self.servers)
             raise EngineFailed(
                 f"weights did not reach the vLLM servers {names}: {redact(str(error))}"
@@ -181,6 +183,11 @@ class Sender:
             except OSError as error:
                 raise EngineFailed(f"there is no way to the vLLM server {server.name}: {error}") from None
         return next((a for a in found if not ipaddress.ip_address(a).is_loopback), found[0])
+
+
+def _is_broken(error: BaseException) -> bool:
+    """Whether a worker says that another member is the reason."""
+    return isinstance(error, WorkerFailed) and error.kind == TransferBroken.__name__
 
 
 def _raise_failed(calls: Iterable[asyncio.Future[Any]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -184,14 +185,14 @@ class Group:
             yield from unpacked(data, slots)
 
     def leave(self) -> None:
-        """Drop out, also in the middle of a broadcast."""
+        """Drop out, also in the middle of a broadcast: the other members notice at once."""
         group, self._group = self._group, None
-        if group is not None:
-            for close in (group.abort, group.shutdown):
-                try:
-                    close()
-                except (AttributeError, RuntimeError) as error:  # gloo has no abort before torch 2.9 or so
-                    log.debug("process group: %s", error)
+        if group is None:
+            return
+        if self.device.type == "cuda":
+            group.abort()
+        # gloo closes its connections when nothing refers to it any more, and first waits for what is under way.
+        threading.Thread(target=[group].clear, name="balcap-group", daemon=True).start()
 
 
 def open_store(host: str, port: int, serve: bool) -> Any:

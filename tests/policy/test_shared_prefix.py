@@ -25,7 +25,9 @@ Load = Callable[..., Policy]
 WORDS = range(20, 300)
 pairs = st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=3)
 groups = pairs.filter(lambda lengths: any(map(any, lengths)))
-MANY = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(
+    max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 # ---- the layout

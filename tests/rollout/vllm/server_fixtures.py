@@ -147,11 +147,14 @@ class FakeWorker(RemoteWeightSync):
             parallel_config=SimpleNamespace(world_size=workers, data_parallel_size=1),
         )
 
-    def reload_weights(self, weights_iterator: Any, is_checkpoint_format: bool) -> None:
-        for count, (name, tensor) in enumerate(weights_iterator):
+    def balcap_load(self, weights: Any, version: int) -> int:
+        self._balcap_version = -1
+        for count, (name, tensor) in enumerate(weights):
             if count == self.fails_after:
                 raise KeyError(f"no parameter is called {name}")
             self.weights[name] = tensor.clone()
+        self._balcap_version = version
+        return version
 
     def balcap_adapter(self, config: dict[str, Any], weights: dict[str, torch.Tensor], version: int) -> int:
         self.adapter, self._balcap_version = (config, {k: v.clone() for k, v in weights.items()}), version

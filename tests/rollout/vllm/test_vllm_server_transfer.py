@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -232,6 +233,23 @@ def test_a_server_that_dies_during_a_transfer_is_named(
     dead.workers = [FakeWorker(0, 1, policy.source)]  # started again
     engine.sync(policy, 2)
     assert_holds(dead.workers[0], policy)
+
+
+def test_a_trainer_that_leaves_in_the_middle_is_noticed_at_once(
+    policy: Policy, engine: VLLMServer, fakes: list[FakeServer]
+):
+    engine.sync(policy, 0)
+    taken, waiting = fakes[1].workers[0], fakes[0].workers[0]
+    taken._balcap_run = "another"  # it refuses; the others wait for the rest
+    start = time.monotonic()
+    with pytest.raises(
+        EngineFailed, match=rf"{fakes[1].url} could not run balcap_receive.*joined another run"
+    ) as kept:
+        engine.sync(policy, 1)
+    engine.sync(policy, 2)
+    assert time.monotonic() - start < 10, "of a deadline of 30"
+    assert waiting.balcap_version() == taken.balcap_version() == 2
+    assert kept.value is not None
 
 
 def test_a_transfer_that_hangs_ends_at_the_deadline(
