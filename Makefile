@@ -51,7 +51,7 @@ $(VLLM_VENV)/.installed: pyproject.toml .ci/vllm.txt .ci/torchvision_operators.p
 
 ## the tests of the vLLM engines, with vLLM for the CPU; with one thread each, because its threads wait busily
 test-vllm: $(VLLM_VENV)/.installed
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/rollout/vllm
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/rollout/with_vllm
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

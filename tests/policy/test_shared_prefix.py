@@ -145,7 +145,7 @@ def loud_adapter(policy: Policy) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.model.named_parameters():
         if "lora_" in name:
-            parameter.data.normal_(0, 0.3, generator=generator)
+            parameter.data.normal_(0, 0.15, generator=generator)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "vision", "checkpointing"])
@@ -169,7 +169,7 @@ def test_log_probs_and_gradients_are_those_of_separate_sequences(load: Load, kin
     rows = list(range(len(lengths)))
     ours, mine = gradients(shared, rollouts, rows, weights)
     naive, theirs = gradients(separate, rollouts, rows, weights)
-    torch.testing.assert_close(ours, naive, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours, naive, atol=1e-5, rtol=1e-6)  # float32 holds 7 digits of what may be -20
     for name, gradient in theirs.items():
         error = (mine.get(name, torch.zeros(())) - gradient).norm()
         assert error <= 1e-4 * gradient.norm() + 1e-5, name

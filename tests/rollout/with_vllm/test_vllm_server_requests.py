@@ -22,8 +22,8 @@ from balcap.rollout import RolloutEngine
 from balcap.rollout.base import EngineFailed
 from balcap.rollout.vllm_http import Server
 from balcap.rollout.vllm_server import VLLMServer
-from tests.rollout.vllm.server_fixtures import LORA, FakeServer, FakeWorker, free_port
-from tests.rollout.vllm.support import Load, draw
+from tests.rollout.with_vllm.server_fixtures import LORA, FakeServer, FakeWorker, free_port
+from tests.rollout.with_vllm.support import Load, draw
 from tests.tiny_models import batch_of, mixed_batch, picture
 
 CHAT = "/v1/chat/completions"

@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vllm")
 
 from balcap.rollout.vllm_server import VLLMServer
-from tests.rollout.vllm.server_fixtures import LORA, LORA_PIXELS, Pool, VLLMProcess, pool  # noqa: F401
+from tests.rollout.with_vllm.server_fixtures import LORA, LORA_PIXELS, Pool, VLLMProcess, pool  # noqa: F401
 from tests.support import ROOT, metrics
 
 Arguments = Callable[..., list[str]]

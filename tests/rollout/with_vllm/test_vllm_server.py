@@ -16,8 +16,8 @@ from balcap.rollout.base import EngineFailed
 from balcap.rollout.vllm_http import Server
 from balcap.rollout.vllm_server import VLLMServer
 from tests.rollout.test_hf_generate import check_ends
-from tests.rollout.vllm.server_fixtures import LORA, LORA_PIXELS, Pool, pool  # noqa: F401
-from tests.rollout.vllm.support import (
+from tests.rollout.with_vllm.server_fixtures import LORA, LORA_PIXELS, Pool, pool  # noqa: F401
+from tests.rollout.with_vllm.support import (
     Load,
     draw,
     everything_trained,

@@ -1,6 +1,6 @@
 """Fixtures for vLLM in process.
 
-This folder has no ``__init__.py``: that would let it be imported as ``vllm``.
+The folder must not be called ``vllm``: pytest puts its parent on the path, where others would find it as the package.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rollout.vllm.support import Shared, wide
+from tests.rollout.with_vllm.support import Shared, wide
 from tests.tiny_models import tiny_llava, tiny_qwen
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB

@@ -21,7 +21,7 @@ from balcap.policy import LoraSettings
 from balcap.rollout.base import EngineFailed
 from balcap.rollout.vllm_inprocess import VLLMInProcess
 from balcap.rollout.vllm_start import _free_port
-from tests.rollout.vllm.support import Load, Shared, draw, likeliest, own_logps, update
+from tests.rollout.with_vllm.support import Load, Shared, draw, likeliest, own_logps, update
 from tests.tiny_models import own_logits
 
 

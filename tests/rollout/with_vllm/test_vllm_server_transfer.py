@@ -18,8 +18,8 @@ from balcap.rollout import transfer
 from balcap.rollout.base import EngineFailed
 from balcap.rollout.vllm_server import VLLMServer
 from balcap.rollout.weights import trained_weights
-from tests.rollout.vllm.server_fixtures import LORA, FakeServer, FakeWorker
-from tests.rollout.vllm.support import Load, update
+from tests.rollout.with_vllm.server_fixtures import LORA, FakeServer, FakeWorker
+from tests.rollout.with_vllm.support import Load, update
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.bool, torch.int64]
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from balcap.policy import PolicyConfig
 from balcap.policy.policy import Policy
 from balcap.shapes.padded import BASE, padded
-from tests.rollout.vllm.support import Shared, draw, own_logps, update
+from tests.rollout.with_vllm.support import Shared, draw, own_logps, update
 
 
 @pytest.fixture

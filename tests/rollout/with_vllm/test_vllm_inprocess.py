@@ -13,7 +13,7 @@ from balcap.rollout import RolloutEngine
 from balcap.rollout.base import EngineFailed
 from balcap.rollout.vllm_inprocess import VLLMInProcess
 from tests.rollout.test_hf_generate import check_ends
-from tests.rollout.vllm.support import Load, Shared, draw, likeliest, louder, own_logps, update
+from tests.rollout.with_vllm.support import Load, Shared, draw, likeliest, louder, own_logps, update
 from tests.tiny_models import batch_of, mixed_batch, picture
 
 ADAPTER = LoraSettings(target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"], r=4)
