@@ -82,7 +82,8 @@ def start(policy: Policy, arguments: dict[str, Any]) -> Any:
     """
     device = policy.device
     here = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LOCAL_RANK": str(device.index or 0)}
-    if dist.is_initialized():
+    had_distributed = dist.is_initialized()
+    if had_distributed:
         here |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
     else:
         here |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -99,6 +100,7 @@ def start(policy: Policy, arguments: dict[str, Any]) -> Any:
             return LLM(**arguments)
         # Whatever stops a start (memory, an unknown model or option, a driver) is for the user to read.
         except Exception as error:
+            _end_groups(had_distributed)
             raise EngineFailed(_why_not(policy, error)) from error
 
 
@@ -120,17 +122,23 @@ def end(llm: Any, had_distributed: bool) -> None:
         llm: the ``vllm.LLM``; the caller must drop its own reference.
         had_distributed: torch.distributed was initialised before the engine, and stays.
     """
-    from vllm.distributed import parallel_state
-
     with _groups_kept() if had_distributed else nullcontext():
         llm.llm_engine.engine_core.shutdown()
-        parallel_state.destroy_model_parallel()
-        parallel_state.destroy_distributed_environment()
+    _end_groups(had_distributed)
     del llm
     gc.unfreeze()  # vLLM froze what was alive when it started: its own model, too
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _end_groups(had_distributed: bool) -> None:
+    """The groups of torch.distributed that vLLM made, however far it came."""
+    from vllm.distributed import parallel_state
+
+    with _groups_kept() if had_distributed else nullcontext():
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_distributed_environment()
 
 
 @contextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import random
+import shutil
 import signal
 import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,6 +181,22 @@ def test_a_start_that_fails_says_what_to_change(load: Load, shared: Shared):
     said = r"vLLM did not start for /nowhere/at/all on cpu: .*gpu_memory_utilization"
     with pytest.raises(EngineFailed, match=said):
         draw(engine, policy)
+    engine.close()
+
+
+def test_a_start_that_fails_half_way_leaves_no_process_group(load: Load, shared: Shared, tmp_path: Path):
+    shared.close()
+    policy = load()
+    shutil.copytree(policy.source, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    own, policy.source = policy.source, str(tmp_path / "empty")
+    engine = VLLMInProcess(enforce_eager=True)
+    engine.attach(policy)
+    engine.sync(policy, 0)
+    with pytest.raises(EngineFailed, match=r"vLLM did not start for .*empty"):
+        draw(engine, policy, 1)
+    assert not dist.is_initialized()
+    policy.source = own
+    assert draw(engine, policy, 1).weights_version == 0
     engine.close()
 
 
