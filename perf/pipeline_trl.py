@@ -208,6 +208,7 @@ def train(case: Case, seed: int, url: str, out: Path) -> list[Step]:
     )
     policy = PolicyConfig(**{**model_recipe["policy"], "model": str(ROOT / model_recipe["policy"]["model"])})
     model, processor = prepare(load_model(policy), policy), load_processor(policy)
+    processor.tokenizer.padding_side = "left"  # TRL takes it for granted, and misplaces images without a word
     suite = RewardSuite([Precision(), Recall(), Linguistic()])
     clock, encoder = Clock(), PromptEncoder(processor, model.config)
     own = model.generation_config.eos_token_id

@@ -49,7 +49,7 @@ def caption_of(tokens_in_word: float, max_tokens: int, caption_tokens: int | Non
 
 
 def sample_policy(module: BalCapModule, rows: Sequence[Row], captions: int) -> list[list[str]]:
-    """Loads the policy, unless it is there, and samples `captions` captions of each row; costs no money."""
+    """Loads the policy, unless it is there, and samples `captions` captions of each row with HF; costs no money."""
     import torch
 
     from balcap.data.reader import to_batch
@@ -59,15 +59,14 @@ def sample_policy(module: BalCapModule, rows: Sequence[Row], captions: int) -> l
     if not hasattr(module, "policy"):
         module.policy = Policy.load(module.policy_config, with_reference=False)
         module.policy.to("cuda" if torch.cuda.is_available() else "cpu")
-        module.engine = module.engine or HFGenerate()
-        module.engine.attach(module.policy)
-        module.engine.sync(module.policy, 0)
-    assert module.engine is not None
+    # an estimate starts no vLLM, and sends a server no weights
+    engine = module.engine if isinstance(module.engine, HFGenerate) else HFGenerate(max_sequences=64)
+    engine.attach(module.policy)
     found: list[list[str]] = []
     with torch.random.fork_rng():
         torch.manual_seed(module.seed)
         for start in range(0, len(rows), _IMAGES_AT_ONCE):
             batch = to_batch(rows[start : start + _IMAGES_AT_ONCE])
-            rollouts = module.engine.generate(batch, module.policy.encode(batch), captions, module.sampling)
+            rollouts = engine.generate(batch, module.policy.encode(batch), captions, module.sampling)
             found += [list(group) for group in rollouts.captions]
     return found

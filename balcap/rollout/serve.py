@@ -112,9 +112,11 @@ def server_flags(policy: PolicyConfig, sampling: Sampling) -> list[str]:
     Raises:
         EngineFailed: vLLM has no room for an adapter of this rank.
     """
-    from balcap.rollout.vllm_common import logprobs_mode
+    from balcap.policy.loading import load_processor
+    from balcap.rollout.vllm_common import logprobs_mode, mm_processor_kwargs
     from balcap.rollout.vllm_start import LORA_RANKS
 
+    scaled = mm_processor_kwargs(load_processor(policy))
     flags: dict[str, Any] = {
         "revision": policy.revision,
         "tokenizer-revision": policy.revision,
@@ -124,7 +126,8 @@ def server_flags(policy: PolicyConfig, sampling: Sampling) -> list[str]:
         "generation-config": "vllm",  # none of the sampling defaults that the hub ships
         "chat-template-content-format": "openai",  # as the trainer fills it
         "limit-mm-per-prompt": json.dumps({"image": 1, "video": 0}),
-        "mm-processor-kwargs": _image_limits(policy),
+        # requests may not say so themselves, newer servers refuse that
+        "mm-processor-kwargs": json.dumps(scaled) if scaled else None,
         "uvicorn-log-level": "warning",  # no line for each request
     }
     words = []
@@ -157,12 +160,3 @@ def engine_lines(url: str) -> str:
         "model:\n  engine:\n    class_path: balcap.rollout.vllm_server.VLLMServer\n"
         f"    init_args:\n      urls: [{url}]\n"
     )
-
-
-def _image_limits(policy: PolicyConfig) -> str | None:
-    """How the trainer scales images: requests may not say so themselves, newer servers refuse that."""
-    from balcap.policy.loading import load_processor
-
-    size = dict(getattr(load_processor(policy).image_processor, "size", None) or {})
-    limits = {key: int(size[key]) for key in ("shortest_edge", "longest_edge") if size.get(key)}
-    return json.dumps({"size": limits}) if len(limits) == 2 else None

@@ -47,7 +47,7 @@ def check_fits(server: str, about: dict[str, Any], known: Sequence[str], policy:
             f"{named} was started with --data-parallel-size {about['data_parallel']}; start that many servers instead, "
             f"and name them all in model.engine.init_args.urls"
         )
-    scaled = mm_processor_kwargs(policy)
+    scaled = mm_processor_kwargs(policy.encoder.processor)
     if scaled and scaled["size"] != (about["mm_processor_kwargs"] or {}).get("size"):
         raise EngineFailed(
             f"{named} scales images otherwise than the trainer (model.policy.min_pixels, model.policy.max_pixels); start "

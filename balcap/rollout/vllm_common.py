@@ -112,13 +112,16 @@ def logprobs_mode(temperature: float) -> str:
     return "raw_logprobs" if temperature == 1 else "processed_logprobs"
 
 
-def mm_processor_kwargs(policy: Policy) -> dict[str, Any]:
-    """What makes vLLM's processor scale images as the policy's does; empty where there is nothing to set.
+def mm_processor_kwargs(processor: Any) -> dict[str, Any]:
+    """What makes vLLM's processor scale images as the trainer's does; empty where there is nothing to set.
 
-    The image area limits of the policy's processor may differ from those in the model folder
+    The image area limits of the trainer's processor may differ from those in the model folder
     (`model.policy.min_pixels`, `model.policy.max_pixels`).
+
+    Args:
+        processor: the trainer's HF processor.
     """
-    size = dict(getattr(policy.encoder.processor.image_processor, "size", None) or {})
+    size = dict(getattr(processor.image_processor, "size", None) or {})
     limits = {key: int(size[key]) for key in ("shortest_edge", "longest_edge") if size.get(key)}
     return {"size": limits} if len(limits) == 2 else {}
 

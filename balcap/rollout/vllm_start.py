@@ -47,7 +47,7 @@ def engine_arguments(policy: Policy, mode: str, dtype: str, options: dict[str, A
         "logprobs_mode": mode,
         "worker_extension_cls": EXTENSION,
         "limit_mm_per_prompt": {"image": 1, "video": 0},
-        "mm_processor_kwargs": mm_processor_kwargs(policy) or None,
+        "mm_processor_kwargs": mm_processor_kwargs(policy.encoder.processor) or None,
         "generation_config": "vllm",  # none of the sampling defaults that the hub ships
         # One executor for one device and for many: it takes the device from LOCAL_RANK, and shares the
         # torch.distributed that the trainer may have initialised.

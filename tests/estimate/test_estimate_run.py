@@ -59,6 +59,13 @@ def test_the_estimate_is_within_a_fifth_of_what_the_run_spends(run: Run, paid: P
         assert figures[task] == pytest.approx(spent, rel=0.25), task
 
 
+def test_the_policy_is_sampled_without_the_runs_servers(run: Run, paid: Paid, tmp_path: Path) -> None:
+    server = ["--model.engine", "balcap.rollout.vllm_server.VLLMServer"]
+    server += ["--model.engine.init_args.urls", '["http://127.0.0.1:9"]']
+    data = _estimate(run, paid, tmp_path, "--sample_policy", "true", *server)
+    assert _sums(_figures(data)) == pytest.approx(_sums(paid.tasks), rel=0.2)
+
+
 def test_without_the_policy_answers_are_rather_over_than_underestimated(
     run: Run, paid: Paid, tmp_path: Path
 ) -> None:

@@ -106,11 +106,12 @@ def test_log_probs_are_raw_only_at_temperature_1():
 
 def test_image_limits_are_the_processors(load: Load, family: str):
     if family == "llava":
-        assert mm_processor_kwargs(load()) == {}, "LLaVA crops to one size"
+        assert mm_processor_kwargs(load().encoder.processor) == {}, "LLaVA crops to one size"
         return
     usual = {"shortest_edge": 56**2, "longest_edge": 112**2}
-    assert mm_processor_kwargs(load()) == {"size": usual}
-    assert mm_processor_kwargs(load(max_pixels=84**2)) == {"size": usual | {"longest_edge": 84**2}}
+    assert mm_processor_kwargs(load().encoder.processor) == {"size": usual}
+    smaller = load(max_pixels=84**2).encoder.processor
+    assert mm_processor_kwargs(smaller) == {"size": usual | {"longest_edge": 84**2}}
 
 
 def test_seeds_follow_torchs():
