@@ -152,6 +152,11 @@ def _steps(engine: Any, ranks: Ranks, deadline: float) -> Iterator[Any]:
 
 
 def _failed(error: Exception) -> EngineFailed:
+    if "does not use offset" in str(error):  # see balcap.rollout.vllm_start.whole_prompts
+        return EngineFailed(
+            f"vLLM on a CPU cannot split the prompts of a batch; set {KEY}.max_model_len to at most 32768, or lower "
+            "data.batch_size"
+        )
     return EngineFailed(
         f"vLLM failed while sampling: {type(error).__name__}: {error}. Out of memory: lower "
         f"{KEY}.gpu_memory_utilization or data.batch_size; else see VLLM_LOGGING_LEVEL=INFO"

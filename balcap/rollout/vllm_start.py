@@ -54,9 +54,24 @@ def engine_arguments(policy: Policy, mode: str, dtype: str, options: dict[str, A
         "distributed_executor_backend": "external_launcher",
         "seed": 0,
     }
+    if policy.device.type == "cpu":
+        arguments |= whole_prompts(policy, options.get("max_model_len"))
     if policy.has_adapter:
         arguments |= lora_arguments(policy)
     return arguments | options
+
+
+def whole_prompts(policy: Policy, max_model_len: int | None) -> dict[str, Any]:
+    """On a CPU: no prompt is split between two steps.
+
+    Where one is, vLLM (0.32) turns its random numbers back, which those of a CPU do not know: a batch with more
+    prompt tokens than a step takes would end in an error. A step must then have room for the longest sequence, so a
+    limit beyond 32,768 tokens stays as it is.
+    """
+    longest = max_model_len or policy.model.config.get_text_config().max_position_embeddings
+    if longest > 32768:
+        return {}
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, longest)}
 
 
 def lora_arguments(policy: Policy) -> dict[str, Any]:

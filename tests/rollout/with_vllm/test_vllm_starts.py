@@ -24,7 +24,7 @@ from balcap.rollout.base import EngineFailed
 from balcap.rollout.vllm_inprocess import VLLMInProcess
 from balcap.rollout.vllm_start import _free_port
 from tests.rollout.with_vllm.support import Load, Shared, draw, likeliest, own_logps, update
-from tests.tiny_models import own_logits
+from tests.tiny_models import mixed_batch, own_logits
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,17 @@ def test_log_probs_are_those_at_the_sampling_temperature(load: Load, shared: Sha
             torch.testing.assert_close(sampled, expected, atol=2e-3, rtol=0)
     # back at 1 they are before the ban again
     rollouts = draw(engine, policy, 4)
+    torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=0)
+
+
+def test_more_prompt_tokens_than_a_step_takes(load: Load, shared: Shared):
+    policy = load()
+    engine = shared.get(policy, max_model_len=256, options={"max_num_batched_tokens": 256})
+    batch = mixed_batch()
+    batch = batch.select([i % len(batch) for i in range(12)])
+    rollouts = draw(engine, policy, 4, batch)
+    prompts = policy.encode(batch)
+    assert sum(item["input_ids"].shape[1] for item in prompts.items) > 256
     torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=0)
 
 
