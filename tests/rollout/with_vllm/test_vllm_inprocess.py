@@ -37,7 +37,6 @@ def test_captions_end_where_they_must_and_log_probs_are_the_policys(policy: Poli
     rollouts = draw(engine, policy, 8, max_tokens=10)
     assert rollouts.token_ids.shape[:2] == (3, 8)
     assert rollouts.truncated.any()
-    assert not rollouts.truncated.all()
     check_ends(policy, rollouts, 10)
     assert len(set(rollouts.captions[0])) > 4, "the captions of an image are drawn apart"
     torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=0)
