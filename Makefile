@@ -7,13 +7,23 @@ VLLM_BIN := $(VLLM_VENV)/bin
 RUN ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo seeds test test-vllm lint format base clean
+NEWEST_VENV ?= .venv-newest
+NEWEST_BIN := $(NEWEST_VENV)/bin
 
-$(VENV)/.installed: pyproject.toml
+.PHONY: demo seeds test test-newest test-vllm lint format lock base clean
+
+$(VENV)/.installed: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
+
+## choose the versions of requirements.lock anew, within the ranges of pyproject.toml
+lock: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-annotate --upgrade \
+	  --custom-compile-command "make lock" --constraint .ci/constraints.txt --output-file requirements.lock pyproject.toml
 
 data/shapes/shapes.json: $(VENV)/.installed
 	$(BIN)/python -m balcap.shapes.dataset --out data/shapes --images 3000
@@ -36,6 +46,13 @@ seeds: $(VENV)/.installed data/shapes/shapes.json
 ## every test
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+## every test with the newest release of everything that pyproject.toml allows; then how it differs from the lock
+test-newest:
+	rm -rf $(NEWEST_VENV) && $(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_BIN)/python -m pip install --quiet --upgrade pip
+	$(NEWEST_BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]"
+	$(NEWEST_BIN)/python -m pytest; status=$$?; $(NEWEST_BIN)/python .ci/newer_than_lock.py; exit $$status
 
 # vLLM pins its own torch: an environment of its own. Both torch packages that it asks for beside
 # torchvision fail to load without CUDA, and captions need neither.

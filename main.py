@@ -6,6 +6,7 @@ server that samples for a run; ``cache`` and ``ledger`` show what judges have an
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -19,8 +20,21 @@ COMMANDS = {
 """Commands beside Lightning's own -> module and function that run them."""
 
 
+def share_cores() -> None:
+    """How torch's idle OpenMP threads wait, unless the user has said so; to be called before torch is imported.
+
+    Waiting threads spin. Beside other programs that costs them and us most of the machine, so they sleep at once
+    there, and soon elsewhere; docs/performance.md has the figures.
+    """
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return
+    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1)
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE"} if busy else {"GOMP_SPINCOUNT": "20000"}
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run one command; `args` defaults to the command line. Tests call this in process."""
+    share_cores()
     command, *rest = (sys.argv[1:] if args is None else args) or [""]
     if command in COMMANDS:
         module, function = COMMANDS[command]

@@ -55,7 +55,7 @@ def step_metrics(
     counts.append(sum(judgments.failures.values()))
     totals = _sums(module, counts)
     metrics |= {f"judge/{name}": value for name, value in zip((*COUNTS, "failed"), totals, strict=True)}
-    return metrics | judge_costs(module) | _times(module, rollouts, means["tflops"])
+    return metrics | judge_costs(module) | _times(module, rollouts, means.get("tflops"))
 
 
 def caption_scores(module: BalCapModule, rollouts: Rollouts, rewards: Tensor) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ def judge_costs(module: BalCapModule) -> dict[str, float]:
     return {"judge/cost_usd": total, "judge/usd_per_1k_rollouts": 1000 * here / max(1, judged)}
 
 
-def _times(module: BalCapModule, rollouts: Rollouts, tflops: float) -> dict[str, float]:
+def _times(module: BalCapModule, rollouts: Rollouts, tflops: float | None) -> dict[str, float]:
     """Seconds of each stage of this step, what they come to per second, the share spent waiting, and memory.
 
     Model FLOPs utilisation, ``time/mfu``, is left out for devices whose peak is not known.
@@ -94,7 +94,7 @@ def _times(module: BalCapModule, rollouts: Rollouts, tflops: float) -> dict[str,
     for name in ("rollout", "update"):
         if seconds.get(name, 0.0) > 0:
             times[f"time/{name}_tokens_per_s"] = tokens / seconds[name]
-    if peak := peak_flops(module.device):
+    if tflops is not None and (peak := peak_flops(module.device)):
         times["time/mfu"] = 1e12 * tflops / (seconds["update"] * peak)
     times["time/peak_memory_gb"] = peak_memory(module.device) / 1e9
     return times

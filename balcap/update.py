@@ -124,14 +124,16 @@ def _book_size(
 ) -> None:
     """``tokens_forwarded`` in one pass, the share of tokens that separate sequences would forward beyond
     that (``tokens_saved``), the share of padding in what attention or the forward works on, and ``tflops``,
-    10^12 operations of the policy's forward and backward over distinct tokens in all passes."""
+    10^12 operations of the policy's forward and backward over distinct tokens in all passes, where they are known."""
     sizes = [module.policy.size(rollouts, prompts, rows) for rows in micro]
     forwarded, separate = sum(s.forwarded for s in sizes), sum(s.separate for s in sizes)
     tally.add("tokens_forwarded", forwarded, 1)
     tally.add("tokens_saved", separate - forwarded, separate)
     tally.add("padding", sum(s.padding * s.forwarded for s in sizes), forwarded)
-    flops = sum(module.policy.flops(rollouts, prompts, rows) for rows in micro)
-    tally.add("tflops", module.updates_per_rollout * flops / 1e12, 1)
+    flops = [module.policy.flops(rollouts, prompts, rows) for rows in micro]
+    if None not in flops:
+        total = sum(part for part in flops if part is not None)
+        tally.add("tflops", module.updates_per_rollout * total / 1e12, 1)
 
 
 def _book_mismatch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import main
 from balcap.cli import BalCapCLI, ConfigError
 from tests.support import ROOT, metrics
 
@@ -199,3 +201,20 @@ def test_validate_scores_held_out_images(fit_arguments, cli, tmp_path: Path) -> 
     (row,) = metrics(tmp_path / "run")
     assert 0 <= float(row["val/b_capscore"]) <= 1
     assert 0 < float(row["val/linguistic"]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("load", "set_by_user", "expected"),
+    [
+        (0.1, {}, {"GOMP_SPINCOUNT": "20000"}),
+        (9.0, {}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        (9.0, {"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5"}),
+        (0.1, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_idle_threads_give_way(monkeypatch, load, set_by_user, expected):
+    monkeypatch.setattr(os, "environ", dict(set_by_user))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    main.share_cores()
+    assert os.environ == expected

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
-import inspect
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,8 @@ RESERVED = {"model", "messages", "response_format", "stream", "n", "timeout", "d
 # litellm's words where the router's own limits, not the provider's, keep a call from being sent.
 _HELD_BACK = ("over defined", "max_parallel_requests slots in use")
 RESERVED |= {"num_retries", "max_retries", "fallbacks", "caching", "rpm", "tpm", "max_parallel_requests"}
+
+_CONNECTED: set[Client] = set()  # of this process
 
 
 @dataclass(frozen=True)
@@ -203,23 +204,21 @@ class Client:
         """litellm, with our providers; the first time it takes seconds."""
         if self._litellm is None:
             self._litellm = import_litellm()
-            _forget_clients(self._litellm)
             register_providers(self._litellm, self._providers)
+            _CONNECTED.add(self)
         return self._litellm
 
     async def close(self) -> None:
-        """Close the connections that belong to this client's event loop."""
+        """Close the connections: litellm shares them, so the last client of the process to close does it."""
         if self._litellm is None:
             return
         for router in self._routers.values():
             router.discard()
         self._routers.clear()
-        await _stop_logging()
-        for client in _forget_clients(self._litellm):
-            close = getattr(client, "close", None) or getattr(client, "aclose", None)
-            result = close() if close is not None else None
-            if inspect.isawaitable(result):
-                await result
+        _CONNECTED.discard(self)
+        if not _CONNECTED:
+            await self._litellm.close_litellm_async_clients()
+            self._litellm.in_memory_llm_clients_cache.flush_cache()
 
     def _places(self, route: Route) -> list[Deployment]:
         return self._deployments.get(route.model) or [Deployment(route.model)]
@@ -237,6 +236,7 @@ class Client:
                 ],
                 num_retries=0,
                 cooldown_time=self._cooldown_s,
+                disable_cooldowns=len(places) == 1,  # there is no other place to ask meanwhile
                 # the one strategy that counts requests and tokens itself
                 routing_strategy="usage-based-routing-v2" if limited else "simple-shuffle",
             )
@@ -453,24 +453,3 @@ def _read(route: Route, response: Any, bill: Bill) -> Reply:
     if not text.strip():
         raise InvalidReply("it is empty", "", bill)
     return Reply(text, bill)
-
-
-async def _stop_logging() -> None:
-    """End litellm's logging task where it runs on this loop, which is about to close."""
-    from litellm.litellm_core_utils import logging_worker
-
-    worker = logging_worker.GLOBAL_LOGGING_WORKER
-    if getattr(worker, "_bound_loop", None) is asyncio.get_running_loop():
-        await worker.stop()
-
-
-def _forget_clients(litellm: Any) -> list[Any]:
-    """Take the HTTP clients of the running loop out of litellm's cache, which keys them by the loop's id.
-
-    Ids are used again: without this, a new loop could be handed the connections of a dead one.
-    """
-    cache, mine = litellm.in_memory_llm_clients_cache, f"-{id(asyncio.get_running_loop())}"
-    keys = [key for key in cache.cache_dict if str(key).endswith(mine)]
-    for key in keys:
-        cache.ttl_dict.pop(key, None)
-    return [cache.cache_dict.pop(key) for key in keys]

@@ -13,7 +13,6 @@ from balcap.judge.asking import Limits
 from balcap.judge.client import Client, Deployment, Price
 from balcap.judge.errors import JudgeFailure, RunStopped
 from balcap.judge.images import ImagePolicy
-from balcap.judge.loop import BackgroundLoop
 from balcap.judge.request import Question, Route
 from balcap.judge.session import Session
 from balcap.judge.stats import JudgeStats
@@ -44,7 +43,8 @@ class Judge:
 
     A judgment that fails, after its retries and fallbacks, is a `JudgeFailure` here and becomes a missing
     reward (NaN) in the reward suite, never 0. The object is plain data until the first question: it can be
-    pickled, copied and used after a fork, and every process opens its own connections.
+    pickled and copied, and every process opens its own connections. litellm does not work in a process that was
+    forked from one that has used it.
 
     Args:
         model: litellm model string, ``<provider>/<model>``, such as ``openai/gpt-4o-mini``.
@@ -193,11 +193,11 @@ class Judge:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` on the judge's event loop and wait for it."""
-        return self._loop_for(coroutine).run(coroutine)
+        return self._session_for(coroutine).loop.run(coroutine)
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Start `coroutine` on the judge's event loop and return at once."""
-        return self._loop_for(coroutine).submit(coroutine)
+        return self._session_for(coroutine).submit(coroutine)
 
     def stats(self) -> JudgeStats:
         """Calls, tokens, cost and failures so far, in this process."""
@@ -250,9 +250,9 @@ class Judge:
     def _client(self) -> Client:
         return Client(self.deployments, self.model, self.providers, self.prices)
 
-    def _loop_for(self, coroutine: Coroutine[Any, Any, Any]) -> BackgroundLoop:
+    def _session_for(self, coroutine: Coroutine[Any, Any, Any]) -> Session:
         try:
-            return self._open().loop
+            return self._open()
         except BaseException:
             coroutine.close()  # it will never be awaited, which Python would remark on
             raise

@@ -1,8 +1,9 @@
-"""One event loop in a background thread, for synchronous callers."""
+"""Event loops in background threads, for synchronous callers."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
@@ -12,11 +13,7 @@ T = TypeVar("T")
 
 
 class BackgroundLoop:
-    """An event loop that lives as long as its owner.
-
-    A loop per training step would leave behind the HTTP clients that are tied to it, with their file
-    descriptors. The thread is a daemon: it never keeps a finished program alive.
-    """
+    """An event loop that runs until it is stopped. Its thread is a daemon: it never keeps a finished program alive."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -69,3 +66,19 @@ class BackgroundLoop:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.loop.shutdown_asyncgens()
         await self.loop.shutdown_default_executor()
+
+
+_LOOPS: dict[int, BackgroundLoop] = {}
+_STARTING = threading.Lock()
+
+
+def process_loop() -> BackgroundLoop:
+    """The one loop of this process for all judges; it is never stopped.
+
+    litellm keeps HTTP clients per event loop. A loop for each judge would leave those of dead loops behind, and a
+    new loop with the id of a dead one would be handed its connections.
+    """
+    with _STARTING:
+        if os.getpid() not in _LOOPS:  # after a fork the parent's thread does not run here
+            _LOOPS[os.getpid()] = BackgroundLoop()
+        return _LOOPS[os.getpid()]

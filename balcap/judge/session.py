@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from balcap.judge.asking import DIVISIBLE, Asker, Limits
 from balcap.judge.cache import JudgmentCache
@@ -13,10 +14,11 @@ from balcap.judge.client import Client
 from balcap.judge.errors import InvalidAnswer, JudgeFailure
 from balcap.judge.health import Health
 from balcap.judge.ledger import Ledger
-from balcap.judge.loop import BackgroundLoop
+from balcap.judge.loop import process_loop
 from balcap.judge.request import Question
 from balcap.judge.stats import Counters
 
+T = TypeVar("T")
 Piece = tuple[Any, ...]
 _Waiting = tuple[Piece, list[str], "asyncio.Future[Any]"]
 
@@ -50,11 +52,19 @@ class Session:
         self.counters = Counters()
         self.cache = JudgmentCache(cache)
         self.ledger = Ledger(ledger)
-        self.loop = BackgroundLoop()
+        self.loop = process_loop()
         self._client = make_client()
         self.asker = Asker(self._client, limits, Health(max_failed_share), self.ledger, self.counters)
         self._in_flight: dict[str, asyncio.Future[Any]] = {}
         self._running: set[asyncio.Task[None]] = set()
+        self._submitted: set[Future[Any]] = set()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start `coroutine` on the loop and return at once; `close` cancels it."""
+        future = self.loop.submit(coroutine)
+        self._submitted.add(future)
+        future.add_done_callback(self._submitted.discard)
+        return future
 
     async def ask(
         self, question: Question, pieces: Sequence[Piece], per_call: int
@@ -146,12 +156,19 @@ class Session:
                 future.set_result(outcome)
 
     def close(self) -> None:
-        """Close connections, loop, cache and ledger; safe to call twice."""
-        if not self.loop.loop.is_closed():
-            self.loop.run(self._client.close())
-            self.loop.stop()
+        """Cancel what is under way, close connections, cache and ledger; safe to call twice."""
+        for future in list(self._submitted):
+            future.cancel()
+        self.loop.run(self._stop())
         self.cache.close()
         self.ledger.close()
+
+    async def _stop(self) -> None:
+        tasks = list(self._running)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._client.close()
 
 
 def _done(answers: list[Any]) -> asyncio.Future[Any]:

@@ -27,7 +27,11 @@ PEAK = {
 }
 
 
-def update_flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]]) -> float:
+FAMILIES = {"qwen2_5_vl", "qwen2_vl", "llava"}
+"""Model types whose vision towers `_vision_flops` counts."""
+
+
+def update_flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]]) -> float | None:
     """Of one forward and backward over images, their prompts once, and all their captions.
 
     With N tokens of prompts and captions, M predicted tokens and Q pairs of a token with one that it sees::
@@ -41,7 +45,12 @@ def update_flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]]) 
         base: the HF image-text-to-text model; adapters within it count as what they are.
         layout: of prompts and captions.
         items: ``[b]`` encoded prompts, which tell the sizes of the images.
+
+    Returns:
+        Operations; None for an architecture that is not known here: a metric must not end a run.
     """
+    if base.config.model_type not in FAMILIES:
+        return None
     inner, text = base.model, base.config.get_text_config()
     tokens, predicted = layout.tokens, len(layout.predictors)
     total = 0.0

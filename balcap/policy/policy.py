@@ -119,7 +119,7 @@ class Policy(nn.Module):
         forwarded = sum(len(group) for group in lengths) * (longest + width)
         return Size(forwarded, layout.separate, 1 - layout.separate / forwarded)
 
-    def flops(self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> float:
+    def flops(self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> float | None:
         """Model FLOPs of one forward and backward over these rows; see `update_flops`."""
         items = [prompts.items[row] for row in rows]
         lengths = rollouts.completion_mask[list(rows)].sum(-1).tolist()

@@ -85,3 +85,11 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     held = torch.ones(50_000_000)  # 200 MB
     assert peak_memory(torch.device("cpu")) >= before
     assert peak_memory(torch.device("cpu")) > held.nbytes
+
+
+def test_an_unknown_architecture_has_no_count(load: Load) -> None:
+    policy = load()
+    base = base_of(policy.model)
+    base.config.model_type = "idefics3"
+    layout = Layout([4], [[3, 2]])
+    assert update_flops(base, layout, [{}]) is None
