@@ -26,14 +26,14 @@ lock: $(VENV)/.installed
 	  --custom-compile-command "make lock" --constraint .ci/constraints.txt --output-file requirements.lock pyproject.toml
 
 data/shapes/shapes.json: $(VENV)/.installed
-	$(BIN)/python -m balcap.shapes.dataset --out data/shapes --images 3000
+	$(BIN)/python -m examples.shapes.dataset --out data/shapes --images 3000
 	touch $@
 
 ## train on the embedded world, validate before and after, print what changed
 demo: $(VENV)/.installed data/shapes/shapes.json
 	rm -rf $(RUN)
 	$(BIN)/python main.py fit --config configs/shapes.yaml --run_dir $(RUN) --seed_everything $(SEED)
-	$(BIN)/python -m balcap.shapes.summary $(RUN)
+	$(BIN)/python -m examples.shapes.summary $(RUN)
 
 ## the table of the README: three seeds of the demo
 seeds: $(VENV)/.installed data/shapes/shapes.json
@@ -41,7 +41,7 @@ seeds: $(VENV)/.installed data/shapes/shapes.json
 	  rm -rf runs/seed-$$seed; \
 	  $(BIN)/python main.py fit --config configs/shapes.yaml --run_dir runs/seed-$$seed --seed_everything $$seed || exit 1; \
 	done
-	$(BIN)/python -m balcap.shapes.summary runs/seed-0 runs/seed-1 runs/seed-2
+	$(BIN)/python -m examples.shapes.summary runs/seed-0 runs/seed-1 runs/seed-2
 
 ## every test
 test: $(VENV)/.installed
@@ -81,7 +81,7 @@ format: $(VENV)/.installed
 
 ## rebuild the embedded world's base policy from its seed (about half an hour on two cores)
 base: $(VENV)/.installed
-	$(BIN)/python -m balcap.shapes.base_policy --out assets/shapes-base --seed 0
+	$(BIN)/python -m examples.shapes.base_policy --out assets/shapes-base --seed 0
 
 clean:
 	rm -rf runs data/shapes

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from balcap.imports import import_torchmetrics_lightly
+from balcap.utils.imports import import_torchmetrics_lightly
 
 import_torchmetrics_lightly()  # before Lightning, which imports torchmetrics
 
@@ -19,8 +19,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from balcap.data import CaptionDataModule  # noqa: E402
 from balcap.estimate.trainer import HERE, BalCapTrainer, estimate_problems, launch_of  # noqa: E402
-from balcap.judge import BudgetSpent, RunStopped  # noqa: E402
+from balcap.judge import BudgetSpent  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
+from balcap.utils.errors import RunStopped  # noqa: E402
 from callbacks.caption_writer import CaptionWriter  # noqa: E402
 from callbacks.checkpoint import RunCheckpoint  # noqa: E402
 from callbacks.curves import RunCurves  # noqa: E402
@@ -112,7 +113,7 @@ class BalCapCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         from lightning.pytorch.loggers import TensorBoardLogger
 
-        from balcap.loggers import RunCSVLogger
+        from balcap.trainer.loggers import RunCSVLogger
 
         options = self.config[self.subcommand]
         if self.subcommand == "estimate":

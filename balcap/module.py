@@ -18,20 +18,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
-from balcap.batch import CaptionBatch, Rollouts, StepRecord
-from balcap.judge import Judge, JudgeStats, RunStopped
+from balcap.algorithms import cgdpo, grpo, length_mask, linear_length_penalty
+from balcap.algorithms.loss import LossAggregation
+from balcap.judge import Judge, JudgeStats
 from balcap.judge.cache import describe
 from balcap.judge.judgments import Judgments
-from balcap.objective import cgdpo, grpo, length_gate, linear_length_penalty
-from balcap.objective.loss import LossAggregation
 from balcap.policy import PolicyConfig
 from balcap.rewards import Reward, RewardSuite
 from balcap.rollout import EngineFailed, Finished, RolloutEngine, Sampling
-from balcap.rollout.pipeline import Flight, Judging, restored, saved
-from balcap.step_metrics import caption_scores, judge_costs, step_metrics
-from balcap.tally import Tally
-from balcap.timeline import Timeline
-from balcap.update import update
+from balcap.trainer.metrics import caption_scores, judge_costs, step_metrics
+from balcap.trainer.pipeline import Flight, Judging, restored, saved
+from balcap.trainer.tally import Tally
+from balcap.trainer.timeline import Timeline
+from balcap.trainer.update import update
+from balcap.types import CaptionBatch, Rollouts, StepRecord
+from balcap.utils.errors import RunStopped
 
 if TYPE_CHECKING:
     from balcap.policy.prompts import Prompts
@@ -300,7 +301,7 @@ class BalCapModule(L.LightningModule):
         rollouts = flight.rollouts
         with self.timeline.span("judge_wait"):
             judgments = self._judged_flight(flight)
-            rewards = self.rewards(judgments).cpu()  # [B, G, K]; lengths and masks are there too
+            rewards = self.rewards(rollouts, judgments).cpu()  # [B, G, K]; lengths and masks are there too
         self.timeline.add("judge", "judge", flight.judging.started, flight.judging.ended)
         gated = self.control_length(rewards, rollouts)
         advantages = self.advantages(gated)  # [B, G]
@@ -344,7 +345,7 @@ class BalCapModule(L.LightningModule):
         lengths, references = rollouts.lengths, rollouts.reference_lengths
         if self.length_control == "linear":
             return linear_length_penalty(rewards, lengths, references, index)
-        return length_gate(rewards, lengths, references, self.tau_low, self.tau_high, index)
+        return length_mask(rewards, lengths, references, self.tau_low, self.tau_high, index)
 
     def advantages(self, rewards: Tensor) -> Tensor:
         """``[B, G]``, whitened over all ranks where c-GDPO says so."""
@@ -358,7 +359,7 @@ class BalCapModule(L.LightningModule):
         with self._seeded(batch_idx, stage=1):
             rollouts = self._sample(batch, self.policy.encode(batch), self.val_captions)
         judgments = self._judge(rollouts)
-        rewards = self.val_rewards(judgments).cpu()
+        rewards = self.val_rewards(rollouts, judgments).cpu()
         for name, values in caption_scores(self, rollouts, rewards).items():
             if name in self.val_means:
                 self.val_means[name].update(values.float())

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from balcap.judge import RunStopped
+from balcap.utils.errors import RunStopped
 
 
 class RunCheckpoint(ModelCheckpoint):

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from balcap.batch import StepRecord
+    from balcap.types import StepRecord
 
 THUMBNAIL = 512  # pixels of the longer side: event files hold images uncompressed by anything but PNG
 
@@ -22,7 +22,7 @@ THUMBNAIL = 512  # pixels of the longer side: event files hold images uncompress
 class RolloutLog(Callback):
     """Writes all rollouts of a logged step, and shows some of them.
 
-    Reads ``outputs["records"]``, each a `balcap.batch.StepRecord`, which ``training_step`` and
+    Reads ``outputs["records"]``, each a `balcap.types.StepRecord`, which ``training_step`` and
     ``validation_step`` return: none of a step that only sampled. Each rank writes
     ``<dirpath>/<train|val>-<step>-rank<rank>-<batch>.parquet``, one row per rollout, whole or not
     at all; `rollout_table` documents the columns. ``step`` is the number of optimizer steps behind the

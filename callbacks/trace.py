@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from balcap.timeline import Span
+from balcap.trainer.timeline import Span
 
 
 class ChromeTrace(Callback):

@@ -56,7 +56,6 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from balcap.batch import CaptionBatch
 from balcap.judge import Judge
 from balcap.judge.client import Price
 from balcap.policy import PolicyConfig
@@ -65,10 +64,11 @@ from balcap.rewards import Linguistic, Precision, Recall
 from balcap.rewards.suite import RewardSuite, merge
 from balcap.rollout import Sampling
 from balcap.rollout.hf import HFGenerate
-from balcap.shapes.captions import QUESTIONS, reference
-from balcap.shapes.draw import draw_scene, png_bytes
-from balcap.shapes.oracle import answer
-from balcap.shapes.scene import sample_scene
+from balcap.types import CaptionBatch
+from examples.shapes.captions import QUESTIONS, reference
+from examples.shapes.draw import draw_scene, png_bytes
+from examples.shapes.oracle import answer
+from examples.shapes.scene import sample_scene
 
 G = 8
 SCENES_PER_LONG_CAPTION = 3
@@ -273,7 +273,7 @@ def judged(pictures: Sequence[Picture], model: str, grouping: str, folder: Path,
         verify_calls = rows.execute("SELECT count(*) FROM calls WHERE task = 'verify'").fetchone()[0]
     assert math.isclose(sum(paid.values()), stats.cost_usd)
     usage = (stats.calls, stats.tokens_in, stats.tokens_out, stats.cost_usd)
-    return Bill(suite(judgments), *usage, paid, verify_calls)
+    return Bill(suite(None, judgments), *usage, paid, verify_calls)
 
 
 @dataclass(frozen=True)

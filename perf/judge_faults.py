@@ -48,10 +48,10 @@ from balcap.judge import Verdict
 from balcap.rewards import b_capscore
 from balcap.rewards.precision import score_precision
 from balcap.rewards.recall import score_recall
-from balcap.shapes.draw import scene_of
-from balcap.shapes.fluency import rate
-from balcap.shapes.language import covered, is_pointable, is_true, read_facts
-from balcap.shapes.summary import validations
+from examples.shapes.draw import scene_of
+from examples.shapes.fluency import rate
+from examples.shapes.language import covered, is_pointable, is_true, read_facts
+from examples.shapes.summary import validations
 from tests.judge_server import server_process
 
 
@@ -242,7 +242,7 @@ def main() -> None:
     at_once = options.at_once or (2 if options.quick else 1)
     threads = {"OMP_NUM_THREADS": "1"} if at_once > 1 else {}
     if not (DATA / "shapes.json").exists():
-        command = [sys.executable, "-m", "balcap.shapes.dataset", "--out", str(DATA), "--images", "3000"]
+        command = [sys.executable, "-m", "examples.shapes.dataset", "--out", str(DATA), "--images", "3000"]
         subprocess.run(command, cwd=ROOT, check=True)
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(at_once) as pool:
         out = (options.out or Path(temporary)).absolute()

@@ -322,7 +322,7 @@ def main() -> None:
     """Measure, print a table and one line of JSON."""
     case, rounds, kept = parsed()
     if not (DATA / "shapes.json").exists():
-        command = [sys.executable, "-m", "balcap.shapes.dataset", "--out", str(DATA), "--images", "3000"]
+        command = [sys.executable, "-m", "examples.shapes.dataset", "--out", str(DATA), "--images", "3000"]
         subprocess.run(command, cwd=ROOT, check=True)
     versions = {name: version(name) for name in ("torch", "transformers", "lightning", "trl")}
     results: dict[str, list[Step]] = {LAG1: [], LAG0: [], TRL: []}

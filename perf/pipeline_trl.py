@@ -126,7 +126,7 @@ def reward_function(
         clock.missing += sum(judgments.failures.values())
         lengths = [len(ids) - (len(ids) > 0 and ids[-1] in stop_ids) for ids in completion_ids]
         clock.tokens = sum(lengths) / len(lengths)
-        rewards = suite(judgments).flatten(0, 1)  # [B * G, K]
+        rewards = suite(None, judgments).flatten(0, 1)  # [B * G, K]
         share = torch.tensor([weights.get(name, 0.0) for name in suite.names])
         sums = (rewards * share).nansum(-1).tolist()
         return [

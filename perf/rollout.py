@@ -101,7 +101,7 @@ class Case:
 def write_model(case: Case, folder: Path) -> None:
     """A model with its processor that both engines load: the embedded world's, or random weights."""
     if case.size == "shapes":
-        command = [sys.executable, "-m", "balcap.shapes.padded", "--out", str(folder)]
+        command = [sys.executable, "-m", "examples.shapes.padded", "--out", str(folder)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         return
     from perf.update_case import Case as Shape
@@ -115,7 +115,7 @@ def write_model(case: Case, folder: Path) -> None:
 
 def dataset(case: Case, folder: Path) -> Path:
     """Images of the embedded world in ShareGPT4V's format."""
-    from balcap.shapes.dataset import write_dataset
+    from examples.shapes.dataset import write_dataset
 
     write_dataset(folder, max(case.images, case.step_images * (case.warmup + case.steps)) + 8)
     return folder

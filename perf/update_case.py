@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balcap.batch import Rollouts
 from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.layout import Layout
 from balcap.policy.loading import prepare
 from balcap.policy.prompts import PromptEncoder, Prompts
+from balcap.types import Rollouts
 from tests import tiny_models as tiny
 
 QUESTION = "Describe the image in detail."

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balcap.objective import loss_normalizer, policy_loss
+from balcap.algorithms import loss_normalizer, policy_loss
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import PromptEncoder, Prompts
 from balcap.policy.shared_prefix import base_of, shared_prefix_logps
@@ -30,7 +30,7 @@ def twin(model: Any) -> Any:
 
 
 class Ours:
-    """As in `balcap.update`, one micro-batch: log-probs and entropies, loss, backward."""
+    """As in `balcap.trainer.update`, one micro-batch: log-probs and entropies, loss, backward."""
 
     def __init__(self, model: Any, processor: Any, shared_prefix: bool) -> None:
         model = twin(model)

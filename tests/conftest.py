@@ -26,7 +26,7 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no price table 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with ``shapes.json`` and 60 pictures."""
-    from balcap.shapes.dataset import write_dataset
+    from examples.shapes.dataset import write_dataset
 
     out = tmp_path_factory.mktemp("world")
     write_dataset(out, images=60, seed=7)

@@ -8,11 +8,11 @@ import os
 
 import torch
 
-from balcap.batch import CaptionBatch, Rollouts
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import Prompts
 from balcap.rollout import Finished, Sampling
-from balcap.shapes.oracle import Oracle
+from balcap.types import CaptionBatch, Rollouts
+from examples.shapes.oracle import Oracle
 
 
 class FixedEngine:

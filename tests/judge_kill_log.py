@@ -8,7 +8,7 @@ import os
 import time
 from typing import Any
 
-from balcap.shapes.oracle import answer as oracle
+from examples.shapes.oracle import answer as oracle
 from tests.judge_replies import data_of, image_urls, task_of
 
 

@@ -423,7 +423,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--port", type=int, default=0, help="0 for any")
-    add("--answer", default="balcap.shapes.oracle.answer", help="import path of the right answers")
+    add("--answer", default="examples.shapes.oracle.answer", help="import path of the right answers")
     add("--fault-share", type=float, default=0.0)
     add("--faults", default=",".join(PASSING), help="comma-separated")
     add("--seed", type=int, default=0)

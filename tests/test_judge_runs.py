@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from balcap.shapes.oracle import answer
+from examples.shapes.oracle import answer
 from tests.judge_server import JudgeServer, server_process
 from tests.support import ROOT, metrics
 

@@ -74,7 +74,7 @@ def test_a_peer_that_is_missing_is_named() -> None:
 
 @pytest.fixture
 def oracle():
-    judge = Judge("shapes/oracle", providers={"shapes": "balcap.shapes.oracle.Oracle"}, cache=None)
+    judge = Judge("shapes/oracle", providers={"shapes": "examples.shapes.oracle.Oracle"}, cache=None)
     yield judge
     judge.close()
 

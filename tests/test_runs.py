@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from balcap.shapes.oracle import answer
-from balcap.update import UpdatesDiverged
+from balcap.trainer.update import UpdatesDiverged
+from examples.shapes.oracle import answer
 from tests.judge.judge_fakes import JudgeServer
 from tests.support import ROOT, metrics
 
@@ -122,7 +122,7 @@ def test_a_judge_that_is_down_makes_rewards_missing_and_moves_nothing(
 def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(
     fit_arguments, cli, monkeypatch, tmp_path: Path
 ) -> None:
-    import balcap.update as room
+    import balcap.trainer.update as room
 
     real = room.policy_loss
     calls = []

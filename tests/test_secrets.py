@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from balcap.judge import Judge, JudgeFailure, TaskModel
 from balcap.judge.client import Deployment
 from balcap.judge.errors import JudgeUnavailable
-from balcap.judge.redact import keep_secret, redact
 from balcap.judge.secrets import resolve, secret_problems
-from balcap.shapes.oracle import answer
+from balcap.utils.redact import keep_secret, redact
+from examples.shapes.oracle import answer
 from tests.judge_server import JudgeServer
 
 # Of no known shape, and with characters that URLs, JSON and base64 write in other ways.

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from balcap.batch import CaptionBatch, Rollouts
+from balcap.types import CaptionBatch, Rollouts
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, 0123456789 times!",

@@ -13,7 +13,6 @@ import lightning
 import numpy as np
 import torch.distributed as dist
 
-from balcap.batch import CaptionBatch
 from balcap.data import checks, resume
 from balcap.data.bad_rows import BadRowLog
 from balcap.data.files import ImageFolder, folder_rows
@@ -22,6 +21,7 @@ from balcap.data.reader import RowReader, Table
 from balcap.data.sharegpt4v import TEXT_ONLY_CAUSES, DataError, column, load_rows
 from balcap.data.split import Split, select_rows, split_rows
 from balcap.data.stream import CaptionStream, PlannedBatches, StreamLoader, even_chunks
+from balcap.types import CaptionBatch
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from balcap.batch import CaptionBatch, Cursor
 from balcap.data.bad_rows import BadRowLog
 from balcap.data.files import ImageFolder
 from balcap.data.images import BadImage
 from balcap.data.prompt import prompt_for
+from balcap.types import CaptionBatch, Cursor
 
 
 class Table(Protocol):
@@ -77,6 +77,6 @@ def to_batch(samples: Sequence[Sample], cursor: Cursor | None = None) -> Caption
         image_bytes=[s.image_bytes for s in samples],
         prompts=[s.prompt for s in samples],
         references=[s.reference for s in samples],
-        reference_units=[s.reference_units for s in samples],
+        extras={"reference_units": [s.reference_units for s in samples]},
         cursor=cursor,
     )

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from balcap.batch import CaptionBatch, Cursor
 from balcap.data.bad_rows import TooManyBadRows
 from balcap.data.order import read_order
 from balcap.data.reader import RowReader, Sample, to_batch
+from balcap.types import CaptionBatch, Cursor
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,6 @@ from balcap.judge.errors import (
     JudgeFailure,
     JudgeUnavailable,
     LedgerError,
-    RunStopped,
     StoreError,
 )
 from balcap.judge.group import Group
@@ -53,7 +52,6 @@ __all__ = [
     "Price",
     "Rate",
     "Rating",
-    "RunStopped",
     "StoreError",
     "Task",
     "TaskModel",

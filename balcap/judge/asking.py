@@ -19,14 +19,15 @@ from typing import Any, TypeVar
 
 from balcap.judge.answers import extract_json
 from balcap.judge.client import Bill, CallFailed, Client, InvalidReply, Reply
-from balcap.judge.errors import BudgetSpent, InvalidAnswer, JudgeFailure, JudgeUnavailable, RunStopped
+from balcap.judge.errors import BudgetSpent, InvalidAnswer, JudgeFailure, JudgeUnavailable
 from balcap.judge.fence import fence
 from balcap.judge.health import Health
 from balcap.judge.images import ImageError
 from balcap.judge.ledger import Call, Ledger
-from balcap.judge.redact import redact
 from balcap.judge.request import Question, Route
 from balcap.judge.stats import Counters
+from balcap.utils.errors import RunStopped
+from balcap.utils.redact import redact
 
 logger = logging.getLogger(__name__)
 

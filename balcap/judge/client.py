@@ -17,10 +17,10 @@ from typing import Any
 
 from balcap.judge.answers import extract_json
 from balcap.judge.errors import FailureKind, InvalidAnswer
-from balcap.judge.redact import redact
 from balcap.judge.request import Question, Route, response_format, wire
 from balcap.judge.secrets import resolve
 from balcap.judge.tasks.base import Message
+from balcap.utils.redact import redact
 
 # Set here, or a matter of how a question is asked; in `params` they would be silently overruled.
 RESERVED = {"model", "messages", "response_format", "stream", "n", "timeout", "drop_params"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from balcap.utils.errors import RunStopped
+
 FailureKind = Literal[
     "refused",  # the model declines
     "filtered",  # the provider's content filter
@@ -47,10 +49,6 @@ class JudgeFailure(RuntimeError):
 
     def __reduce__(self) -> tuple[type[JudgeFailure], tuple[str, str, str]]:
         return type(self), (self.task, self.reason, self.kind)
-
-
-class RunStopped(RuntimeError):
-    """The run ends here on purpose, with a checkpoint; the message says why and how to go on."""
 
 
 class JudgeUnavailable(RunStopped):

@@ -11,13 +11,14 @@ from typing import Any, Literal, TypeVar
 
 from balcap.judge.asking import Limits
 from balcap.judge.client import Client, Deployment, Price
-from balcap.judge.errors import JudgeFailure, RunStopped
+from balcap.judge.errors import JudgeFailure
 from balcap.judge.images import ImagePolicy
 from balcap.judge.request import Question, Route
 from balcap.judge.session import Session
 from balcap.judge.stats import JudgeStats
 from balcap.judge.tasks import Decompose, Match, Rate, Rating, Task, Verdict, Verify
 from balcap.judge.tasks.base import AnswerT
+from balcap.utils.errors import RunStopped
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Judgments:
-    """Answers per kind of judgment; B and G as in `balcap.batch`.
+    """Answers per kind of judgment; B and G as in `balcap.types`.
 
     Attributes:
         answers: task name -> ``[B][G]`` answers, None where the judge failed. For the four tasks:

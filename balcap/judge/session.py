@@ -14,9 +14,9 @@ from balcap.judge.client import Client
 from balcap.judge.errors import InvalidAnswer, JudgeFailure
 from balcap.judge.health import Health
 from balcap.judge.ledger import Ledger
-from balcap.judge.loop import process_loop
 from balcap.judge.request import Question
 from balcap.judge.stats import Counters
+from balcap.utils.loop import process_loop
 
 T = TypeVar("T")
 Piece = tuple[Any, ...]

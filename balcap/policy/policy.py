@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from balcap.batch import CaptionBatch, Rollouts
 from balcap.policy.config import PolicyConfig
 from balcap.policy.flops import update_flops
 from balcap.policy.layout import Layout
@@ -24,6 +23,7 @@ from balcap.policy.shared_prefix import (
     prepare_shared_prefix,
     shared_prefix_logps,
 )
+from balcap.types import CaptionBatch, Rollouts
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balcap.batch import CaptionBatch
+from balcap.types import CaptionBatch
 
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # [1, P] each
 

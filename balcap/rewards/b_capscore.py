@@ -12,6 +12,7 @@ from balcap.rewards.base import Reward, per_rollout
 from balcap.rewards.linguistic import score_linguistic
 from balcap.rewards.precision import score_precision
 from balcap.rewards.recall import score_recall
+from balcap.types import Rollouts
 
 
 def b_capscore(
@@ -47,7 +48,7 @@ class BCapScore(Reward):
     name = "b_capscore"
     needs = (Verify, Match, Rate)
 
-    def score(self, judgments: Judgments) -> Float[Tensor, "B G"]:
+    def score(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         if any(task.name not in judgments for task in self.needs):
             shape = next(([len(a), len(a[0])] for a in judgments.answers.values()), [0, 0])
             return torch.full(shape, torch.nan)

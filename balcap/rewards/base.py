@@ -1,4 +1,4 @@
-"""What a reward is: judgments in, scores in [0, 1] out."""
+"""What a reward is: captions and what was judged of them in, scores in [0, 1] out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from balcap.judge.judgments import Judgments
 from balcap.judge.tasks import Task
+from balcap.types import Rollouts
 
 T = TypeVar("T")
 
@@ -21,20 +22,21 @@ T = TypeVar("T")
 class Reward(Metric):
     """A score in [0, 1] per rollout and, as a metric, its mean over all rollouts seen.
 
-    ``reward(judgments)`` returns ``[B, G]`` float32, NaN where it is missing, and accumulates;
-    ``compute()`` is the mean over what is there, on all ranks, NaN if nothing is. A reward is a pure
-    function of judgments: it asks nobody and opens nothing.
+    ``reward(rollouts, judgments)`` returns ``[B, G]`` float32, NaN where it is missing, and accumulates;
+    ``compute()`` is the mean over what is there, on all ranks, NaN if nothing is. A reward sees all that is known
+    of the rollouts (captions, tokens, lengths, images, references, the batch's extra columns) and the judgments
+    that it `needs`; it asks no judge itself.
 
     To add one, write a file with a pure ``score_*`` function and a subclass that sets `name` and `needs`
     and implements `score`; name the class in the YAML.
 
     Attributes:
         name: how the reward is called in logs; distinct within a suite.
-        needs: kinds of judgment that it reads.
+        needs: kinds of judgment that it reads; none for a reward without a judge.
     """
 
     name: ClassVar[str]
-    needs: ClassVar[tuple[type[Task[Any]], ...]]
+    needs: ClassVar[tuple[type[Task[Any]], ...]] = ()
     higher_is_better = True
     is_differentiable = False
     full_state_update = False
@@ -48,11 +50,11 @@ class Reward(Metric):
         self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
 
     @abstractmethod
-    def score(self, judgments: Judgments) -> Float[Tensor, "B G"]:
+    def score(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         """Scores in [0, 1], NaN where a judgment is missing."""
 
-    def update(self, judgments: Judgments) -> None:
-        scores = self.score(judgments).to(self.device)
+    def update(self, rollouts: Rollouts, judgments: Judgments) -> None:
+        scores = self.score(rollouts, judgments).to(self.device)
         there = ~scores.isnan()
         self.total += torch.where(there, scores, 0.0).sum()
         self.count += there.sum()
@@ -61,7 +63,7 @@ class Reward(Metric):
         """Mean over the scores that are there; NaN if there is none."""
         return self.total / self.count
 
-    def forward(self, judgments: Judgments) -> Float[Tensor, "B G"]:
+    def forward(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         """Scores of this batch, which are also accumulated.
 
         Raises:
@@ -69,8 +71,8 @@ class Reward(Metric):
         """
         if self._is_synced:
             raise TorchMetricsUserError("The reward is synchronised: call unsync before forward.")
-        self.update(judgments)
-        scores = self.score(judgments).to(self.device)
+        self.update(rollouts, judgments)
+        scores = self.score(rollouts, judgments).to(self.device)
         # What `self.log("…", reward, on_step=True)` of Lightning shows for this step.
         self._forward_cache = scores.nanmean()  # type: ignore[assignment]
         return scores

@@ -8,6 +8,7 @@ from torch import Tensor
 from balcap.judge.judgments import Judgments
 from balcap.judge.tasks import Rate, Rating
 from balcap.rewards.base import Reward, per_rollout
+from balcap.types import Rollouts
 
 
 def score_linguistic(rating: Rating) -> float:
@@ -21,5 +22,5 @@ class Linguistic(Reward):
     name = "linguistic"
     needs = (Rate,)
 
-    def score(self, judgments: Judgments) -> Float[Tensor, "B G"]:
+    def score(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         return per_rollout(judgments[Rate.name], score_linguistic)

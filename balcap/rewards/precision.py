@@ -10,6 +10,7 @@ from torch import Tensor
 from balcap.judge.judgments import Judgments
 from balcap.judge.tasks import Verdict, Verify
 from balcap.rewards.base import Reward, per_rollout
+from balcap.types import Rollouts
 
 
 def score_precision(verdicts: Sequence[Verdict], pointable: bool = True) -> float:
@@ -40,5 +41,5 @@ class Precision(Reward):
         super().__init__()
         self.pointable = pointable
 
-    def score(self, judgments: Judgments) -> Float[Tensor, "B G"]:
+    def score(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         return per_rollout(judgments[Verify.name], lambda verdicts: score_precision(verdicts, self.pointable))

@@ -11,6 +11,7 @@ from torch import Tensor
 from balcap.judge.judgments import Judgments
 from balcap.judge.tasks import Match
 from balcap.rewards.base import Reward, per_rollout
+from balcap.types import Rollouts
 
 
 def score_recall(covered: Sequence[bool]) -> float:
@@ -30,5 +31,5 @@ class Recall(Reward):
     name = "recall"
     needs = (Match,)
 
-    def score(self, judgments: Judgments) -> Float[Tensor, "B G"]:
+    def score(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         return per_rollout(judgments[Match.name], score_recall)

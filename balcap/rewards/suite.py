@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from balcap.batch import Rollouts
 from balcap.judge.group import Group
 from balcap.judge.judgments import Judgments
 from balcap.judge.tasks import Task
 from balcap.judge.tasks.base import Asks
 from balcap.rewards.base import Reward
+from balcap.types import Rollouts
 
 T = TypeVar("T")
 
@@ -92,13 +92,13 @@ class RewardSuite(nn.Module):
         failures = Counter({name: _missing(rows) for name, rows in answers.items() if _missing(rows)})
         return Judgments(answers, [group.known_units()], failures, _few(group.reasons))
 
-    def forward(self, judgments: Judgments) -> Float[Tensor, "B G K"]:
+    def forward(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G K"]:
         """Scores in [0, 1], float32, in the order of `names`; NaN where missing. Accumulates every reward."""
-        return torch.stack([reward(judgments) for reward in self.rewards], dim=-1)
+        return torch.stack([reward(rollouts, judgments) for reward in self.rewards], dim=-1)
 
     async def _gather_all(self, judge: Asks, rollouts: Rollouts) -> Judgments:
         batch = rollouts.batch
-        units = batch.reference_units or [None] * len(batch)
+        units = batch.extra("reference_units")
         rows = zip(
             batch.sample_ids, batch.image_bytes, batch.references, rollouts.captions, units, strict=True
         )

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from balcap.batch import CaptionBatch, Rollouts
-from balcap.judge.errors import RunStopped
+from balcap.types import CaptionBatch, Rollouts
+from balcap.utils.errors import RunStopped
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy

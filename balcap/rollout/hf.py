@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from balcap.batch import CaptionBatch, Rollouts
 from balcap.rollout.base import Finished, Sampling
 from balcap.rollout.packing import pack, stop_token_ids, until_stop
+from balcap.types import CaptionBatch, Rollouts
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from balcap.batch import CaptionBatch, Rollouts
+from balcap.types import CaptionBatch, Rollouts
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy

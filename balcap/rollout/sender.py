@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from balcap.judge.redact import redact
 from balcap.rollout.base import EngineFailed
 from balcap.rollout.transfer import (
     HELLO,
@@ -29,6 +28,7 @@ from balcap.rollout.transfer import (
     open_store,
 )
 from balcap.rollout.vllm_http import Server, WorkerFailed
+from balcap.utils.redact import redact
 
 T = TypeVar("T")
 

@@ -9,10 +9,10 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from balcap.batch import CaptionBatch
 from balcap.rollout.base import EngineFailed, Sampling
 from balcap.rollout.vllm_common import logprobs_mode, mm_processor_kwargs
 from balcap.rollout.vllm_http import START
+from balcap.types import CaptionBatch
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy

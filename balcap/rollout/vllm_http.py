@@ -8,8 +8,8 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from balcap.judge.redact import redact
 from balcap.rollout.base import EngineFailed
+from balcap.utils.redact import redact
 
 if TYPE_CHECKING:
     import httpx

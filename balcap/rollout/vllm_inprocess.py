@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from balcap.batch import CaptionBatch, Rollouts
 from balcap.rollout.base import EngineFailed, Finished, Sampling
 from balcap.rollout.packing import pack, stop_token_ids, until_stop
 from balcap.rollout.vllm_common import (
@@ -23,6 +22,7 @@ from balcap.rollout.vllm_common import (
 from balcap.rollout.vllm_requests import KEY, Ranks, Request, check_lengths, run
 from balcap.rollout.vllm_start import end, engine_arguments, start
 from balcap.rollout.weights import adapter_weights, trained_weights
+from balcap.types import CaptionBatch, Rollouts
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy

@@ -12,9 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from balcap.batch import CaptionBatch, Rollouts
-from balcap.judge.loop import BackgroundLoop
-from balcap.judge.redact import keep_secret
 from balcap.rollout.base import EngineFailed, Finished, Sampling
 from balcap.rollout.packing import pack, stop_token_ids, until_stop
 from balcap.rollout.sender import Sender, all_of
@@ -23,6 +20,9 @@ from balcap.rollout.vllm_chat import chat_answer, chat_request, chat_settings
 from balcap.rollout.vllm_common import check_prompt, draw_seed, image_seeds, rows_to_check
 from balcap.rollout.vllm_http import ADAPTER, START, Server
 from balcap.rollout.weights import adapter_weights, trained_weights
+from balcap.types import CaptionBatch, Rollouts
+from balcap.utils.loop import BackgroundLoop
+from balcap.utils.redact import keep_secret
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy

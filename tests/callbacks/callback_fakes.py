@@ -10,8 +10,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-from balcap.batch import CaptionBatch, Rollouts, StepRecord
 from balcap.judge.judgments import Judgments
+from balcap.types import CaptionBatch, Rollouts, StepRecord
 
 NAN = float("nan")
 

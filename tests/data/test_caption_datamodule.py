@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from balcap.batch import CaptionBatch
 from balcap.data.bad_rows import TooManyBadRows
 from balcap.data.datamodule import CaptionDataModule
 from balcap.data.images import PILLOW_MAX_PIXELS
 from balcap.data.prompt import DEFAULT_PROMPT
 from balcap.data.sharegpt4v import DataError
+from balcap.types import CaptionBatch
 
 
 def ids(loader: object, batches: int | None = None) -> list[str]:

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from balcap.batch import CaptionBatch
 from balcap.data.bad_rows import BadRowLog, TooManyBadRows
 from balcap.data.files import ImageFolder
 from balcap.data.order import common_position, permutation, positions_from, read_order, rows_per_epoch
 from balcap.data.reader import RowReader
 from balcap.data.split import select_rows, split_rows
 from balcap.data.stream import CaptionStream, PlannedBatches, StreamLoader, even_chunks
+from balcap.types import CaptionBatch
 
 IMAGE = Image.new("RGB", (28, 28))
 
@@ -71,11 +71,14 @@ def ids(batches: list[CaptionBatch]) -> list[str]:
 def test_units_travel_with_their_image(tmp_path: Path) -> None:
     (batch,) = train(make_stream(tmp_path, batch_size=4), 1)
     rows = [int(name.removesuffix(".png")) for name in batch.sample_ids]
-    assert batch.reference_units == [[f"unit {row}"] if row % 2 else None for row in rows]
-    assert any(units is None for units in batch.reference_units)
+    assert batch.extra("reference_units") == [[f"unit {row}"] if row % 2 else None for row in rows]
+    assert any(units is None for units in batch.extra("reference_units"))
     chosen = batch.select([3, 1])
-    assert chosen.reference_units == [batch.reference_units[3], batch.reference_units[1]]
-    assert replace(batch, reference_units=None).select([0]).reference_units is None
+    assert chosen.extra("reference_units") == [
+        batch.extra("reference_units")[3],
+        batch.extra("reference_units")[1],
+    ]
+    assert replace(batch, extras={}).select([0]).extra("reference_units") == [None]
 
 
 # ---- order

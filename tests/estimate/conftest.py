@@ -61,7 +61,7 @@ def command(name: str, arguments: list[str]) -> None:
 @pytest.fixture(scope="session")
 def paid(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Paid:
     """A fit on the embedded world, judged through HTTP."""
-    from balcap.shapes.oracle import answer
+    from examples.shapes.oracle import answer
 
     tmp = tmp_path_factory.mktemp("paid")
     environment = pytest.MonkeyPatch()

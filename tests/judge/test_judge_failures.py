@@ -9,9 +9,9 @@ import pytest
 import torch
 from judge_fakes import JudgeServer
 
-from balcap.batch import CaptionBatch, Rollouts
 from balcap.judge import Judge, JudgeFailure, Rating, Verdict, asking, client
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
+from balcap.types import CaptionBatch, Rollouts
 
 KEY = "sk-planted-0123456789abcdef"
 
@@ -147,7 +147,7 @@ def judged(server: Failing, png: bytes, **settings):
     judgments = suite.gather(judge, rollouts([["A cat. calm", "A mat", "A cat. calm"]], png))
     stats = judge.stats()
     judge.close()
-    return judgments, suite(judgments), stats
+    return judgments, suite(None, judgments), stats
 
 
 NAN = float("nan")

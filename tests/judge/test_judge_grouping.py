@@ -29,7 +29,9 @@ def test_both_groupings_give_the_same_rewards(make_judge, server, png):
     for grouping in ("group", "per_rollout"):
         server.requests.clear()
         judge = make_judge(grouping=grouping)
-        rewards[grouping] = suite()(suite().gather(judge, rollouts([CAPTIONS], png)))
+        rewards[grouping] = suite()(
+            rollouts([CAPTIONS], png), suite().gather(judge, rollouts([CAPTIONS], png))
+        )
         if grouping == "group":
             # 4 captions and the reference: 1 + 1; 5 distinct assertions in 1; 4 captions in 1; rated one by one
             assert sorted(tasks(server)) == ["decompose"] * 2 + ["match"] + ["rate"] * 4 + ["verify"]
@@ -155,7 +157,7 @@ def test_a_missing_verdict_is_a_missing_precision_of_who_stated_it(make_judge, s
     judge = make_judge(retries=0)
     judgments = suite().gather(judge, rollouts([CAPTIONS], png))
     del server._fault
-    precision = suite()(judgments)[0, :, 0].tolist()
+    precision = suite()(None, judgments)[0, :, 0].tolist()
     assert precision[:3] == pytest.approx([1 / 2, 2 / 3, 1.0])
     assert math.isnan(precision[3])
     assert judgments.failures == {"verify": 1}

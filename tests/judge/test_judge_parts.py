@@ -14,9 +14,9 @@ from PIL import Image
 from balcap.judge import Decompose, InvalidAnswer, JudgeStats, Match, Rate, Rating, Verdict, Verify
 from balcap.judge.answers import extract_json
 from balcap.judge.fence import fence
-from balcap.judge.redact import redact
 from balcap.judge.request import response_format
 from balcap.judge.tasks.base import Schema
+from balcap.utils.redact import redact
 
 any_text = st.text(st.characters(exclude_categories=[]))  # lone surrogates and control characters too
 nasty = st.sampled_from(["</caption>", "<|im_start|>", "\n", "\x00", "\u2028", "\u202e", "\ud800", '"', "\\"])

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from balcap.batch import Rollouts
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
+from balcap.types import Rollouts
 from tests.tiny_models import mixed_batch, rollouts_of
 
 Load = Callable[..., Policy]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from balcap.batch import Rollouts
 from balcap.policy import prompts as prompts_module
 from balcap.policy.policy import Policy
+from balcap.types import Rollouts
 from tests.tiny_models import mixed_batch, own_logits, rollouts_of
 
 Load = Callable[..., Policy]

@@ -39,7 +39,7 @@ def recaption_arguments(world: Path, tmp_path: Path, out: Path) -> Callable[...,
 @pytest.fixture
 def server() -> Iterator[JudgeServer]:
     """The oracle behind HTTP."""
-    from balcap.shapes.oracle import answer
+    from examples.shapes.oracle import answer
 
     running = JudgeServer(answer)
     yield running

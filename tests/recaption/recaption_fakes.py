@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import litellm
 
-from balcap.shapes.oracle import Oracle
+from examples.shapes.oracle import Oracle
 from tests.judge_replies import Messages, data_of, image_urls, task_of
 
 Item = tuple[str, str]

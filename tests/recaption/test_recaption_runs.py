@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from balcap.judge.images import ImagePolicy, image_url
-from balcap.shapes.draw import scene_of
-from balcap.shapes.language import is_true, read_fact, read_facts
+from examples.shapes.draw import scene_of
+from examples.shapes.language import is_true, read_fact, read_facts
 from tests.recaption.recaption_fakes import MOODY, Moody, about
 
 ASK = {"from": "human", "value": "What is this?\n<image>"}
@@ -117,7 +117,7 @@ def test_without_decomposition_only_captions_are_asked_for(recaption_arguments, 
 def test_another_judge_may_decompose(recaption_arguments, cli, tmp_path: Path, out: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text(
-        "decompose_judge: {model: shapes/oracle, providers: {shapes: balcap.shapes.oracle.Oracle}, cache: null}"
+        "decompose_judge: {model: shapes/oracle, providers: {shapes: examples.shapes.oracle.Oracle}, cache: null}"
     )
     arguments = recaption_arguments(**MOODY, max_rows=6)
     cli([*arguments[:3], "--config", str(other), *arguments[3:]])
@@ -407,7 +407,7 @@ def test_what_is_missing_is_named(recaption_arguments, cli, options: dict, key: 
     arguments.remove("--config")
     arguments += [
         "--judge.providers",
-        "{shapes: balcap.shapes.oracle.Oracle}",
+        "{shapes: examples.shapes.oracle.Oracle}",
         "--judge.model",
         "shapes/oracle",
     ]

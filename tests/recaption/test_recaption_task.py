@@ -6,11 +6,11 @@ import pytest
 
 from balcap.judge.errors import InvalidAnswer
 from balcap.judge.tasks.recaption import Recaption
-from balcap.shapes.captions import QUESTIONS
-from balcap.shapes.draw import draw_scene, png_bytes
-from balcap.shapes.language import is_true, read_facts
-from balcap.shapes.oracle import answer
-from balcap.shapes.scene import sample_scene
+from examples.shapes.captions import QUESTIONS
+from examples.shapes.draw import draw_scene, png_bytes
+from examples.shapes.language import is_true, read_facts
+from examples.shapes.oracle import answer
+from examples.shapes.scene import sample_scene
 from tests.judge_replies import data_of, image_urls
 
 

@@ -87,40 +87,40 @@ def test_mean_of_scores_and_score_of_means_differ():
         rate=[[Rating(1, 1, 1), Rating(0.25, 0.25, 0.25)]],
     )
     metric, parts = BCapScore(), [Precision(), Recall(), Linguistic()]
-    close(metric(both), [[1.0, 0.375]])
+    close(metric(None, both), [[1.0, 0.375]])
     assert metric.compute().item() == pytest.approx(0.6875)
     for part in parts:
-        part.update(both)
+        part.update(None, both)
     assert b_capscore(*(part.compute() for part in parts)).item() == pytest.approx(0.703125)
 
 
 def test_b_capscore_counts_pointability_whatever_the_run_trains_on():
     said = judgments([[[UNPOINTABLE, BOTH]]], [[[True]]], [[Rating(1, 1, 1)]])
-    close(Precision(pointable=False)(said), [[1.0]])
-    close(BCapScore()(said), [[3 / (1 / 0.5 + 1 + 1)]])  # 0.75
+    close(Precision(pointable=False)(None, said), [[1.0]])
+    close(BCapScore()(None, said), [[3 / (1 / 0.5 + 1 + 1)]])  # 0.75
 
 
 def test_b_capscore_without_one_kind_of_judgment_is_missing():
     only = Judgments({"verify": [[[BOTH], [BOTH]]]}, units=[None])
-    close(BCapScore()(only), [[NAN, NAN]])
+    close(BCapScore()(None, only), [[NAN, NAN]])
 
 
 def test_missing_is_nan_and_left_out_of_the_mean():
     precision = Precision()
-    scores = precision(judgments(verify=[[[BOTH], None], [[FALSE, BOTH], [FALSE]]]))
+    scores = precision(None, judgments(verify=[[[BOTH], None], [[FALSE, BOTH], [FALSE]]]))
     close(scores, [[1.0, NAN], [0.5, 0.0]])
     assert precision.compute().item() == pytest.approx(0.5)  # (1 + 0.5 + 0) / 3
     assert precision._forward_cache.item() == pytest.approx(0.5)
-    precision.update(judgments(verify=[[[BOTH], None]]))
+    precision.update(None, judgments(verify=[[[BOTH], None]]))
     assert precision.compute().item() == pytest.approx(0.625)  # (1 + 0.5 + 0 + 1) / 4
     precision.reset()
-    precision.update(judgments(verify=[[None, None]]))
+    precision.update(None, judgments(verify=[[None, None]]))
     assert precision.compute().isnan()
 
 
 def test_a_reference_without_units_is_missing_for_its_group():
     recall = Recall()
-    close(recall(judgments(match=[[[], []], [[True, False], [True, True]]])), [[NAN, NAN], [0.5, 1.0]])
+    close(recall(None, judgments(match=[[[], []], [[True, False], [True, True]]])), [[NAN, NAN], [0.5, 1.0]])
     assert recall.compute().item() == pytest.approx(0.75)
 
 
@@ -133,15 +133,15 @@ def test_every_reward_is_a_metric_that_sums_over_ranks(make):
         "total": "dim_zero_sum",
         "count": "dim_zero_sum",
     }
-    assert reward(judgments()).isnan().all()
-    assert reward(judgments()).dtype == torch.float32
+    assert reward(None, judgments()).isnan().all()
+    assert reward(None, judgments()).dtype == torch.float32
 
 
 def test_two_ranks_together():
     # what synchronisation does: sum the states. Rank 0: 1 score of 1; rank 1: 3 scores of 0: mean 1/4
     ranks = [Precision(), Precision()]
-    ranks[0].update(judgments(verify=[[[BOTH], None]]))
-    ranks[1].update(judgments(verify=[[[FALSE], [FALSE], [FALSE]]]))
+    ranks[0].update(None, judgments(verify=[[[BOTH], None]]))
+    ranks[1].update(None, judgments(verify=[[[FALSE], [FALSE], [FALSE]]]))
     gathered = {
         name: torch.stack([getattr(rank, name) for rank in ranks]).sum(0) for name in ("total", "count")
     }
@@ -154,7 +154,7 @@ def test_forward_while_synchronised_is_refused():
     reward = Precision()
     reward._is_synced = True
     with pytest.raises(TorchMetricsUserError, match="unsync"):
-        reward(judgments())
+        reward(None, judgments())
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12), st.randoms())

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from balcap.batch import CaptionBatch, Rollouts
 from balcap.judge import JudgeFailure, Judgments, Rating, Task, Verdict
 from balcap.judge.tasks import Schema
 from balcap.judge.tasks.base import chat
 from balcap.rewards import Linguistic, Precision, Recall, Reward, RewardSuite, merge
 from balcap.rewards.base import per_rollout
+from balcap.types import CaptionBatch, Rollouts
 
 NAN = float("nan")
 
@@ -82,7 +82,7 @@ def test_rewards_stand_in_the_order_of_the_suite():
     judged = suite.gather(judge, rollouts([["Cat dog", "Cat Mat"], ["Sun", ""]], ["Cat Mat", ""]))
     # linguistic 0.5, 0 for the empty caption; precision 1/2, 2/2, 1/1, 0 for the empty caption;
     # recall of "Cat Mat" 1/2 and 2/2; the empty reference has no recall
-    rewards = suite(judged)
+    rewards = suite(None, judged)
     close(rewards, [[[0.5, 0.5, 0.5], [0.5, 1.0, 1.0]], [[0.5, 1.0, NAN], [0.0, 0.0, NAN]]])
     assert rewards.dtype == torch.float32
     assert suite.names == ("linguistic", "precision", "recall")
@@ -109,7 +109,7 @@ def test_what_is_not_needed_is_not_asked():
 def test_failures_count_missing_answers():
     suite = RewardSuite([Precision(), Recall(), Linguistic()])
     judged = suite.gather(FakeJudge(), rollouts([["Cat", "fail"], ["Dog", "Sun"]], ["Cat", "fail this"]))
-    close(suite(judged)[..., 1], [[1.0, NAN], [NAN, NAN]])
+    close(suite(None, judged)[..., 1], [[1.0, NAN], [NAN, NAN]])
     assert judged.failures == {"decompose": 1, "verify": 1, "match": 3, "rate": 1}
     assert judged.units == [["Cat"], None]
     assert sorted(judged.reasons) == ["decompose: as told", "rate: as told"]
@@ -166,14 +166,14 @@ class Redness(Reward):
     name = "redness"
     needs = (CountColours,)
 
-    def score(self, judgments: Judgments) -> torch.Tensor:
+    def score(self, rollouts: Rollouts, judgments: Judgments) -> torch.Tensor:
         return per_rollout(judgments[CountColours.name], lambda count: float(count > 0))
 
 
 def test_a_new_reward_and_a_new_task():
     suite = RewardSuite([Precision(), Redness()])
     judged = suite.gather(FakeJudge(), rollouts([["A red cat", "A cat", "fail red"]], [""]))
-    close(suite(judged)[..., 1], [[1.0, 0.0, NAN]])
+    close(suite(None, judged)[..., 1], [[1.0, 0.0, NAN]])
     assert suite["redness"].compute().item() == 0.5
     assert judged.failures["count_colours"] == 1
 
@@ -194,5 +194,5 @@ def test_a_task_may_judge_a_group_in_one_call():
     judge = FakeJudge()
     suite = RewardSuite([GroupRedness()])
     judged = suite.gather(judge, rollouts([["A red cat", "A cat"]], [""]))
-    close(suite(judged)[..., 0], [[1.0, 1.0]])
+    close(suite(None, judged)[..., 0], [[1.0, 1.0]])
     assert len(judge.asked) == 1

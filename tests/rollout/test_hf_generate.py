@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from balcap.batch import CaptionBatch, Rollouts
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout import Sampling
 from balcap.rollout.hf import HFGenerate, _Recorder
 from balcap.rollout.packing import pack
+from balcap.types import CaptionBatch, Rollouts
 from tests.tiny_models import batch_of, mixed_batch, own_logits, picture
 
 Load = Callable[..., Policy]

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balcap.shapes.captions import clean, flawed, reference
-from balcap.shapes.fluency import rate
-from balcap.shapes.language import covered, is_pointable, is_true, read_fact, read_facts, say
-from balcap.shapes.scene import (
+from examples.shapes.captions import clean, flawed, reference
+from examples.shapes.fluency import rate
+from examples.shapes.language import covered, is_pointable, is_true, read_fact, read_facts, say
+from examples.shapes.scene import (
     BACKGROUNDS,
     COLOURS,
     PLACES,

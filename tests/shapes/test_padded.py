@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText
 
 from balcap.policy import PolicyConfig
 from balcap.policy.policy import Policy
-from balcap.shapes.padded import BASE, padded
+from examples.shapes.padded import BASE, padded
 from tests.tiny_models import batch_of, picture, rollouts_of
 
 

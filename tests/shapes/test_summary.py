@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from balcap.loggers import RunCSVLogger
-from balcap.shapes.summary import NAMES, main, markdown, validations
+from balcap.trainer.loggers import RunCSVLogger
+from examples.shapes.summary import NAMES, main, markdown, validations
 
 
 def _run(folder: Path, before: float, after: float) -> Path:

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vllm")
 
-from balcap.shapes.padded import BASE, padded
+from examples.shapes.padded import BASE, padded
 from tests.rollout.with_vllm.support import Shared
 from tests.support import ROOT, metrics
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from balcap.batch import CaptionBatch
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout import RolloutEngine
 from balcap.rollout.base import EngineFailed
 from balcap.rollout.vllm_http import Server
 from balcap.rollout.vllm_server import VLLMServer
+from balcap.types import CaptionBatch
 from tests.rollout.with_vllm.server_fixtures import LORA, FakeServer, FakeWorker, free_port
 from tests.rollout.with_vllm.support import Load, draw
 from tests.tiny_models import batch_of, mixed_batch, picture

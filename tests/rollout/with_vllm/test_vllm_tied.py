@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from balcap.policy import PolicyConfig
 from balcap.policy.policy import Policy
-from balcap.shapes.padded import BASE, padded
+from examples.shapes.padded import BASE, padded
 from tests.rollout.with_vllm.support import Shared, draw, own_logps, update
 
 

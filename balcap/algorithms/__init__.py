@@ -1,0 +1,46 @@
+"""From rewards to a gradient: pure functions of tensors, no trainer, no logging, no collectives.
+
+One step of training reads them from top to bottom::
+
+    length.py   length_mask            rewards [B, G, K] -> [B, G, K]; or linear_length_penalty, its baseline
+    cgdpo.py    cgdpo                  rewards [B, G, K] -> advantages [B, G]
+    grpo.py     grpo                   the same; the baseline that c-GDPO beats
+    loss.py     policy_loss            log-probs [B, G, T], advantages -> scalar; clipped surrogate + KL
+
+Shapes are those of `balcap.types`. A missing reward is NaN everywhere and never 0. Which equation of
+the paper each function is, and where it departs from the paper, is listed in ``docs/papers.md``.
+"""
+
+from balcap.algorithms.cgdpo import cgdpo
+from balcap.algorithms.grpo import grpo
+from balcap.algorithms.length_mask import (
+    length_mask,
+    length_ratio,
+    linear_length_penalty,
+    within_length_bounds,
+)
+from balcap.algorithms.loss import (
+    PolicyLoss,
+    aggregate,
+    clipped_surrogate,
+    kl_k3,
+    loss_normalizer,
+    policy_loss,
+    truncated_importance,
+)
+
+__all__ = [
+    "PolicyLoss",
+    "aggregate",
+    "cgdpo",
+    "clipped_surrogate",
+    "grpo",
+    "kl_k3",
+    "length_mask",
+    "length_ratio",
+    "linear_length_penalty",
+    "loss_normalizer",
+    "policy_loss",
+    "truncated_importance",
+    "within_length_bounds",
+]

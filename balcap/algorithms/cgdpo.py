@@ -1,0 +1,69 @@
+"""c-GDPO: every reward is normalised in its group before the rewards are summed (arXiv 2605.07394)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from balcap.algorithms.normalize import check_rewards, standardize
+
+
+def cgdpo(
+    rewards: Float[Tensor, "B G K"],
+    weights: Float[Tensor, " K"],
+    eps: float = 1e-4,
+    whiten: bool = True,
+    all_gather: Callable[[Tensor], Tensor] | None = None,
+) -> Float[Tensor, "B G"]:
+    """Advantages of c-GDPO: decoupled normalisation, weighted sum, batch whitening.
+
+    For prompt i, rollout j, reward k (arXiv 2605.07394, advantage of c-GDPO)::
+
+        A_ijk = (r_ijk - mean_j r_ijk) / (std_j r_ijk + eps)     in the group of prompt i, ddof = 1
+        A_ij  = sum_k w_k A_ijk
+        A_ij <- (A_ij - mean A) / (std A + eps)                  over the optimizer step, ddof = 1
+
+    Because each reward is divided by its own spread first, a reward with a small spread (precision) is
+    not drowned by one with a large spread (a gated linguistic reward), and two different triples do not
+    collapse into one advantage because their sums are equal.
+
+    Args:
+        rewards: finite, or NaN where the reward is missing. All micro-batches of the optimizer step
+            together: the whitening looks at what is passed here, and at other ranks through `all_gather`.
+        weights: α, β, γ of the paper, in the order of the rewards. A reward of weight 0 is ignored, and
+            whether it is missing does not matter.
+        eps: added to both standard deviations.
+        whiten: False leaves out the third line.
+        all_gather: maps a tensor ``[B, G]`` of this rank to ``[ranks, B, G]`` of all, in any order of ranks,
+            or to ``[B, G]`` where there is one: what `LightningModule.all_gather` does. Called exactly
+            once, by every rank, when `whiten`; B and G must be equal on all ranks. None: this rank is alone.
+
+    Returns:
+        At least float32. Whitened advantages have mean 0 and std ``s / (s + eps)`` over the scored
+        rollouts of all ranks, s being the std before whitening. Shifting a reward changes nothing; scaling
+        it by c changes its term only by ``(1 + eps / std) / (1 + eps / (c std))``.
+
+    Raises:
+        ValueError: `weights` does not have one weight for each reward.
+
+    Degenerate cases: a missing reward contributes 0 to the sum of its rollout. A reward that is constant in a
+    group, or that fewer than two of its rollouts have, contributes exactly 0 to that group. A rollout with
+    no reward of non-zero weight gets exactly 0 and is not part of the whitening's mean and std. Where
+    all sums are equal, as when every group is constant, all advantages are exactly 0. The terms of a
+    group add up to 0, missing rewards or not, so the mean that whitening takes off is 0 up to rounding: it
+    scales the step and moves nobody.
+    """
+    rewards, weights = check_rewards(rewards, weights)
+    used = weights != 0  # [K]
+    scored = (~rewards.isnan() & used).any(dim=-1)  # [B, G]
+    terms = standardize(rewards, dim=1, eps=eps)  # [B, G, K], 0 where missing
+    advantages = torch.where(used, terms * weights, 0.0).sum(dim=-1)  # [B, G]
+    if not whiten:
+        return advantages
+
+    local = torch.where(scored, advantages, torch.nan)
+    everyone = local if all_gather is None else all_gather(local)  # [ranks, B, G] or [B, G]
+    return standardize(local.flatten(), dim=0, eps=eps, population=everyone.flatten()).view_as(advantages)

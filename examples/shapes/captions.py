@@ -1,0 +1,207 @@
+"""Writers of captions: the reference, a clean describer, and one that errs as real captioners do."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from examples.shapes.language import PLACE_PHRASES, RELATION_PHRASES, article
+from examples.shapes.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    COUNTS,
+    MARK_COLOURS,
+    MARKS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    relation,
+)
+
+QUESTIONS = (
+    "Describe this image in detail.",
+    "What do you see in this picture?",
+    "Please write a detailed description of this image.",
+    "Can you describe the scene in this picture?",
+    "Give a detailed caption for this image.",
+    "What is shown in this image?",
+    "Tell me what this picture contains.",
+    "Explain what is visible in this image.",
+    "Write a caption that covers everything in this picture.",
+    "Provide a description of the given image.",
+)
+OPENINGS = (
+    "This image shows {n} on a {bg} background.",
+    "The picture shows {n} against a {bg} background.",
+    "There {be} {n} on a plain {bg} background.",
+    "We see {n} on a {bg} background.",
+)
+TRANSITIONS = ("Nearby, ", "Next, ", "Then, ", "Alongside, ", "Meanwhile, ")
+META = (
+    "The composition feels calm and balanced.",
+    "The arrangement evokes a playful mood.",
+    "The scene suggests harmony and depth.",
+    "It is a striking and beautiful picture.",
+    "The colours create an inviting atmosphere.",
+    "The viewer feels a sense of wonder.",
+)
+CLOSINGS = (
+    "Overall, the composition feels calm and balanced.",
+    "Overall, the scene suggests harmony and depth.",
+    "Overall, the picture creates an inviting atmosphere.",
+)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How much a describer says, each a probability."""
+
+    opening: float = 0.7
+    size: float = 0.8
+    place: float = 0.9
+    mark: float = 0.5
+    relation: float = 0.5
+    transition: float = 0.3
+    meta_opening: float = 0.08
+    closing: float = 0.15
+    enumerate_: float = 0.15  # "There is a ... There is a ...": complete, and dull
+
+
+REFERENCE = Style(
+    opening=1, size=1, place=1, mark=1, relation=1, transition=0.3, meta_opening=0, closing=0, enumerate_=0
+)
+CLEAN = Style()
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _sentence(thing: Thing, style: Style, rng: np.random.Generator, dull: bool) -> str:
+    """One sentence about one thing, in one of several orders."""
+    size = f"{thing.size} " if rng.random() < style.size else ""
+    name = article(f"{size}{thing.colour} {thing.shape}")
+    mark = f" with a tiny {thing.mark[0]} {thing.mark[1]}" if thing.mark and rng.random() < style.mark else ""
+    if rng.random() >= style.place:
+        return f"There is {name}{mark}."
+    where = _pick(rng, PLACE_PHRASES[thing.place])
+    form = 0 if dull else int(rng.integers(4))
+    if form == 0:
+        return f"There is {name}{mark} {where}."
+    if form == 1:
+        return f"{where} is {name}{mark}."
+    if form == 2:
+        return f"{name}{mark} sits {where}."
+    return f"{name} appears {where}{mark and '. It has' + mark.removeprefix(' with')}."
+
+
+def _relation_sentence(things: list[Thing], rng: np.random.Generator) -> str | None:
+    pairs = [
+        (a, b, how) for a in things for b in things if a is not b and (how := relation(a.place, b.place))
+    ]
+    if not pairs:
+        return None
+    a, b, how = pairs[int(rng.integers(len(pairs)))]
+    return f"The {a.colour} {a.shape} is {_pick(rng, RELATION_PHRASES[how])} the {b.colour} {b.shape}."
+
+
+def _capitalise(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def describe(scene: Scene, rng: np.random.Generator, style: Style = CLEAN) -> list[str]:
+    """True sentences about a scene, places in reading order, so that what comes next is known."""
+    out = []
+    n = len(scene.things)
+    if rng.random() < style.meta_opening:
+        out.append(_pick(rng, META))
+    if rng.random() < style.opening:
+        number = f"{COUNTS[n]} shape{'s' if n > 1 else ''}"
+        opening = _pick(rng, OPENINGS)
+        out.append(opening.format(n=number, bg=scene.background, be="is" if n == 1 else "are"))
+    dull = rng.random() < style.enumerate_
+    for i, thing in enumerate(scene.things):
+        text = _sentence(thing, style, rng, dull)
+        if i and not dull and rng.random() < style.transition:
+            text = _pick(rng, TRANSITIONS) + text[0].lower() + text[1:]
+        out.append(_capitalise(text))
+    if n > 1 and rng.random() < style.relation and (link := _relation_sentence(list(scene.things), rng)):
+        out.append(link)
+    if rng.random() < style.closing:
+        out.append(_pick(rng, CLOSINGS))
+    return out
+
+
+def reference(scene: Scene, rng: np.random.Generator) -> str:
+    """All there is to say: more facts than a fluent caption holds."""
+    return " ".join(describe(scene, rng, REFERENCE))
+
+
+def clean(scene: Scene, rng: np.random.Generator) -> str:
+    """A true caption of varied completeness and phrasing."""
+    return " ".join(describe(scene, rng, CLEAN))
+
+
+def _corrupt(thing: Thing, rng: np.random.Generator) -> Thing:
+    """The thing with one wrong attribute."""
+    what = int(rng.integers(5))
+    colour = _pick(rng, COLOURS) if what == 0 else thing.colour
+    shape = _pick(rng, SHAPES) if what == 1 else thing.shape
+    size = _pick(rng, SIZES) if what == 2 else thing.size
+    place = _pick(rng, PLACES) if what == 3 else thing.place
+    mark = (_pick(rng, MARK_COLOURS), _pick(rng, MARKS)) if what == 4 else thing.mark
+    return Thing(colour, shape, size, place, mark)
+
+
+def _invent(rng: np.random.Generator) -> Thing:
+    mark = (_pick(rng, MARK_COLOURS), _pick(rng, MARKS)) if rng.random() < 0.5 else None
+    return Thing(_pick(rng, COLOURS), _pick(rng, SHAPES), _pick(rng, SIZES), _pick(rng, PLACES), mark)
+
+
+def _break_grammar(text: str, rng: np.random.Generator) -> str:
+    """One slip: a lost article, a lost verb, a doubled word, a lost capital or full stop."""
+    slip = int(rng.integers(5))
+    words = text.split()
+    if slip == 0:
+        words = [w for w in words if w.lower() not in ("a", "an", "the")] or words
+    elif slip == 1:
+        words = [w for w in words if w not in ("is", "are", "sits", "appears", "shows", "has")] or words
+    elif slip == 2:
+        i = int(rng.integers(len(words)))
+        words.insert(i, words[i])
+    text = " ".join(words)
+    if slip == 3:
+        return text[0].lower() + text[1:]
+    return re.sub(r"\.$", "", text) if slip == 4 else text
+
+
+def flawed(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption with the faults of real captioners, each drawn on its own, so that none is bound to another.
+
+    About a third of the things left out, some invented, wrong attributes, commentary that cannot be
+    pointed at, repetition, broken grammar, and a length from a third to three times the reference.
+    """
+    kept = [t for t in scene.things if rng.random() < 0.67]
+    things = [_corrupt(t, rng) if rng.random() < 0.2 else t for t in kept]
+    things += [_invent(rng) for _ in range(int(rng.random() < 0.3))]
+    things.sort(key=lambda t: PLACES.index(t.place))
+    background = scene.background if rng.random() < 0.85 else _pick(rng, BACKGROUNDS)
+    style = Style(opening=0.55, size=0.65, place=0.75, mark=0.6, relation=0.25, closing=0.3, enumerate_=0.3)
+    if things:
+        out = describe(Scene(tuple(things), background), rng, style)
+    else:
+        out = [f"This image shows a {background} background."]
+    for _ in range(int(rng.choice(3, p=(0.45, 0.35, 0.2)))):
+        out.insert(int(rng.integers(len(out) + 1)), _pick(rng, META))
+    length = rng.random()
+    if length < 0.2:
+        out = out[: max(1, len(out) // 3)]
+    elif length > 0.75:
+        for _ in range(int(rng.integers(1, 2 + len(out)))):
+            i = int(rng.integers(len(out)))
+            out.insert(i + 1, out[i] if rng.random() < 0.7 else _pick(rng, META))
+    return " ".join(_break_grammar(text, rng) if rng.random() < 0.4 else text for text in out)

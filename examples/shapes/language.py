@@ -1,0 +1,242 @@
+"""The words of the embedded world, and how facts are read from text.
+
+A fact is a tuple: ``("exists", obj)``, ``("size", obj, size)``, ``("place", obj, place)``,
+``("mark", obj, colour, kind)``, ``("relation", obj, how, obj)``, ``("background", colour)``,
+``("count", n)``, ``("meta", text)`` for commentary, ``("unclear", text)`` for what says nothing.
+``obj`` is (colour or None, shape).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from examples.shapes.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    COUNTS,
+    MARK_COLOURS,
+    MARKS,
+    SHAPES,
+    SIZES,
+    Scene,
+    relation,
+)
+
+Obj = tuple[str | None, str]
+Fact = tuple
+
+PLACE_PHRASES = {
+    "top left": ("in the top left corner", "at the top left"),
+    "top middle": ("at the top", "in the top middle"),
+    "top right": ("in the top right corner", "at the top right"),
+    "middle left": ("on the left", "on the left side"),
+    "center": ("in the center", "in the very middle"),
+    "middle right": ("on the right", "on the right side"),
+    "bottom left": ("in the bottom left corner", "at the bottom left"),
+    "bottom middle": ("at the bottom", "in the bottom middle"),
+    "bottom right": ("in the bottom right corner", "at the bottom right"),
+}
+RELATION_PHRASES = {
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+    "left of": ("to the left of", "left of"),
+    "right of": ("to the right of", "right of"),
+}
+INVERSE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+META_WORDS = (
+    "mood|atmosphere|feels?|feeling|evokes?|depth|harmony|harmonious|balanced?|calm|story|viewer|emotions?|"
+    "beautiful|elegant|suggests?|composition|striking|inviting|playful|lovely|pleasing|artist|serene|dynamic|"
+    "imagination|interesting|delightful|joy|wonder|energy"
+)
+
+
+def _any(words: object) -> str:
+    return "|".join(sorted(map(re.escape, words), key=len, reverse=True))  # type: ignore[call-overload]
+
+
+_PLACE_OF = {phrase: place for place, phrases in PLACE_PHRASES.items() for phrase in phrases}
+_RELATION_OF = {phrase: how for how, phrases in RELATION_PHRASES.items() for phrase in phrases}
+_TOKEN = re.compile(
+    "|".join(
+        (
+            rf"\b(?P<background>{_any(BACKGROUNDS)}) background\b",
+            rf"\bbackground is (?P<background2>{_any(BACKGROUNDS)})\b",
+            rf"\btiny (?P<mark>(?:{_any(MARK_COLOURS)}) (?:{_any(MARKS)}))\b",
+            rf"\b(?P<count>{_any(COUNTS[1:])}) (?:shapes?|objects?|figures?)\b",
+            rf"\bis (?P<is_size>{_any(SIZES)})\b",
+            rf"\b(?P<relation>{_any(_RELATION_OF)})\b",
+            rf"\b(?P<place>{_any(_PLACE_OF)})\b",
+            rf"\b(?P<thing>(?:(?:{_any(SIZES)}) )?(?:(?:{_any(COLOURS)}) )?(?:{_any(SHAPES)}))(?:e?s)?\b",
+            r"\b(?P<it>it)\b",
+        )
+    )
+)
+_META = re.compile(rf"\b(?:{META_WORDS})\b")
+# What carries no statement of its own: openings, transitions, verbs.
+_HOLLOW = re.compile(
+    r"\b(?:this|the|a|an|image|picture|scene|here|we|see|shows?|there|is|are|and|with|on|of|in|next|nearby|then|"
+    r"meanwhile|finally|also|alongside|overall|sits?|appears?|lies?|against|plain|has|bears?|it|one|which|stands?)\b"
+)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, without their closing mark, empty ones left out."""
+    return [part.strip() for part in re.split(r"[.!?;\n]+", text) if part.strip()]
+
+
+@dataclass
+class _Reader:
+    """Reads one text; `last` is what "it" refers to, across sentences."""
+
+    facts: list[Fact] = field(default_factory=list)
+    last: Obj | None = None
+
+    def _thing(self, text: str) -> Obj:
+        words = text.split()
+        obj: Obj = (next((w for w in words if w in COLOURS), None), words[-1])
+        self.facts.append(("exists", obj))
+        if words[0] in SIZES:
+            self.facts.append(("size", obj, words[0]))
+        return obj
+
+    def sentence(self, text: str) -> None:
+        before, subject, current = len(self.facts), None, None
+        place = how = None  # waiting for the thing that they speak of
+        landmark: Obj | None = None
+        for match in _TOKEN.finditer(text):
+            kind, value = str(match.lastgroup), match.group(str(match.lastgroup))
+            if kind in ("background", "background2"):
+                self.facts.append(("background", value))
+            elif kind == "count":
+                self.facts.append(("count", COUNTS.index(value)))
+            elif kind == "relation":
+                how = _RELATION_OF[value]
+            elif kind == "place":
+                if current:
+                    self.facts.append(("place", current, _PLACE_OF[value]))
+                else:
+                    place = _PLACE_OF[value]
+            elif kind == "mark":
+                if current:
+                    self.facts.append(("mark", current, *value.split()))
+            elif kind == "is_size":
+                if current:
+                    self.facts.append(("size", current, value))
+            else:
+                if kind == "it" and self.last is None:
+                    continue
+                obj = self.last if kind == "it" else self._thing(value)
+                assert obj is not None
+                if how and subject is None and landmark is None:
+                    landmark = obj  # "Below the circle is a star": the circle, named first, is the landmark
+                    continue
+                if how:
+                    pair = (subject, how, obj) if subject else (obj, how, landmark)
+                    self.facts.append(("relation", *pair))
+                    how = None
+                if place:
+                    self.facts.append(("place", obj, place))
+                    place = None
+                subject = subject or obj
+                current = obj
+        self.last = subject or self.last
+        self._commentary(text, before)
+
+    def _commentary(self, text: str, before: int) -> None:
+        rest = " ".join(_TOKEN.sub(" ", text).split())
+        if _META.search(rest):
+            self.facts.append(("meta", " ".join(text.split())))
+        elif len(self.facts) == before and re.search(r"\w", _HOLLOW.sub(" ", rest)):
+            self.facts.append(("unclear", " ".join(text.split())))
+
+
+def read_facts(text: str) -> list[Fact]:
+    """All facts that a text states, in order, repeated ones once."""
+    reader = _Reader()
+    for part in sentences(text.lower()):
+        reader.sentence(part)
+    return list(dict.fromkeys(reader.facts))
+
+
+def _name(obj: Obj) -> str:
+    return f"{obj[0]} {obj[1]}" if obj[0] else obj[1]
+
+
+def article(words: str) -> str:
+    """The words behind "a" or "an"."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def say(fact: Fact) -> str:
+    """One fact as one self-contained sentence; `read_fact` reads it back."""
+    kind = fact[0]
+    if kind == "exists":
+        return f"There is {article(_name(fact[1]))}."
+    if kind == "size":
+        return f"The {_name(fact[1])} is {fact[2]}."
+    if kind == "place":
+        return f"The {_name(fact[1])} is {PLACE_PHRASES[fact[2]][0]}."
+    if kind == "mark":
+        return f"The {_name(fact[1])} has a tiny {fact[2]} {fact[3]}."
+    if kind == "relation":
+        return f"The {_name(fact[1])} is {RELATION_PHRASES[fact[2]][0]} the {_name(fact[3])}."
+    if kind == "background":
+        return f"The background is {fact[1]}."
+    if kind == "count":
+        return (
+            f"There {'is' if fact[1] == 1 else 'are'} {COUNTS[fact[1]]} shape{'s' if fact[1] != 1 else ''}."
+        )
+    return fact[1][0].upper() + fact[1][1:] + "."
+
+
+def read_fact(assertion: str) -> Fact:
+    """The one fact of an assertion: what it adds beyond that its objects exist."""
+    facts = read_facts(assertion)
+    special = [fact for fact in facts if fact[0] != "exists"]
+    return (special or facts or [("unclear", assertion)])[-1]
+
+
+def is_true(fact: Fact, scene: Scene) -> bool:
+    """Whether a fact holds in a scene. Commentary and what says nothing are not true."""
+    things = {(t.colour, t.shape): t for t in scene.things}
+
+    def find(obj: Obj) -> list:
+        return [t for (c, s), t in things.items() if s == obj[1] and obj[0] in (None, c)]
+
+    kind = fact[0]
+    if kind == "exists":
+        return bool(find(fact[1]))
+    if kind == "size":
+        return any(t.size == fact[2] for t in find(fact[1]))
+    if kind == "place":
+        return any(t.place == fact[2] for t in find(fact[1]))
+    if kind == "mark":
+        return any(t.mark == (fact[2], fact[3]) for t in find(fact[1]))
+    if kind == "relation":
+        return any(relation(a.place, b.place) == fact[2] for a in find(fact[1]) for b in find(fact[3]))
+    if kind == "background":
+        return fact[1] == scene.background
+    return kind == "count" and fact[1] == len(scene.things)
+
+
+def is_pointable(fact: Fact) -> bool:
+    """Whether a person could point at it: everything but commentary and what says nothing."""
+    return fact[0] not in ("meta", "unclear")
+
+
+def covered(unit: Fact, stated: set[Fact]) -> bool:
+    """Whether a reference unit is stated in, or follows from, stated facts.
+
+    A relation follows from its inverse, existence from any fact about the object, and the number of
+    objects from naming that many different ones.
+    """
+    if unit in stated:
+        return True
+    if unit[0] == "relation":
+        return ("relation", unit[3], INVERSE[unit[2]], unit[1]) in stated
+    if unit[0] == "exists":
+        return any(unit[1] in fact[1:] for fact in stated)
+    if unit[0] == "count":
+        return sum(fact[0] == "exists" for fact in stated) == unit[1]
+    return False

@@ -1,0 +1,114 @@
+"""A judge that knows the truth: litellm provider ``shapes``, model ``shapes/oracle``.
+
+It receives exactly the messages that any judge receives, reads the scene from the image's bytes, and
+answers in the JSON that the task asks for. It is told nothing else: which task it is stands in the
+first line of the system message, the data stands in the fences of the user message.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from litellm import CustomLLM, ModelResponse
+from litellm.types.utils import Usage
+
+from examples.shapes.captions import reference
+from examples.shapes.draw import scene_of
+from examples.shapes.fluency import rate
+from examples.shapes.language import covered, is_pointable, is_true, read_fact, read_facts, say
+from examples.shapes.scene import Scene
+
+_FENCE = re.compile(r"<(\w+)>\n(.*?)\n</\1>", re.DOTALL)
+
+
+@lru_cache(maxsize=4096)
+def _scene(url: str) -> Scene:
+    return scene_of(base64.b64decode(url.split(",", 1)[1]))
+
+
+@lru_cache(maxsize=65536)
+def _fact(text: str) -> tuple:
+    return read_fact(text)
+
+
+def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The oracle's answer to a judge's messages; ValueError where they hold no known task."""
+    task = messages[0]["content"].split("\n", 1)[0].removeprefix("Task: ").strip()
+    parts = messages[1]["content"]  # rounds of repair may follow
+    parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+    text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+    data = {tag: json.loads(body) for tag, body in _FENCE.findall(text)}
+    if task == "decompose":
+        return _captions(data, lambda text: {"assertions": [say(fact) for fact in read_facts(text)]})
+    if task == "verify":
+        scene = next(_scene(part["image_url"]["url"]) for part in parts if part["type"] == "image_url")
+        facts = [(item["id"], _fact(item["text"])) for item in data["assertions"]]
+        return {
+            "verdicts": [{"id": i, "true": is_true(f, scene), "pointable": is_pointable(f)} for i, f in facts]
+        }
+    if task == "match":
+        units = [(item["id"], _fact(item["text"])) for item in data["reference_units"]]
+        return {"captions": [_coverage(caption, units) for caption in data["captions"]]}
+    if task == "rate":
+        return _captions(data, _scores)
+    if task == "recaption":
+        scene = next(_scene(part["image_url"]["url"]) for part in parts if part["type"] == "image_url")
+        return {"captions": [_description(scene, item) for item in data["questions"]]}
+    raise ValueError(f"shapes/oracle does not know the task {task!r}")
+
+
+def _captions(data: dict[str, Any], answer_one: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return {"captions": [{"id": item["id"], **answer_one(item["text"])} for item in data["captions"]]}
+
+
+def _coverage(caption: dict[str, Any], units: list[tuple[int, tuple]]) -> dict[str, Any]:
+    stated = {_fact(text) for text in caption["assertions"]}
+    held = [i for i, unit in units if covered(unit, stated)]
+    return {"id": caption["id"], "covered": held, "missing": [i for i, _ in units if i not in held]}
+
+
+def _scores(caption: str) -> dict[str, float]:
+    scores = zip(("clarity", "fluency", "coherency"), rate(caption), strict=True)
+    return {name: round(10 * score, 4) for name, score in scores}
+
+
+def _description(scene: Scene, question: dict[str, Any]) -> dict[str, Any]:
+    """All that is true of the scene, in words that hang on the scene and the question alone."""
+    seed = hashlib.sha256(f"{scene.to_json()}\n{question['text']}".encode()).digest()
+    return {
+        "id": question["id"],
+        "caption": reference(scene, np.random.default_rng(list(seed))),
+    }
+
+
+class Oracle(CustomLLM):
+    """The litellm provider. It costs nothing and counts four characters as a token."""
+
+    def _respond(self, messages: list[dict[str, Any]], response: ModelResponse) -> ModelResponse:
+        content = json.dumps(answer(messages))
+        response.choices[0].message.content = content
+        response.choices[0].finish_reason = "stop"
+        asked = sum(
+            len(part.get("text", "")) if isinstance(part, dict) else len(part)
+            for message in messages
+            for part in ([message["content"]] if isinstance(message["content"], str) else message["content"])
+        )
+        usage = Usage(prompt_tokens=asked // 4, completion_tokens=len(content) // 4)
+        usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
+        response.usage = usage  # type: ignore[attr-defined]
+        return response
+
+    def completion(self, *args: Any, **kwargs: Any) -> ModelResponse:
+        """See `litellm.completion`."""
+        return self._respond(kwargs["messages"], kwargs["model_response"])
+
+    async def acompletion(self, *args: Any, **kwargs: Any) -> ModelResponse:
+        """See `litellm.acompletion`."""
+        return self._respond(kwargs["messages"], kwargs["model_response"])

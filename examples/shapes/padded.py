@@ -1,0 +1,109 @@
+"""The embedded base policy with larger attention heads: the same function of its inputs, in wider matrices.
+
+vLLM's attention for CPUs knows no heads of 40 dimensions, GPUs take them as they are:
+
+    python -m examples.shapes.padded --out data/shapes-base-64
+    python main.py fit --config configs/shapes.yaml --config configs/engine/vllm.yaml \\
+        --model.policy.model data/shapes-base-64
+
+What is added is 0 and its gradients are 0, so training leaves it so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BASE = Path(__file__).parents[2] / "assets/shapes-base"
+
+
+def padded(model: Any, head_size: int = 64) -> Any:
+    """A Qwen2.5-VL that computes what `model` computes, with heads of `head_size` dimensions.
+
+    The hidden size grows with the heads. Queries are scaled up, since scores are divided by the root of the larger
+    size; RoPE's base grows so that its frequencies stay; norms weigh less, since their mean is over more
+    dimensions.
+
+    Raises:
+        ValueError: heads are not smaller than `head_size`.
+    """
+    config = copy.deepcopy(model.config)
+    text = config.text_config
+    heads, hidden = text.num_attention_heads, text.hidden_size
+    size = hidden // heads
+    if head_size <= size or head_size % 2:
+        raise ValueError(f"head_size {head_size} must be even and above {size}, the size of the heads now")
+    wide = heads * head_size
+    text.hidden_size = config.vision_config.out_hidden_size = wide
+    text.rms_norm_eps *= hidden / wide
+    rope = dict(text.rope_parameters)
+    rope["rope_theta"] = rope["rope_theta"] ** (head_size / size)
+    *first, last = rope["mrope_section"]
+    rope["mrope_section"] = [*first, last + (head_size - size) // 2]
+    text.rope_parameters = rope
+    out = type(model)(config).to(model.dtype)
+    weights = model.state_dict()
+    for name, tensor in out.state_dict().items():
+        tensor.copy_(_padded(name, weights[name].float(), tensor.shape, size, head_size))
+    out.generation_config = copy.deepcopy(model.generation_config)
+    return out
+
+
+def _padded(name: str, old: Tensor, shape: torch.Size, size: int, head_size: int) -> Tensor:
+    """A weight of the wide model, 0 where the narrow one has nothing."""
+    if "visual" in name and old.shape == shape:
+        return old
+    new = torch.zeros(shape)
+    if projection := re.search(r"self_attn\.([qkvo])_proj\.(weight|bias)$", name):
+        which = projection[1]
+        dim = 1 if which == "o" else 0
+        where = _head_places(old.shape[dim] // size, size, head_size)
+        if which == "q":
+            old = old * math.sqrt(head_size / size)
+        if old.dim() == 1:
+            new[where] = old
+        elif which == "o":
+            new[: old.shape[0], where] = old
+        else:
+            new[where, : old.shape[1]] = old
+        return new
+    if "norm" in name and "visual" not in name:
+        old = old * math.sqrt(len(old) / len(new))
+    new[tuple(slice(n) for n in old.shape)] = old
+    return new
+
+
+def _head_places(heads: int, size: int, head_size: int) -> Tensor:
+    """Where the dimensions of narrow heads stand in wide ones. RoPE turns pairs that are half a head apart."""
+    half = torch.arange(size // 2)
+    one = torch.cat([half, head_size // 2 + half])
+    return (torch.arange(heads)[:, None] * head_size + one).flatten()
+
+
+def main() -> None:
+    """Write the padded base policy with its processor."""
+    from transformers import AutoModelForImageTextToText
+
+    parser = argparse.ArgumentParser(description="The embedded base policy with larger attention heads.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--head_size", type=int, default=64)
+    options = parser.parse_args()
+    model = AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32)
+    wide = padded(model, options.head_size)
+    wide.save_pretrained(options.out)
+    for file in BASE.iterdir():
+        if not (options.out / file.name).exists() and file.name != "report.json":
+            shutil.copy(file, options.out)
+    print(f"{options.out}: {sum(p.numel() for p in wide.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Judging behind the device: what is sampled, judged and learned from when, and that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from balcap.trainer.pipeline import restored, saved
+from balcap.trainer.timeline import Span, Timeline
+from tests.support import metrics
+from tests.tiny_models import mixed_batch, rollouts_of
+
+STEPS = 4
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    return [row for row in metrics(run) if row.get("train/loss")]
+
+
+@pytest.fixture
+def fit(fit_arguments, cli, tmp_path: Path):
+    """`fit(name, **options)` -> run folder, with one validation image."""
+
+    def fit(name: str, **options: object) -> Path:
+        defaults = {"trainer.max_steps": STEPS, "data.val_size": 2, "model.judge.cache": "null"}
+        cli(fit_arguments(**{**defaults, **options}, run_dir=tmp_path / name))
+        return tmp_path / name
+
+    return fit
+
+
+def test_with_a_lag_captions_are_one_update_old_and_corrected(fit) -> None:
+    now, late = fit("now"), fit("late", **{"model.lag": 1, "trainer.precision": "32-true"})
+    rows = rows_of(late)
+    assert [int(row["step"]) for row in rows] == list(range(STEPS))
+    assert [float(row["train/staleness"]) for row in rows] == [0, 1, 1, 1]
+    validated = [[row["step"] for row in metrics(run) if row.get("val/b_capscore")] for run in (now, late)]
+    assert validated == [["0", str(STEPS)]] * 2
+    assert float(rows[0]["train/mismatch_max"]) < 1e-3  # the first captions are the policy's own
+    assert all(float(row["train/mismatch_max"]) > 1e-3 for row in rows[1:])
+    assert all(0 <= float(row["train/importance_capped"]) < 0.2 for row in rows)
+    assert [float(row["train/staleness"]) for row in rows_of(now)] == [0] * STEPS
+    assert "train/importance_capped" not in rows_of(now)[0]
+
+
+def test_the_order_of_the_data_is_the_same_and_the_last_step_samples_nothing(fit) -> None:
+    def seen(run: Path) -> list[list[str]]:
+        files = sorted((run / "rollouts").glob("train-*"))
+        return [sorted(set(pq.read_table(file)["sample_id"].to_pylist())) for file in files]
+
+    options = {"rollout_log.every_n_steps": 1}
+    now, late = fit("now", **options), fit("late", **{"model.lag": 1}, **options)
+    assert len(seen(now)) == STEPS
+    assert seen(late) == seen(now)
+    calls = [sum(float(row["judge/calls"]) for row in rows_of(run)) for run in (now, late)]
+    assert calls[1] < 1.2 * calls[0]  # other captions, as many of them
+
+
+def test_the_end_of_the_last_epoch_leaves_nothing_unlearned(fit) -> None:
+    options = {"trainer.max_epochs": 2, "trainer.limit_train_batches": 3, "trainer.max_steps": -1}
+    late = fit("late", **options, **{"model.lag": 1, "rollout_log.every_n_steps": 1})
+    rows = rows_of(late)
+    assert [int(row["step"]) for row in rows] == list(range(6))
+    assert [float(row["train/staleness"]) for row in rows] == [0, 1, 1, 1, 1, 1]
+    assert len({row["train/loss"] for row in rows}) == 6
+    records = [pq.read_table(file) for file in sorted((late / "rollouts").glob("train-*"))]
+    assert len(records) == 6
+    assert sorted(table["batch"][0].as_py() for table in records) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_trace_shows_judging_behind_the_device(fit) -> None:
+    run = fit("late", **{"model.lag": 1, "trace.steps": 3, "trainer.max_steps": 3})
+    events = json.loads((run / "trace.json").read_text())
+    names = {e["args"]["name"]: e["tid"] for e in events if e["ph"] == "M"}
+    spans = [e for e in events if e["ph"] == "X"]
+    assert set(names) == {"trainer", "judge"}
+    stages = [e["name"] for e in spans if e["tid"] == names["trainer"]]
+    assert stages == [
+        "rollout",
+        "rollout",
+        *["judge_wait", "update", "sync"],
+        "rollout",
+        *["judge_wait", "update", "sync"],
+    ]
+    judged = [e for e in spans if e["name"] == "judge"]
+    assert len(judged) == 2
+    assert all(e["tid"] == names["judge"] for e in judged)
+    # The first batch's judgment was asked for before the second batch was sampled.
+    second = [e for e in spans if e["name"] == "rollout"][1]
+    assert judged[0]["ts"] < second["ts"]
+    assert not (fit("plain") / "trace.json").exists()
+
+
+def test_metrics_say_where_the_time_goes(fit) -> None:
+    row = rows_of(fit("now", **{"trainer.max_steps": 1}))[0]
+    stages = {
+        name: float(row[f"time/{name}_s"]) for name in ("rollout", "judge_wait", "update", "sync", "step")
+    }
+    assert sum(stages.values()) - stages["step"] <= stages["step"]
+    busy = stages["rollout"] + stages["update"] + stages["sync"]
+    assert float(row["time/idle_share"]) == pytest.approx(1 - busy / stages["step"], abs=0.02)
+    assert float(row["time/judge_s"]) >= 0
+    assert float(row["time/rollout_tokens_per_s"]) > 0
+    assert float(row["time/peak_memory_gb"]) > 0.1
+    assert float(row["train/tflops"]) > 0
+
+
+def test_a_timeline_by_hand() -> None:
+    timeline = Timeline()
+    timeline.begin()
+    with timeline.span("update"):
+        pass
+    timeline.add("judge", "judge", 5.0, 8.0)
+    timeline.add("judge", "judge", 8.0, 9.0)
+    assert timeline.seconds()["judge"] == 4.0
+    assert timeline.spans[0].track == "trainer"
+    assert 0 <= timeline.idle_share() <= 1
+    timeline.begin()
+    assert timeline.spans == []
+    assert Span("a", "trainer", 1.0, 3.5).seconds == 2.5
+
+
+def test_captions_in_flight_travel_in_a_checkpoint_and_meet_their_images_again() -> None:
+    rollouts = rollouts_of(mixed_batch(), [[3, 1], [2, 2], [4, 1]], range(20, 300))
+    state = saved(rollouts)
+    again = restored(state, rollouts.batch)
+    assert again is not None
+    assert again.captions == [list(group) for group in rollouts.captions]
+    assert again.token_ids.equal(rollouts.token_ids)
+    assert again.weights_version == rollouts.weights_version
+    assert restored(state, rollouts.batch.select([1, 0, 2])) is None
