@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException  # noqa: E402
 
+from balcap.config import ConfigError, model_problems, trainer_problems  # noqa: E402
 from balcap.data import CaptionDataModule  # noqa: E402
 from balcap.estimate.trainer import HERE, BalCapTrainer, estimate_problems, launch_of  # noqa: E402
 from balcap.judge import BudgetSpent  # noqa: E402
@@ -30,15 +31,6 @@ from callbacks.progress import CaptionProgressBar  # noqa: E402
 from callbacks.rollout_log import RolloutLog  # noqa: E402
 from callbacks.trace import ChromeTrace  # noqa: E402
 from callbacks.validate_ends import ValidateAtEnds  # noqa: E402
-
-
-class ConfigError(SystemExit):
-    """A config that cannot work; the message lists every problem and the key that mends each."""
-
-    def __init__(self, problems: list[str]) -> None:
-        lines = "\n".join(f"  - {problem}" for problem in problems)
-        super().__init__(f"This config cannot run. Nothing was loaded or paid; change:\n{lines}")
-        self.problems = problems
 
 
 class BalCapCLI(LightningCLI):
@@ -128,7 +120,8 @@ class BalCapCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:  # no such device here, for one
             raise ConfigError([*self._problems(), f"trainer: {error}"]) from None
-        if problems := [*self._problems(), *self._trainer_problems(trainer)]:
+        problems = trainer_problems(trainer, str(self.subcommand), options.get("ckpt_path"))
+        if problems := [*self._problems(), *problems]:
             raise ConfigError(problems)
         return trainer
 
@@ -137,22 +130,7 @@ class BalCapCLI(LightningCLI):
         assert isinstance(self.datamodule, CaptionDataModule)
         if self.subcommand == "estimate":
             return estimate_problems(self.model, self.datamodule)
-        return [*self.model.problems(), *self.datamodule.problems(str(self.subcommand))]
-
-    def _trainer_problems(self, trainer: Trainer) -> list[str]:
-        found = []
-        endless = trainer.max_steps == -1 and trainer.max_epochs in (-1, None)
-        if self.subcommand in ("fit", "estimate") and endless:
-            found.append("trainer.max_steps: the run would never end; set it, or trainer.max_epochs")
-        if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
-            found.append(
-                f"trainer.strategy: {type(trainer.strategy).__name__} is not supported yet; use ddp, with "
-                "model.policy.lora where the weights do not fit twice"
-            )
-        path = self.config[self.subcommand].get("ckpt_path")
-        if path and path not in ("last", "best", "hpc", "registry") and not os.path.exists(path):
-            found.append(f"ckpt_path: {path} does not exist")
-        return found
+        return [*model_problems(self.model), *self.datamodule.problems(str(self.subcommand))]
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -164,7 +142,7 @@ class BalCapCLI(LightningCLI):
             self._say_why(stop)
 
     def _say_why(self, stop: RunStopped) -> None:
-        """One message instead of a traceback. A spent budget is an end as it was asked for: status 0."""
+        """One message instead of a traceback; exits with 0 when the budget is reached, which is no failure."""
         message = str(stop)
         if self.subcommand == "fit" and self.trainer.global_step > 0:
             message += f". Go on with: --run_dir {self.config[self.subcommand].run_dir} --ckpt_path last"

@@ -146,9 +146,9 @@ class StepRecord:
         rollouts: what was sampled.
         judgments: what the judge said.
         reward_names: ``[K]``.
-        rewards: ``[B, G, K]`` in [0, 1] before the length gate, NaN where missing.
-        gated: ``[B, G, K]`` after the length gate; equal to `rewards` in validation.
-        advantages: ``[B, G]``; None in validation.
+        rewards: ``[B, G, K]`` in [0, 1] before the reward transforms, NaN where missing.
+        shaped: ``[B, G, K]`` after them, such as the length mask; equal to `rewards` in validation.
+        advantages: ``[B, G]``, or ``[B, G, T]`` for one per token; None in validation.
         number: batches that were learned from before this one, or in validation its place in the pass.
     """
 
@@ -156,6 +156,6 @@ class StepRecord:
     judgments: Judgments
     reward_names: Sequence[str]
     rewards: Float[Tensor, "B G K"]
-    gated: Float[Tensor, "B G K"]
-    advantages: Float[Tensor, "B G"] | None = None
+    shaped: Float[Tensor, "B G K"]
+    advantages: Float[Tensor, "B G"] | Float[Tensor, "B G T"] | None = None
     number: int = 0

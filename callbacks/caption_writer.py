@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
+
+from balcap.utils.files import append_jsonl, read_jsonl
 
 
 class CaptionWriter(BasePredictionWriter):
@@ -34,7 +34,7 @@ class CaptionWriter(BasePredictionWriter):
         first.parent.mkdir(parents=True, exist_ok=True)
         rank = trainer.global_rank
         self._file = first if rank == 0 else first.with_suffix(f".rank{rank}.jsonl")
-        done = {row["image"] for file in _parts(first) for row in _read(file)}
+        done = {row["image"] for file in _parts(first) for row in read_jsonl(file)}
         if done:
             trainer.datamodule.skip(done)  # type: ignore[attr-defined]
             rank_zero_info(f"{first}: {len(done)} captions are there already, their images are left out")
@@ -50,10 +50,7 @@ class CaptionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         assert self._file is not None
-        with self._file.open("a") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
-            file.flush()
-            os.fsync(file.fileno())
+        append_jsonl(self._file, prediction, sync=True)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         counts = trainer.datamodule.bad_row_counts()  # type: ignore[attr-defined]
@@ -63,12 +60,3 @@ class CaptionWriter(BasePredictionWriter):
 
 def _parts(first: Path) -> list[Path]:
     return [p for p in (first, *first.parent.glob(f"{first.stem}.rank*.jsonl")) if p.exists()]
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file; a line that a kill cut short is removed, so that the next one starts clean."""
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        data = data[: data.rfind(b"\n") + 1]
-        path.write_bytes(data)
-    return [json.loads(line) for line in data.decode().splitlines()]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from balcap.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,10 +92,8 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     _plot_policy(figure.add_subplot(grid[1, 1]), series)
     _plot_time(figure.add_subplot(grid[1, 2]), series)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    figure.savefig(unfinished, format="png")
-    os.replace(unfinished, out)
+    with atomic_write(out, "wb") as file:
+        figure.savefig(file, format="png")
 
 
 def read_metrics(metrics_csv: Path) -> dict[str, Series]:

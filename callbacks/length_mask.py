@@ -10,6 +10,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from balcap.algorithms import LengthMask
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -27,7 +29,7 @@ class Bounds:
 
 
 class LengthMaskSchedule(Callback):
-    """Moves ``pl_module.tau_low`` and ``pl_module.tau_high`` piecewise linearly over optimizer steps.
+    """Moves ``tau_low`` and ``tau_high`` of the module's length mask piecewise linearly over optimizer steps.
 
     Between two entries both bounds are interpolated, before the first and after the last they are constant.
     They are computed from the global step alone, so a resumed run needs no state to continue. Logged as
@@ -45,6 +47,7 @@ class LengthMaskSchedule(Callback):
         if problems := _problems(self.schedule):
             raise ValueError("\n".join(problems))
         self._steps = [entry.step for entry in self.schedule]
+        self._masks: list[LengthMask] = []
 
     def at(self, step: int) -> tuple[float, float]:
         """``(tau_low, tau_high)`` at an optimizer step."""
@@ -59,12 +62,21 @@ class LengthMaskSchedule(Callback):
             before.tau_high + part * (after.tau_high - before.tau_high),
         )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        transforms: Any = getattr(pl_module, "reward_transforms", ())
+        self._masks = [one for one in transforms if isinstance(one, LengthMask)]
+        if not self._masks:
+            raise ValueError(
+                "LengthMaskSchedule: model.reward_transforms holds no balcap.algorithms.LengthMask to schedule"
+            )
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         tau_low, tau_high = self.at(trainer.global_step)
         for name, value in (("tau_low", tau_low), ("tau_high", tau_high)):
-            setattr(pl_module, name, value)
+            for mask in self._masks:
+                setattr(mask, name, value)
             pl_module.log(f"train/{name}", value, on_step=True, on_epoch=False, batch_size=1)
 
 

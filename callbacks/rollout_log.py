@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from balcap.utils.files import atomic_write
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -99,8 +101,9 @@ def rollout_table(record: StepRecord, stage: str, step: int, batch_idx: int, ran
 
     Columns: ``stage, step, batch, rank``; ``group`` and ``rollout``, the indices in ``[B, G]``; ``sample_id,
     prompt, reference, caption, truncated, length, reference_length`` (tokens); ``weights_version``;
-    ``reward/<name>`` before and ``gated/<name>`` after the length gate; ``advantage``; ``assertions`` with
-    ``true`` and ``pointable`` of each; ``reference_units`` with ``covered`` of each; ``clarity, fluency,
+    ``reward/<name>`` before and ``shaped/<name>`` after the reward transforms (the length mask); ``advantage``, where
+    there is one per token their mean; ``assertions`` with ``true`` and ``pointable`` of each; ``reference_units`` with
+    ``covered`` of each; ``clarity, fluency,
     coherency``. A column of a judgment that the suite does not need is null throughout.
     """
     import pyarrow as pa
@@ -115,10 +118,8 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     """Writes a table so that a reader, or a killed run, never sees half a file."""
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pq.write_table(table, unfinished)
-    os.replace(unfinished, path)
+    with atomic_write(path, "wb") as file:
+        pq.write_table(table, file)
 
 
 def rollout_markdown(record: StepRecord, b: int) -> str:
@@ -139,7 +140,7 @@ def rollout_markdown(record: StepRecord, b: int) -> str:
     for row in rows:
         numbers = []
         for name in names:
-            before, after = row[f"reward/{name}"], row[f"gated/{name}"]
+            before, after = row[f"reward/{name}"], row[f"shaped/{name}"]
             numbers.append(_number(before) + ("" if before == after else f" → {_number(after)}"))
         cells = [_cell(row["caption"]), f"{row['length']}{' (cut)' if row['truncated'] else ''}", *numbers]
         lines.append("| " + " | ".join([*cells, _number(row["advantage"]), _assertions(row)]) + " |")
@@ -149,8 +150,8 @@ def rollout_markdown(record: StepRecord, b: int) -> str:
 def _rows(record: StepRecord) -> Iterator[tuple[dict[str, int], dict[str, Any]]]:
     """Place in ``[B, G]`` and contents of every rollout, as plain Python values."""
     rollouts, judgments = record.rollouts, record.judgments
-    rewards, gated = record.rewards.tolist(), record.gated.tolist()
-    advantages = None if record.advantages is None else record.advantages.tolist()
+    rewards, shaped = record.rewards.tolist(), record.shaped.tolist()
+    advantages = None if record.advantages is None else _per_caption(record).tolist()
     lengths, truncated = rollouts.lengths.tolist(), rollouts.truncated.tolist()
     reference_lengths = rollouts.reference_lengths.tolist()
 
@@ -180,8 +181,17 @@ def _rows(record: StepRecord) -> Iterator[tuple[dict[str, int], dict[str, Any]]]
                 row[scale] = None if rating is None else getattr(rating, scale)
             for k, name in enumerate(record.reward_names):
                 row[f"reward/{name}"] = _or_null(rewards[b][g][k])
-                row[f"gated/{name}"] = _or_null(gated[b][g][k])
+                row[f"shaped/{name}"] = _or_null(shaped[b][g][k])
             yield {"group": b, "rollout": g}, row
+
+
+def _per_caption(record: StepRecord) -> Tensor:
+    """``[B, G]`` advantages."""
+    assert record.advantages is not None
+    if record.advantages.ndim == 2:
+        return record.advantages
+    mask = record.rollouts.completion_mask
+    return (record.advantages * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def _schema(reward_names: Any) -> pa.Schema:
@@ -193,7 +203,7 @@ def _schema(reward_names: Any) -> pa.Schema:
     columns |= {"group": integer, "rollout": integer, "sample_id": text, "prompt": text, "reference": text}
     columns |= {"caption": text, "truncated": flag, "length": integer, "reference_length": integer}
     columns |= {"weights_version": integer}
-    columns |= {f"{kind}/{name}": number for kind in ("reward", "gated") for name in reward_names}
+    columns |= {f"{kind}/{name}": number for kind in ("reward", "shaped") for name in reward_names}
     columns |= {"advantage": number, "assertions": pa.list_(text)}
     columns |= {"true": pa.list_(flag), "pointable": pa.list_(flag)}
     columns |= {"reference_units": pa.list_(text), "covered": pa.list_(flag)}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from balcap.trainer.timeline import Span
+from balcap.utils.files import atomic_write
 
 
 class ChromeTrace(Callback):
@@ -36,7 +36,7 @@ class ChromeTrace(Callback):
     ) -> None:
         if self._recorded >= self.steps or self.path is None:
             return
-        spans: list[Span] = pl_module.timeline.spans  # type: ignore[union-attr,assignment]
+        spans: list[Span] = pl_module.pipeline.timeline.spans  # type: ignore[union-attr,assignment]
         rank = trainer.global_rank
         if not self._events:
             self._zero = min((span.start for span in spans), default=0.0)
@@ -56,10 +56,8 @@ class ChromeTrace(Callback):
             self._events.append(json.dumps(event))
         self._recorded += 1
         path = Path(self.path if rank == 0 else f"{self.path}.{rank}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.tmp")
-        unfinished.write_text("[\n" + ",\n".join(self._events) + "\n]\n")
-        os.replace(unfinished, path)
+        with atomic_write(path) as file:
+            file.write("[\n" + ",\n".join(self._events) + "\n]\n")
 
 
 TRACKS = ("trainer", "judge")

@@ -83,7 +83,7 @@ def test_all_problems_are_reported_together_each_with_its_key(fit_arguments, cli
     args = fit_arguments(
         **{
             "model.num_captions": 1,
-            "model.tau_low": 3,
+            "model.reward_transforms": "[{class_path: balcap.algorithms.LengthMask, init_args: {tau_low: 3}}]",
             "model.weights": "{precision: 0, recall: 0, linguistic: 0}",
             "model.policy.lora": "{target_modules: null}",
             "model.judge.model": "openai/gpt-4o-mini",
@@ -96,7 +96,7 @@ def test_all_problems_are_reported_together_each_with_its_key(fit_arguments, cli
         cli(args)
     for key in (
         "model.num_captions",
-        "model.tau_low",
+        "tau_low: 3",
         "model.weights",
         "model.policy.lora.target_modules",
         "OPENAI_API_KEY",
@@ -114,7 +114,14 @@ def test_all_problems_are_reported_together_each_with_its_key(fit_arguments, cli
         ({"model.judge.model": "nowhere/model"}, "model.judge.model"),
         ({"model.weights": "{precision: 1, beauty: 1}"}, "model.weights.beauty"),
         ({"model.weights": "{precision: -1, recall: 1}"}, "model.weights.precision"),
-        ({"model.length_reward": "beauty"}, "model.length_reward"),
+        (
+            {
+                "model.reward_transforms": "[{class_path: balcap.algorithms.LinearLengthPenalty,"
+                " init_args: {reward: beauty}}]"
+            },
+            "model.reward_transforms",
+        ),
+        ({"model.judge": "null"}, "model.judge"),
         ({"model.sampling.temperature": 0}, "model.sampling.temperature"),
         ({"model.policy.load_in_4bit": "true"}, "model.policy.load_in_4bit"),
         ({"model.policy.model": "./nowhere/at/all"}, "model.policy.model"),

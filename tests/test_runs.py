@@ -209,11 +209,18 @@ def test_predict_goes_on_where_it_stopped(fit_arguments, cli, world: Path, tmp_p
     assert sorted(row["image"] for row in again) == sorted(row["image"] for row in rows)
 
 
-@pytest.mark.parametrize(("advantage", "control"), [("grpo", "linear"), ("cgdpo", "none"), ("grpo", "mask")])
+@pytest.mark.parametrize(
+    ("advantage", "transforms"),
+    [
+        ("balcap.algorithms.GRPO", "[balcap.algorithms.LinearLengthPenalty]"),
+        ("balcap.algorithms.CGDPO", "[]"),
+        ("balcap.algorithms.GRPO", None),
+    ],
+)
 def test_the_ablations_of_the_paper_are_settings(
-    fit_arguments, cli, tmp_path: Path, advantage: str, control: str
+    fit_arguments, cli, tmp_path: Path, advantage: str, transforms: str | None
 ) -> None:
-    options = {"model.advantage": advantage, "model.length_control": control, "trainer.max_steps": 3}
+    options = {"model.advantage": advantage, "model.reward_transforms": transforms, "trainer.max_steps": 3}
     scheduler = {"model.scheduler": "torch.optim.lr_scheduler.StepLR", "model.scheduler.step_size": 1}
     cli(fit_arguments(**options, **scheduler, **{"model.scheduler.gamma": 0.5}))
     rows = [row for row in metrics(tmp_path / "run") if row["train/loss"]]
@@ -222,8 +229,8 @@ def test_the_ablations_of_the_paper_are_settings(
         [1e-4, 5e-5, 2.5e-5]
     )  # after each update
     table = pq.read_table(sorted((tmp_path / "run/rollouts").glob("train-*"))[0]).to_pydict()
-    same = table["reward/linguistic"] == table["gated/linguistic"]
-    assert same == (control == "none")
+    same = table["reward/linguistic"] == table["shaped/linguistic"]
+    assert same == (transforms == "[]")
     assert any(table["advantage"])
 
 

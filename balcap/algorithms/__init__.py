@@ -2,18 +2,23 @@
 
 One step of training reads them from top to bottom::
 
-    length.py   length_mask            rewards [B, G, K] -> [B, G, K]; or linear_length_penalty, its baseline
-    cgdpo.py    cgdpo                  rewards [B, G, K] -> advantages [B, G]
-    grpo.py     grpo                   the same; the baseline that c-GDPO beats
-    loss.py     policy_loss            log-probs [B, G, T], advantages -> scalar; clipped surrogate + KL
+    length_mask.py  LengthMask           rewards [B, G, K] -> [B, G, K]; LinearLengthPenalty, its baseline
+    cgdpo.py        CGDPO                rewards [B, G, K] -> advantages [B, G]
+    grpo.py         GRPO                 the same; the baseline that c-GDPO beats
+    loss.py         policy_loss          log-probs [B, G, T], advantages -> scalar; clipped surrogate + KL
+    base.py         what a YAML may name in their place; normalize.py: standard scores with missing values
 
-Shapes are those of `balcap.types`. A missing reward is NaN everywhere and never 0. Which equation of
-the paper each function is, and where it departs from the paper, is listed in ``docs/papers.md``.
+Each class is thin: the formula is in the function beside it. Shapes are those of `balcap.types`. A missing reward is
+NaN everywhere and never 0. Which equation of the paper each function is, and where it departs from the paper, is
+listed in ``docs/papers.md``.
 """
 
-from balcap.algorithms.cgdpo import cgdpo
-from balcap.algorithms.grpo import grpo
+from balcap.algorithms.base import AdvantageEstimator, AdvantageTransform, RewardTransform
+from balcap.algorithms.cgdpo import CGDPO, cgdpo
+from balcap.algorithms.grpo import GRPO, grpo
 from balcap.algorithms.length_mask import (
+    LengthMask,
+    LinearLengthPenalty,
     length_mask,
     length_ratio,
     linear_length_penalty,
@@ -30,7 +35,14 @@ from balcap.algorithms.loss import (
 )
 
 __all__ = [
+    "CGDPO",
+    "GRPO",
+    "AdvantageEstimator",
+    "AdvantageTransform",
+    "LengthMask",
+    "LinearLengthPenalty",
     "PolicyLoss",
+    "RewardTransform",
     "aggregate",
     "cgdpo",
     "clipped_surrogate",

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from balcap.algorithms.base import AdvantageEstimator, AllGather
 from balcap.algorithms.normalize import check_rewards, standardize
+
+
+class CGDPO(AdvantageEstimator):
+    """`cgdpo` by ``class_path``.
+
+    Args:
+        eps: added to both standard deviations, above 0.
+        whiten: normalise the weighted sum over the batch of all ranks as well.
+    """
+
+    def __init__(self, eps: float = 1e-4, whiten: bool = True) -> None:
+        self.eps, self.whiten = eps, whiten
+
+    def advantages(
+        self,
+        rewards: Float[Tensor, "B G K"],
+        weights: Float[Tensor, " K"],
+        all_gather: AllGather | None = None,
+    ) -> Float[Tensor, "B G"]:
+        return cgdpo(rewards, weights, self.eps, self.whiten, all_gather)
 
 
 def cgdpo(
@@ -16,7 +35,7 @@ def cgdpo(
     weights: Float[Tensor, " K"],
     eps: float = 1e-4,
     whiten: bool = True,
-    all_gather: Callable[[Tensor], Tensor] | None = None,
+    all_gather: AllGather | None = None,
 ) -> Float[Tensor, "B G"]:
     """Advantages of c-GDPO: decoupled normalisation, weighted sum, batch whitening.
 
@@ -27,7 +46,7 @@ def cgdpo(
         A_ij <- (A_ij - mean A) / (std A + eps)                  over the optimizer step, ddof = 1
 
     Because each reward is divided by its own spread first, a reward with a small spread (precision) is
-    not drowned by one with a large spread (a gated linguistic reward), and two different triples do not
+    not drowned by one with a large spread (a masked linguistic reward), and two different triples do not
     collapse into one advantage because their sums are equal.
 
     Args:

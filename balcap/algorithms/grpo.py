@@ -6,7 +6,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from balcap.algorithms.base import AdvantageEstimator, AllGather
 from balcap.algorithms.normalize import check_rewards, standardize
+
+
+class GRPO(AdvantageEstimator):
+    """`grpo` by ``class_path``.
+
+    Args:
+        eps: added to the standard deviation, above 0.
+    """
+
+    def __init__(self, eps: float = 1e-4) -> None:
+        self.eps = eps
+
+    def advantages(
+        self,
+        rewards: Float[Tensor, "B G K"],
+        weights: Float[Tensor, " K"],
+        all_gather: AllGather | None = None,
+    ) -> Float[Tensor, "B G"]:
+        return grpo(rewards, weights, self.eps)
 
 
 def grpo(

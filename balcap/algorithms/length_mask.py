@@ -1,4 +1,4 @@
-"""Length control: the linguistic reward counts only for captions of about the reference's length.
+"""The length mask: the linguistic reward counts only for captions of about the reference's length.
 
 Without it the linguistic reward pulls towards short, flawless captions and recall towards endless ones
 (arXiv 2605.07394, length-conditional reward mask). Lengths are tokens of the policy's tokenizer.
@@ -6,9 +6,100 @@ Without it the linguistic reward pulls towards short, flawless captions and reca
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from balcap.algorithms.base import RewardTransform
+from balcap.types import Rollouts
+
+TAU_LOW, TAU_HIGH = 0.5, 2.0
+"""Bounds of the paper's main results."""
+
+
+class _OnOneReward(RewardTransform):
+    """A transform by length that acts on one reward.
+
+    Args:
+        reward: its name.
+    """
+
+    def __init__(self, reward: str) -> None:
+        self.reward = reward
+
+    def transform(
+        self, rewards: Float[Tensor, "B G K"], names: Sequence[str], rollouts: Rollouts
+    ) -> Float[Tensor, "B G K"]:
+        return self._apply(
+            rewards, rollouts.lengths, rollouts.reference_lengths, list(names).index(self.reward)
+        )
+
+    @abstractmethod
+    def _apply(self, rewards: Tensor, lengths: Tensor, reference_lengths: Tensor, index: int) -> Tensor: ...
+
+    def problems(self, names: Sequence[str]) -> list[str]:
+        if self.reward in names:
+            return []
+        return [
+            f"model.reward_transforms: {type(self).__name__} acts on the reward {self.reward!r}; there are "
+            f"{', '.join(names)}"
+        ]
+
+
+class LengthMask(_OnOneReward):
+    """`length_mask` by ``class_path``.
+
+    Args:
+        tau_low: smallest kept ratio of caption tokens to reference tokens, at least 0.
+        tau_high: largest kept ratio.
+        reward: name of the reward that is masked.
+    """
+
+    def __init__(
+        self, tau_low: float = TAU_LOW, tau_high: float = TAU_HIGH, reward: str = "linguistic"
+    ) -> None:
+        super().__init__(reward)
+        self.tau_low, self.tau_high = tau_low, tau_high
+
+    def _apply(self, rewards: Tensor, lengths: Tensor, reference_lengths: Tensor, index: int) -> Tensor:
+        return length_mask(rewards, lengths, reference_lengths, self.tau_low, self.tau_high, index)
+
+    def problems(self, names: Sequence[str]) -> list[str]:
+        problems = super().problems(names)
+        if not 0 <= self.tau_low <= self.tau_high:
+            problems.append(
+                f"model.reward_transforms: LengthMask's tau_low: {self.tau_low} must lie between 0 and its "
+                f"tau_high: {self.tau_high}"
+            )
+        return problems
+
+
+class LinearLengthPenalty(_OnOneReward):
+    """`linear_length_penalty` by ``class_path``.
+
+    Args:
+        slope: reward lost per unit of the length ratio, at least 0.
+        reward: name of the reward that is lowered.
+    """
+
+    def __init__(self, slope: float = 1.0, reward: str = "linguistic") -> None:
+        super().__init__(reward)
+        self.slope = slope
+
+    def _apply(self, rewards: Tensor, lengths: Tensor, reference_lengths: Tensor, index: int) -> Tensor:
+        return linear_length_penalty(rewards, lengths, reference_lengths, index, self.slope)
+
+    def problems(self, names: Sequence[str]) -> list[str]:
+        problems = super().problems(names)
+        if not 0 <= self.slope < math.inf:
+            problems.append(
+                f"model.reward_transforms: LinearLengthPenalty's slope: {self.slope} must be at least 0"
+            )
+        return problems
 
 
 def length_ratio(
@@ -74,7 +165,7 @@ def length_mask(
 
     Degenerate cases: a missing reward stays NaN, outside as well as inside. One could argue that outside the
     answer is 0 whatever the judge would have said, but then a judge's failure would enter the group's
-    mean as a value, and only for captions of the wrong length. A reference without tokens gates nothing.
+    mean as a value, and only for captions of the wrong length. A reference without tokens masks nothing.
     """
     keep = within_length_bounds(lengths, reference_lengths, tau_low, tau_high)
     reward = rewards[..., index]

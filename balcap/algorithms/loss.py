@@ -41,7 +41,7 @@ class PolicyLoss:
 def clipped_surrogate(
     logps: Float[Tensor, "B G T"],
     old_logps: Float[Tensor, "B G T"],
-    advantages: Float[Tensor, "B G"],
+    advantages: Float[Tensor, "B G"] | Float[Tensor, "B G T"],
     completion_mask: Bool[Tensor, "B G T"],
     clip_eps_low: float = 0.2,
     clip_eps_high: float = 0.2,
@@ -56,7 +56,7 @@ def clipped_surrogate(
     Args:
         logps: log-probs of the policy, with gradient; any floating type, float32 inside.
         old_logps: log-probs of the policy that sampled, at the start of the step.
-        advantages: one per rollout, shared by its tokens.
+        advantages: one per rollout, shared by its tokens, or one per token.
         completion_mask: True on caption tokens. What stands elsewhere, NaN and inf included, reaches
             neither loss nor gradient.
         clip_eps_low: how far below 1 the ratio may fall before it stops to pay, in [0, 1].
@@ -69,7 +69,9 @@ def clipped_surrogate(
     """
     log_ratio = _masked_difference(logps, old_logps, completion_mask)
     ratio = log_ratio.exp()
-    advantage = advantages.float()[..., None]  # [B, G, 1]
+    advantage = advantages.float()
+    if advantage.ndim == 2:
+        advantage = advantage[..., None]  # [B, G, 1]
     limited = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
     loss = -torch.minimum(ratio * advantage, limited * advantage)
     above = (advantage > 0) & (ratio > 1 + clip_eps_high)
@@ -180,7 +182,7 @@ def aggregate(
 def policy_loss(
     logps: Float[Tensor, "B G T"],
     old_logps: Float[Tensor, "B G T"],
-    advantages: Float[Tensor, "B G"],
+    advantages: Float[Tensor, "B G"] | Float[Tensor, "B G T"],
     completion_mask: Bool[Tensor, "B G T"],
     ref_logps: Float[Tensor, "B G T"] | None = None,
     kl_coef: float = 0.0,

@@ -1,4 +1,4 @@
-"""Standard scores that know about missing values: what `cgdpo` and `grpo` share."""
+"""Standard scores with missing values left out: what `cgdpo` and `grpo` share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def standardize(values: Tensor, dim: int, eps: float, population: Tensor | None 
     squares = torch.where(there, population - mean, 0.0).square().sum(dim, keepdim=True)
     std = (squares / (count - 1).clamp(min=1)).sqrt()
 
-    # A constant population is told by its extremes: its mean can miss the constant by a rounding, and eps
+    # A constant population is detected by max == min: its mean can miss the constant by a rounding, and eps
     # alone would pass the miss on, divided by eps. The comparison is also False for one value or none.
     highest = torch.where(there, population, -torch.inf).amax(dim, keepdim=True)
     lowest = torch.where(there, population, torch.inf).amin(dim, keepdim=True)

@@ -42,7 +42,7 @@ class BCapScore(Reward):
     """`b_capscore` per rollout from the judgments themselves; ``compute()`` is the mean over captions.
 
     Reads the judgments, not the rewards of the run: pointability counts even in a run that trains without
-    it, and the length gate does not touch it. NaN where a part is missing or was not judged at all.
+    it, and the length mask does not touch it. NaN where a part is missing or was not judged at all.
     """
 
     name = "b_capscore"

@@ -53,8 +53,9 @@ class Reward(Metric):
     def score(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         """Scores in [0, 1], NaN where a judgment is missing."""
 
-    def update(self, rollouts: Rollouts, judgments: Judgments) -> None:
-        scores = self.score(rollouts, judgments).to(self.device)
+    def update(self, rollouts: Rollouts, judgments: Judgments, scores: Tensor | None = None) -> None:
+        """Accumulate; `scores` of these rollouts are not computed again if they are given."""
+        scores = (self.score(rollouts, judgments) if scores is None else scores).to(self.device)
         there = ~scores.isnan()
         self.total += torch.where(there, scores, 0.0).sum()
         self.count += there.sum()
@@ -71,8 +72,8 @@ class Reward(Metric):
         """
         if self._is_synced:
             raise TorchMetricsUserError("The reward is synchronised: call unsync before forward.")
-        self.update(rollouts, judgments)
         scores = self.score(rollouts, judgments).to(self.device)
+        self.update(rollouts, judgments, scores)
         # What `self.log("…", reward, on_step=True)` of Lightning shows for this step.
         self._forward_cache = scores.nanmean()  # type: ignore[assignment]
         return scores

@@ -12,7 +12,7 @@ from balcap.types import Rollouts
 
 
 def score_linguistic(rating: Rating) -> float:
-    """Mean of clarity, fluency and coherency, in [0, 1] (arXiv 2605.07394). The length gate comes later."""
+    """Mean of clarity, fluency and coherency, in [0, 1] (arXiv 2605.07394). The length mask comes later."""
     return rating.mean
 
 

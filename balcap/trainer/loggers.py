@@ -1,15 +1,58 @@
-"""A CSV logger that a resumed run continues instead of deleting."""
+"""Where metrics go: a CSV file that a resumed run continues, and the count they are logged under."""
 
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_only
+
+from balcap.judge import Judgments
+from balcap.utils.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+
+def log_metrics(
+    module: LightningModule,
+    metrics: dict[str, float],
+    own_count: int | None,
+    last: bool = True,
+    **options: Any,
+) -> None:
+    """Hand metrics to Lightning, and to the loggers under Lightning's count of steps or another one.
+
+    Args:
+        module: that logs.
+        metrics: by name.
+        own_count: step that the loggers see; None for Lightning's.
+        last: whether these are the last metrics of the step: Lightning takes one set.
+        options: of `LightningModule.log_dict`.
+    """
+    if last:
+        module.log_dict(metrics, logger=own_count is None, **options)
+    trainer = module.trainer
+    training = trainer.state.stage == RunningStage.TRAINING
+    every = max(1, getattr(trainer, "log_every_n_steps", 1)) if training else 1
+    if own_count is not None and own_count % every == 0 and not trainer.sanity_checking:
+        for logger in module.loggers:
+            logger.log_metrics(metrics | {"epoch": module.current_epoch}, step=own_count)
+
+
+@rank_zero_only
+def warn_of_missing(judgments: Judgments, step: int) -> None:
+    """Say on the console which judgments a step lacks, and why."""
+    if not judgments.failures:
+        return
+    counts = ", ".join(f"{number} {task}" for task, number in judgments.failures.items())
+    log.warning("step %d: judgments missing: %s; %s", step, counts, "; ".join(judgments.reasons))
 
 
 class _ContinuedWriter(ExperimentWriter):
@@ -43,12 +86,10 @@ class _ContinuedWriter(ExperimentWriter):
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         kept = [r for r in rows if int(r["step"]) < step or (int(r["step"]) == step and not _trains(r))]
-        partial = path.with_suffix(".part")
-        with partial.open("w", newline="") as file:
+        with atomic_write(path) as file:
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
             writer.writerows(kept)
-        os.replace(partial, path)
 
 
 def _trains(row: dict[str, Any]) -> bool:

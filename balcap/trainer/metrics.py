@@ -3,107 +3,157 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
-from balcap.algorithms import length_ratio, within_length_bounds
-from balcap.judge.judgments import Judgments
+from balcap.algorithms import LengthMask, RewardTransform, length_ratio, within_length_bounds
+from balcap.judge import JudgeStats, Judgments
 from balcap.policy.flops import peak_flops, peak_memory
 from balcap.rewards import b_capscore
+from balcap.trainer.distributed import gather, sums
+from balcap.trainer.pipeline import RolloutPipeline
 from balcap.trainer.tally import Tally
+from balcap.trainer.timeline import Timeline
+from balcap.trainer.update import OptimizerLoop
 from balcap.types import Rollouts
 
-if TYPE_CHECKING:
-    from balcap.judge.stats import JudgeStats
-    from balcap.module import BalCapModule
-
-COUNTS = ("calls", "cache_hits", "tokens_in", "tokens_out")
+JUDGE_COUNTS = ("calls", "cache_hits", "tokens_in", "tokens_out")
+PARTS = ("precision", "recall", "linguistic")
 
 
-def step_metrics(
-    module: BalCapModule,
-    tally: Tally,
-    rollouts: Rollouts,
-    judgments: Judgments,
-    rewards: Tensor,
-    before: JudgeStats,
-) -> dict[str, float]:
-    """Everything that a training step logs, by name: over all ranks, but for ``time/*``, which is this rank's.
+def reward_metrics(tally: Tally, names: Sequence[str], rewards: Tensor) -> None:
+    """Add mean, spread within groups and share of constant groups of each reward.
 
     Args:
-        tally: of the update; rewards are added to it.
-        rewards: ``[B, G, K]`` before the length gate.
-        before: the judge's counts at the beginning of the step.
+        tally: added to.
+        names: ``[K]``.
+        rewards: ``[B, G, K]`` before the reward transforms.
     """
-    for k, name in enumerate(module.rewards.names):
+    for k, name in enumerate(names):
         values = rewards[..., k].double()
         tally.add_values(name, values)
         spread = _group_std(values)
         tally.add_values(f"reward_std/{name}", spread)
         constant = torch.where(spread.isnan(), spread, (spread == 0).double())
         tally.add_values(f"zero_variance/{name}", constant)
-    for name, values in caption_scores(module, rollouts, rewards).items():
-        tally.add_values(name, values)
-    means = tally.means(module.gather) | tally.largest(module.gather)
-    metrics = {f"train/{name}": value for name, value in means.items()}
-    metrics["train/skipped_updates"] = float(module.skipped_total)
-    metrics["train/lr"] = module.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-    now = module.judge.stats()
-    counts = [getattr(now, name) - getattr(before, name) for name in COUNTS]
-    counts.append(sum(judgments.failures.values()))
-    totals = _sums(module, counts)
-    metrics |= {f"judge/{name}": value for name, value in zip((*COUNTS, "failed"), totals, strict=True)}
-    return metrics | judge_costs(module) | _times(module, rollouts, means.get("tflops"))
 
 
-def caption_scores(module: BalCapModule, rollouts: Rollouts, rewards: Tensor) -> dict[str, Tensor]:
-    """What training and validation report beside the rewards; each ``[B, G]``."""
+def caption_scores(
+    rollouts: Rollouts, names: Sequence[str], rewards: Tensor, transforms: Sequence[RewardTransform]
+) -> dict[str, Tensor]:
+    """What training and validation report beside the rewards; each ``[B, G]``.
+
+    Args:
+        rollouts: that were rewarded.
+        names: ``[K]`` of the rewards.
+        rewards: ``[B, G, K]`` before the reward transforms.
+        transforms: of the run. Outside the bounds of its length mask, or of the paper's where there is none, a caption
+            counts as ``length_masked``.
+    """
+    mask = next((one for one in transforms if isinstance(one, LengthMask)), LengthMask())
     lengths, references = rollouts.lengths, rollouts.reference_lengths
-    inside = within_length_bounds(lengths, references, module.tau_low, module.tau_high)
     scores = {
         "length_ratio": length_ratio(lengths, references),
         "caption_tokens": lengths.double(),
-        "length_masked": (~inside).double(),
+        "length_masked": (~within_length_bounds(lengths, references, mask.tau_low, mask.tau_high)).double(),
         "truncated": rollouts.truncated.double(),
     }
-    names, three = module.rewards.names, ("precision", "recall", "linguistic")
-    if set(three) <= set(names):
-        scores["b_capscore"] = b_capscore(*(rewards[..., names.index(name)] for name in three))
+    if set(PARTS) <= set(names):
+        scores["b_capscore"] = b_capscore(*(rewards[..., list(names).index(name)] for name in PARTS))
     return scores
 
 
-def judge_costs(module: BalCapModule) -> dict[str, float]:
-    """Dollars of the whole run, and per 1,000 rollouts that these processes have had judged."""
-    # The ranks of a machine share a ledger: one of them speaks for all.
-    speaks = module.judge.ledger is None or module.trainer.local_rank == 0
-    spent = module.judge.spent() if speaks else 0.0
-    total, here, judged = _sums(module, [spent, module.judge.stats().cost_usd, module.judged])
-    return {"judge/cost_usd": total, "judge/usd_per_1k_rollouts": 1000 * here / max(1, judged)}
+def step_metrics(
+    trainer: Trainer,
+    pipeline: RolloutPipeline,
+    loop: OptimizerLoop,
+    tally: Tally,
+    rollouts: Rollouts,
+    judgments: Judgments,
+    before: JudgeStats,
+) -> dict[str, float]:
+    """Everything that a training step logs, by name: over all ranks, but for ``time/*``, which is this rank's.
 
-
-def _times(module: BalCapModule, rollouts: Rollouts, tflops: float | None) -> dict[str, float]:
-    """Seconds of each stage of this step, what they come to per second, the share spent waiting, and memory.
-
-    Model FLOPs utilisation, ``time/mfu``, is left out for devices whose peak is not known.
+    Args:
+        trainer: whose ranks.
+        pipeline: that sampled and had captions judged.
+        loop: that updated.
+        tally: of the step.
+        rollouts: of this rank.
+        judgments: of them.
+        before: the judge's counts at the beginning of the step.
     """
-    seconds, tokens = module.timeline.seconds(), float(rollouts.completion_mask.sum())
+    logged = train_metrics(trainer, tally, loop)
+    missing = sum(judgments.failures.values())
+    logged |= judge_metrics(trainer, pipeline.judge_stats() - before, missing)
+    logged |= judge_costs(trainer, pipeline)
+    device = trainer.strategy.root_device
+    return logged | time_metrics(pipeline.timeline, rollouts, logged.get("train/tflops"), device)
+
+
+def train_metrics(trainer: Trainer, tally: Tally, loop: OptimizerLoop) -> dict[str, float]:
+    """``train/*``: what the tally holds, over all ranks; skipped updates and the learning rate."""
+
+    def everywhere(tensor: Tensor) -> Tensor:
+        return gather(trainer, tensor)
+
+    values = tally.means(everywhere) | tally.largest(everywhere)
+    values |= {"skipped_updates": float(loop.skipped), "lr": loop.optimizer.param_groups[0]["lr"]}
+    return {f"train/{name}": value for name, value in values.items()}
+
+
+def judge_metrics(trainer: Trainer, spent: JudgeStats, missing: int) -> dict[str, float]:
+    """Counts of one step over all ranks.
+
+    Args:
+        trainer: whose ranks.
+        spent: of the step.
+        missing: judgments that the step lacks.
+    """
+    counts = [float(getattr(spent, name)) for name in JUDGE_COUNTS] + [float(missing)]
+    totals = sums(trainer, counts)
+    return {f"judge/{name}": value for name, value in zip((*JUDGE_COUNTS, "failed"), totals, strict=True)}
+
+
+def judge_costs(trainer: Trainer, pipeline: RolloutPipeline) -> dict[str, float]:
+    """Dollars of the whole run, and per 1,000 rollouts that these processes have had judged."""
+    judge = pipeline.judge
+    if judge is None:
+        return {}
+    # The ranks of a machine share a ledger: one of them speaks for all.
+    speaks = judge.ledger is None or trainer.local_rank == 0
+    total, here, rollouts = sums(
+        trainer, [judge.spent() if speaks else 0.0, judge.stats().cost_usd, float(pipeline.judged)]
+    )
+    return {"judge/cost_usd": total, "judge/usd_per_1k_rollouts": 1000 * here / max(1, rollouts)}
+
+
+def time_metrics(
+    timeline: Timeline, rollouts: Rollouts, tflops: float | None, device: torch.device
+) -> dict[str, float]:
+    """Seconds of each stage of this rank's step, tokens per second, the share spent waiting, and memory.
+
+    Model FLOPs utilisation, ``time/mfu``, is left out where FLOPs or the device's peak are not known.
+
+    Args:
+        timeline: of the step.
+        rollouts: of the batch.
+        tflops: 10^12 operations of the update.
+        device: that it ran on.
+    """
+    seconds, tokens = timeline.seconds(), float(rollouts.completion_mask.sum())
     times = {f"time/{name}_s": value for name, value in seconds.items()}
-    times["time/idle_share"] = module.timeline.idle_share()
+    times["time/idle_share"] = timeline.idle_share()
     for name in ("rollout", "update"):
         if seconds.get(name, 0.0) > 0:
             times[f"time/{name}_tokens_per_s"] = tokens / seconds[name]
-    if tflops is not None and (peak := peak_flops(module.device)):
+    if tflops is not None and (peak := peak_flops(device)):
         times["time/mfu"] = 1e12 * tflops / (seconds["update"] * peak)
-    times["time/peak_memory_gb"] = peak_memory(module.device) / 1e9
+    times["time/peak_memory_gb"] = peak_memory(device) / 1e9
     return times
-
-
-def _sums(module: BalCapModule, values: list[float]) -> list[float]:
-    """Of all ranks."""
-    local = torch.tensor(values, dtype=torch.float64)
-    return module.gather(local).reshape(-1, len(values)).sum(0).tolist()
 
 
 def _group_std(values: Tensor) -> Tensor:

@@ -8,44 +8,63 @@ weights that learn from them, which the importance ratio corrects (`balcap.algor
 
 from __future__ import annotations
 
+import logging
+import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from balcap.judge import Judge
-from balcap.judge.judgments import Judgments
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from balcap.judge import Judge, JudgeStats, Judgments
 from balcap.rewards.suite import RewardSuite, merge
+from balcap.rollout import EngineFailed, Finished, RolloutEngine, Sampling
+from balcap.rollout.hf import HFGenerate
+from balcap.trainer.distributed import gather_objects, stop_together
+from balcap.trainer.timeline import Timeline
 from balcap.types import CaptionBatch, Rollouts
+from balcap.utils.seeding import seeded
 
 if TYPE_CHECKING:
+    from balcap.policy.policy import Policy
     from balcap.policy.prompts import Prompts
 
+log = logging.getLogger(__name__)
 
-class Judging:
+TRAIN, VALIDATE, PREDICT = 0, 1, 2
+"""Stages; captions of each are drawn from numbers of their own."""
+
+
+class PendingJudgments:
     """The judgments of one batch, asked for group by group.
 
     Args:
         suite: says what is needed.
-        judge: answers, on its own thread.
+        judge: answers, on its own thread; may be None where nothing is needed.
         batch: the images.
 
     Attributes:
         started, ended: `time.perf_counter` of the first question and of the last answer so far.
     """
 
-    def __init__(self, suite: RewardSuite, judge: Judge, batch: CaptionBatch) -> None:
+    def __init__(self, suite: RewardSuite, judge: Judge | None, batch: CaptionBatch) -> None:
         self._suite, self._judge, self._batch = suite, judge, batch
         self._futures: dict[int, Future[Judgments]] = {}
         self.started = self.ended = time.perf_counter()
 
-    def ask(self, row: int, captions: Sequence[str]) -> None:
+    def start(self, row: int, captions: Sequence[str]) -> None:
         """Start judging the captions of one image."""
-        batch = self._batch
+        if not self._suite.needs:
+            return
+        assert self._judge is not None
         if not self._futures:
             self.started = time.perf_counter()
-        units = batch.extra("reference_units")[row]
+        batch = self._batch
         future = self._judge.submit(
             self._suite.gather_group(
                 self._judge,
@@ -53,10 +72,10 @@ class Judging:
                 batch.image_bytes[row],
                 batch.references[row],
                 captions,
-                units,
+                batch.extra("reference_units")[row],
             )
         )
-        future.add_done_callback(self._note)
+        future.add_done_callback(self._answered)
         self._futures[row] = future
 
     def result(self) -> Judgments:
@@ -65,6 +84,8 @@ class Judging:
         Raises:
             CacheError: the judge's cache cannot be used.
         """
+        if not self._suite.needs:
+            return Judgments({}, [None] * len(self._batch))
         try:
             return merge([self._futures[row].result() for row in range(len(self._batch))])
         except BaseException:
@@ -76,23 +97,239 @@ class Judging:
         for future in self._futures.values():
             future.cancel()
 
-    def _note(self, future: Future[Judgments]) -> None:
+    def _answered(self, future: Future[Judgments]) -> None:
         self.ended = time.perf_counter()
 
 
 @dataclass(eq=False)
-class Flight:
-    """A batch on its way from sampling to update.
+class InFlightBatch:
+    """A batch between sampling and update.
 
     Attributes:
         rollouts: its captions.
         prompts: its encoded prompts.
-        judging: under way.
+        judgments: under way.
     """
 
     rollouts: Rollouts
     prompts: Prompts
-    judging: Judging
+    judgments: PendingJudgments
+
+
+class RolloutPipeline:
+    """Samples, has captions judged, and keeps batches in flight until they are learned from.
+
+    Args:
+        suite: the rewards, which say what is judged.
+        judge: None where no reward needs one.
+        engine: samples; None for HF ``generate``.
+        sampling: how.
+        lag: batches that stay in flight while the next one is sampled: 0 or 1.
+        seed: of the run.
+
+    Attributes:
+        in_flight: sampled and not yet learned from, oldest first.
+        learned: batches learned from so far.
+        judged: rollouts that this process has had judged.
+        timeline: of the step.
+    """
+
+    def __init__(
+        self,
+        suite: RewardSuite,
+        judge: Judge | None,
+        engine: RolloutEngine | None,
+        sampling: Sampling,
+        lag: int,
+        seed: int,
+    ) -> None:
+        self.suite, self.judge, self.engine = suite, judge, engine or HFGenerate()
+        self.sampling, self.lag, self.seed = sampling, lag, seed
+        self.in_flight: deque[InFlightBatch] = deque()
+        self._resumed: deque[dict[str, Any]] = deque()  # in flight in the run that is continued
+        self._attached = False
+        self.learned = self.judged = 0
+        self.timeline = Timeline(self._synchronize)
+
+    def attach(self, trainer: Trainer, policy: Policy) -> None:
+        """Work for this trainer and policy; the engine starts at its first use, when the policy is on its device."""
+        self.trainer, self.policy = trainer, policy
+
+    def started_engine(self) -> RolloutEngine:
+        """The engine, with the policy's weights."""
+        if not self._attached:
+            self.engine.attach(self.policy)
+            self.engine.sync(self.policy, self.trainer.global_step)
+            self._attached = True
+        return self.engine
+
+    @property
+    def needs_importance_correction(self) -> bool:
+        """Whether the sampler's distribution is another than the trainer's at the start of an update."""
+        return self.lag > 0 or not self.engine.exact
+
+    def judge_stats(self) -> JudgeStats:
+        """Of this process."""
+        return JudgeStats() if self.judge is None else self.judge.stats()
+
+    # ── sampling ─────────────────────────────────────────────────────────────────────────────────────
+
+    def start_rollout(self, batch: CaptionBatch, num_captions: int, updates_per_rollout: int) -> bool:
+        """Sample captions; each image's go to the judge when they are complete.
+
+        Returns:
+            False where the run has enough in flight for the steps that are left: nothing was sampled.
+        """
+        if len(self.in_flight) >= self._batches_left(updates_per_rollout):
+            return False
+        number = self.trainer.global_step + updates_per_rollout * len(self.in_flight)
+        pending = PendingJudgments(self.suite, self.judge, batch)
+        try:
+            with self.timeline.span("rollout"), self.seeded(TRAIN, number):
+                prompts = self.policy.encode(batch)
+                resumed = self._resume_rollouts(batch, pending)
+                rollouts = self._generate(batch, prompts, num_captions, pending.start, resumed)
+        except BaseException:
+            pending.cancel()
+            raise
+        self.in_flight.append(InFlightBatch(rollouts, prompts, pending))
+        return True
+
+    def sample(self, batch: CaptionBatch, num_captions: int, stage: int, number: int) -> Rollouts:
+        """Captions outside training; the same draw for the same stage and number."""
+        with self.seeded(stage, number):
+            return self._generate(batch, self.policy.encode(batch), num_captions)
+
+    def sync(self) -> None:
+        """Give the engine the policy's weights."""
+        failure = None
+        try:
+            with self.timeline.span("sync"):
+                self.started_engine().sync(self.policy, self.trainer.global_step)
+        except EngineFailed as error:
+            failure = error
+        stop_together(self.trainer, failure)
+
+    def _generate(
+        self,
+        batch: CaptionBatch,
+        prompts: Prompts,
+        num_captions: int,
+        finished: Finished | None = None,
+        resumed: Rollouts | None = None,
+    ) -> Rollouts:
+        """Captions from the engine, unless there are some already; an engine that fails ends the run on all ranks."""
+        failure, rollouts = None, resumed
+        try:
+            if rollouts is None:
+                engine = self.started_engine()
+                rollouts = engine.generate(batch, prompts, num_captions, self.sampling, finished)
+        except EngineFailed as error:
+            failure = error
+        stop_together(self.trainer, failure)
+        assert rollouts is not None
+        return rollouts
+
+    # ── learning ─────────────────────────────────────────────────────────────────────────────────────
+
+    def ready(self, sampled: bool) -> list[InFlightBatch]:
+        """Batches to learn from in this step, oldest first: none, one, or what is left at the end of the run.
+
+        Args:
+            sampled: whether this step has sampled; the last one leaves nothing in flight.
+        """
+        keep = self.lag if sampled and not self._is_last_batch() else 0
+        return list(self.in_flight)[: max(0, len(self.in_flight) - keep)]
+
+    def learned_from(self, batch: InFlightBatch) -> None:
+        """The oldest batch in flight is done: a resumed run goes on behind it."""
+        assert self.in_flight[0] is batch
+        self.in_flight.popleft()
+        self.learned += 1
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            data.consumed(batch.rollouts.batch)
+
+    def judgments(self, batch: InFlightBatch) -> Judgments:
+        """Of a batch in flight; waits for them. A judge that stops the run stops it on all ranks."""
+        with self.timeline.span("judge_wait"):
+            judgments = batch.judgments.result()
+        self.timeline.add("judge", "judge", batch.judgments.started, batch.judgments.ended)
+        return self._count(judgments, batch.rollouts)
+
+    def judge_now(self, rollouts: Rollouts) -> Judgments:
+        """All judgments that the rewards need, asked for and waited for."""
+        pending = PendingJudgments(self.suite, self.judge, rollouts.batch)
+        for row, captions in enumerate(rollouts.captions):
+            pending.start(row, captions)
+        return self._count(pending.result(), rollouts)
+
+    def _count(self, judgments: Judgments, rollouts: Rollouts) -> Judgments:
+        self.judged += rollouts.truncated.numel()
+        stop_together(self.trainer, None if self.judge is None else self.judge.stopped)
+        return judgments
+
+    def _batches_left(self, updates_per_rollout: int) -> float:
+        """Batches that the run will still learn from, where it ends with a number of steps."""
+        steps = self.trainer.max_steps
+        return math.inf if steps < 0 else math.ceil((steps - self.trainer.global_step) / updates_per_rollout)
+
+    def _is_last_batch(self) -> bool:
+        """Whether the run ends with this batch, where it ends with a number of epochs."""
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs == -1:
+            return False
+        return self.trainer.current_epoch + 1 >= epochs and self.trainer.is_last_batch
+
+    # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────
+
+    def state_dict(self) -> dict[str, Any]:
+        """A collective: call it on every rank."""
+        mine = [saved(batch.rollouts) for batch in self.in_flight]
+        return {"learned": self.learned, "in_flight": gather_objects(self.trainer, mine)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Captions in flight are used again where the number of ranks is the same, else sampled anew."""
+        self.learned = state.get("learned", 0)
+        in_flight = state.get("in_flight", [])
+        if len(in_flight) == self.trainer.world_size:
+            self._resumed = deque(in_flight[self.trainer.global_rank])
+        elif any(in_flight):
+            rank_zero_info(
+                "captions in flight were sampled by another number of ranks; they are sampled anew"
+            )
+
+    def _resume_rollouts(self, batch: CaptionBatch, pending: PendingJudgments) -> Rollouts | None:
+        """Captions that the run before had sampled for this batch and not learned from."""
+        if not self._resumed:
+            return None
+        rollouts = restored(self._resumed.popleft(), batch)
+        if rollouts is None:
+            self._resumed.clear()
+            log.warning("captions in flight belong to other images than those that come now; sampled anew")
+            return None
+        for row, captions in enumerate(rollouts.captions):
+            pending.start(row, captions)
+        return rollouts
+
+    def close(self) -> None:
+        """Give up what is in flight; close engine and judge. Safe to call twice."""
+        for batch in self.in_flight:
+            batch.judgments.cancel()
+        self.in_flight.clear()
+        if self.judge is not None:
+            self.judge.close()
+        if self._attached:
+            self.engine.close()
+            self._attached = False
+
+    def seeded(self, stage: int, number: int) -> Any:
+        """A context with random numbers of this stage, number and rank alone."""
+        return seeded(self.trainer.strategy.root_device, self.seed, stage, number, self.trainer.global_rank)
+
+    def _synchronize(self) -> None:
+        if self.trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 _SAVED = (

@@ -2,115 +2,245 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from balcap.algorithms import loss_normalizer, policy_loss, truncated_importance
+from balcap.algorithms.loss import LossAggregation
+from balcap.policy.policy import Policy
 from balcap.policy.prompts import Prompts
 from balcap.trainer.tally import Tally
 from balcap.types import Rollouts
 
-if TYPE_CHECKING:
-    from balcap.module import BalCapModule
+log = logging.getLogger(__name__)
 
 
 class UpdatesDiverged(RuntimeError):
     """Too many optimizer updates in a row had a non-finite gradient."""
 
 
-def update(module: BalCapModule, rollouts: Rollouts, prompts: Prompts, advantages: Tensor) -> Tally:
-    """`module.updates_per_rollout` optimizer steps on one batch of rollouts.
+@dataclass(frozen=True)
+class UpdateSettings:
+    """How a batch of rollouts becomes optimizer steps.
+
+    Args:
+        clip_eps_low: lower clip range of the importance ratio, in (0, 1).
+        clip_eps_high: upper clip range, above 0.
+        loss_aggregation: ``token_mean`` over all caption tokens of the step, or ``sequence_mean``, the mean
+            over captions of their token means.
+        kl_coef: weight of the KL (k3) to the reference; 0 keeps no reference.
+        importance_cap: where another engine or older weights sampled, a token's loss is multiplied with the
+            importance ratio of trainer to sampler, at most this (truncated importance sampling); null
+            corrects nothing. Samples of the policy itself with lag 0 need no correction.
+        mismatch_threshold: nats of difference between the log-probs of sampler and trainer beyond which a token
+            counts in ``train/mismatch_share``.
+        updates_per_rollout: optimizer steps on each batch of rollouts.
+        micro_batch_size: images (with their G captions) per forward pass; null takes all at once.
+        max_tokens_per_forward: tokens per forward pass, all images packed into it together; an image with more
+            has a pass of its own; null for no limit. The memory of an update grows with it.
+        max_grad_norm: clip the gradient to this norm; null does not clip.
+        max_skipped_updates: end the run when more updates in a row than this had a non-finite gradient.
+    """
+
+    clip_eps_low: float = 0.2
+    clip_eps_high: float = 0.2
+    loss_aggregation: LossAggregation = "token_mean"
+    kl_coef: float = 0.0
+    importance_cap: float | None = 2.0
+    mismatch_threshold: float = 0.1
+    updates_per_rollout: int = 1
+    micro_batch_size: int | None = None
+    max_tokens_per_forward: int | None = None
+    max_grad_norm: float | None = 1.0
+    max_skipped_updates: int = 5
+
+    def problems(self, key: str = "model") -> list[str]:
+        """What is out of range, each with the key to change."""
+        cap, norm = self.importance_cap, self.max_grad_norm
+        rules = [
+            ("clip_eps_low", 0 < self.clip_eps_low < 1, "is outside (0, 1)"),
+            ("clip_eps_high", 0 < self.clip_eps_high < math.inf, "must be above 0"),
+            ("kl_coef", 0 <= self.kl_coef < math.inf, "would reward drifting away; use 0 or more"),
+            ("mismatch_threshold", self.mismatch_threshold >= 0, "must be at least 0"),
+            ("max_grad_norm", norm is None or 0 < norm < math.inf, "must be above 0, or null"),
+            ("max_skipped_updates", self.max_skipped_updates >= 0, "must be at least 0"),
+            (
+                "importance_cap",
+                cap is None or 1 <= cap < math.inf,
+                "would reduce the weight of captions that sampler and trainer agree on; use 1 or more, or null",
+            ),
+        ]
+        for name in ("updates_per_rollout", "micro_batch_size", "max_tokens_per_forward"):
+            value = getattr(self, name)
+            rules.append((name, value is None or value >= 1, "must be at least 1"))
+        return [f"{key}.{name}: {getattr(self, name)} {rule}" for name, holds, rule in rules if not holds]
+
+
+@dataclass
+class OptimizerLoop:
+    """What an update needs of the trainer, and what it counts over the run.
+
+    Attributes:
+        optimizer: of the trainable parameters.
+        scheduler: of the learning rate, stepped after each optimizer step, or None.
+        backward: of a loss.
+        clip: the gradients to a norm.
+        no_sync: context in which a backward pass reduces no gradients over ranks.
+        all_gather: ``[...]`` -> ``[ranks, ...]``, or itself on one rank.
+        world_size: number of ranks.
+        skipped: updates of the run that were skipped because their gradient was not finite.
+        skipped_in_a_row: of them the latest ones.
+    """
+
+    optimizer: Any
+    scheduler: Any
+    backward: Callable[[Tensor], None]
+    clip: Callable[[float], None]
+    no_sync: Callable[[], AbstractContextManager[Any]]
+    all_gather: Callable[[Tensor], Tensor]
+    world_size: int = 1
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+    @classmethod
+    def of(
+        cls, module: LightningModule, all_gather: Callable[[Tensor], Tensor], skipped: int = 0
+    ) -> OptimizerLoop:
+        """Of a module with one optimizer, in a fit."""
+        optimizer = module.optimizers()
+
+        def clip(norm: float) -> None:
+            module.clip_gradients(optimizer, gradient_clip_val=norm, gradient_clip_algorithm="norm")  # type: ignore[arg-type]
+
+        no_sync = getattr(module.trainer.strategy.model, "no_sync", nullcontext)
+        world_size = module.trainer.world_size
+        return cls(
+            optimizer,
+            module.lr_schedulers(),
+            module.manual_backward,
+            clip,
+            no_sync,
+            all_gather,
+            world_size,
+            skipped,
+        )
+
+
+def update(
+    policy: Policy,
+    settings: UpdateSettings,
+    rollouts: Rollouts,
+    prompts: Prompts,
+    advantages: Tensor,
+    loop: OptimizerLoop,
+    temperature: float = 1.0,
+    needs_importance_correction: bool = False,
+) -> Tally:
+    """`settings.updates_per_rollout` optimizer steps on one batch of rollouts.
 
     Every optimizer step sees the whole batch, in micro-batches whose losses share one denominator: the
     tokens (or sequences) of all ranks. Gradients are reduced on each rank's last backward pass. The first
     step's own log-probs are the old ones. A group whose advantages are all 0 moves nothing without a KL term, and
-    is not forwarded then. Where the sampler's log-probs are others than the trainer's, because of its arithmetic
-    or of older weights, the truncated importance ratio corrects it.
+    is not forwarded then.
+
+    Args:
+        policy: what is trained.
+        settings: how.
+        rollouts: of this rank.
+        prompts: of the same images.
+        advantages: ``[B, G]``, or ``[B, G, T]`` for one per token.
+        loop: the trainer's part.
+        temperature: that the captions were sampled at.
+        needs_importance_correction: whether the sampler's distribution is another than the policy's, because of
+            its arithmetic or of older weights; the truncated importance ratio then corrects it.
 
     Returns:
         Sums for ``train/loss``, ``kl``, ``clip_fraction``, ``entropy`` and ``grad_norm``, over what was
-        forwarded, the size of one pass (`_book_size`) and the distance to the sampler (`_book_mismatch`).
+        forwarded, the size of one pass (`_record_size`) and the distance to the sampler (`_record_mismatch`).
 
     Raises:
-        UpdatesDiverged: more than `module.max_skipped_updates` steps in a row were skipped because their
+        UpdatesDiverged: more than `settings.max_skipped_updates` steps in a row were skipped because their
             gradient was not finite. The weights are those of the last good step.
     """
-    tally, device = Tally(), module.device
-    rows = _that_matter(advantages, module.kl_coef)
-    micro = list(_micro_batches(module, rollouts, prompts, rows))
-    world = module.trainer.world_size
-    normalizer = loss_normalizer(rollouts.completion_mask, module.loss_aggregation)
-    normalizer = module.gather(normalizer.to(device).float()).sum() / world  # DDP averages what ranks sum
-    temperature = module.sampling.temperature
+    tally, device = Tally(), policy.device
+    rows = rows_with_nonzero_advantage(advantages, settings.kl_coef)
+    micro = list(micro_batches(policy, settings, rollouts, prompts, rows))
+    normalizer = loss_normalizer(rollouts.completion_mask, settings.loss_aggregation)
+    # DDP averages what ranks sum.
+    normalizer = loop.all_gather(normalizer.to(device).float()).sum() / loop.world_size
     ref = None
-    if module.kl_coef:
-        ref = [module.policy.reference_logps(rollouts, prompts, rows, temperature) for rows in micro]
+    if settings.kl_coef:
+        ref = [policy.reference_logps(rollouts, prompts, rows, temperature) for rows in micro]
     old: list[Tensor] = []
     importance: list[Tensor | None] = []
-    cap = module.importance_cap if module.corrects else None
-    _book_size(tally, module, rollouts, prompts, micro)
-    module.policy.model.train()
-    optimizer = module.optimizers()
-    assert isinstance(optimizer, LightningOptimizer)
-    for step in range(module.updates_per_rollout):
-        optimizer.zero_grad()
+    cap = settings.importance_cap if needs_importance_correction else None
+    _record_size(tally, policy, settings, rollouts, prompts, micro)
+    policy.model.train()
+    for step in range(settings.updates_per_rollout):
+        loop.optimizer.zero_grad()
         for i, rows in enumerate(micro):
-            logps, entropy = module.policy.logps(rollouts, prompts, rows, temperature, entropy=step == 0)
+            logps, entropy = policy.logps(rollouts, prompts, rows, temperature, entropy=step == 0)
             mask = rollouts.completion_mask[rows].to(device)
             if step == 0:
                 sampler = rollouts.sampler_logps[rows].to(device)
                 old.append(logps.detach())
                 importance.append(truncated_importance(old[i], sampler, mask, cap) if cap else None)
-                _book_mismatch(tally, old[i], sampler, mask, module.mismatch_threshold, cap)
+                _record_mismatch(tally, old[i], sampler, mask, settings.mismatch_threshold, cap)
             part = policy_loss(
                 logps,
                 old[i],
                 advantages[rows].to(device),
                 mask,
                 ref[i] if ref else None,
-                module.kl_coef,
-                module.clip_eps_low,
-                module.clip_eps_high,
-                module.loss_aggregation,
+                settings.kl_coef,
+                settings.clip_eps_low,
+                settings.clip_eps_high,
+                settings.loss_aggregation,
                 normalizer,
                 importance[i],
             )
-            with _without_sync(module, i < len(micro) - 1):
-                module.manual_backward(part.loss)
+            if i < len(micro) - 1:
+                with loop.no_sync():
+                    loop.backward(part.loss)
+            else:
+                loop.backward(part.loss)
             tally.add("loss", part.loss.detach(), 1 / len(micro))
             tally.add("clip_fraction", part.clipped, part.tokens)
             if part.kl is not None:
                 tally.add("kl", part.kl, part.tokens)
             if entropy is not None:
                 tally.add("entropy", entropy.sum(), part.tokens)
-        tally.add("grad_norm", _step(module, optimizer), 1)
+        tally.add("grad_norm", _optimizer_step(policy, settings, loop), 1)
     return tally
 
 
-def _that_matter(advantages: Tensor, kl_coef: float) -> list[int]:
+def rows_with_nonzero_advantage(advantages: Tensor, kl_coef: float) -> list[int]:
     """Images with something to learn from; at least one, so that every rank takes part in the reduction."""
     if kl_coef:
         return list(range(len(advantages)))
-    rows = advantages.ne(0).any(-1).nonzero()[:, 0].tolist()
+    rows = advantages.flatten(1).ne(0).any(-1).nonzero()[:, 0].tolist()
     return rows or [0]
 
 
-def _micro_batches(
-    module: BalCapModule, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]
+def micro_batches(
+    policy: Policy, settings: UpdateSettings, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]
 ) -> Iterator[list[int]]:
     """Images that are forwarded together: at most `micro_batch_size`, and `max_tokens_per_forward` tokens
     unless one image alone has more."""
-    most_images = module.micro_batch_size or len(rollouts)
-    most_tokens = module.max_tokens_per_forward or float("inf")
+    most_images = settings.micro_batch_size or len(rollouts)
+    most_tokens = settings.max_tokens_per_forward or math.inf
     batch: list[int] = []
     for row in rows:
-        fits = not batch or module.policy.size(rollouts, prompts, [*batch, row]).forwarded <= most_tokens
+        fits = not batch or policy.size(rollouts, prompts, [*batch, row]).forwarded <= most_tokens
         if len(batch) == most_images or not fits:
             yield batch
             batch = []
@@ -119,24 +249,29 @@ def _micro_batches(
         yield batch
 
 
-def _book_size(
-    tally: Tally, module: BalCapModule, rollouts: Rollouts, prompts: Prompts, micro: Sequence[Sequence[int]]
+def _record_size(
+    tally: Tally,
+    policy: Policy,
+    settings: UpdateSettings,
+    rollouts: Rollouts,
+    prompts: Prompts,
+    micro: Sequence[Sequence[int]],
 ) -> None:
     """``tokens_forwarded`` in one pass, the share of tokens that separate sequences would forward beyond
     that (``tokens_saved``), the share of padding in what attention or the forward works on, and ``tflops``,
-    10^12 operations of the policy's forward and backward over distinct tokens in all passes, where they are known."""
-    sizes = [module.policy.size(rollouts, prompts, rows) for rows in micro]
+    10^12 operations of forward and backward over distinct tokens in all passes, where they are known."""
+    sizes = [policy.size(rollouts, prompts, rows) for rows in micro]
     forwarded, separate = sum(s.forwarded for s in sizes), sum(s.separate for s in sizes)
     tally.add("tokens_forwarded", forwarded, 1)
     tally.add("tokens_saved", separate - forwarded, separate)
     tally.add("padding", sum(s.padding * s.forwarded for s in sizes), forwarded)
-    flops = [module.policy.flops(rollouts, prompts, rows) for rows in micro]
+    flops = [policy.flops(rollouts, prompts, rows) for rows in micro]
     if None not in flops:
         total = sum(part for part in flops if part is not None)
-        tally.add("tflops", module.updates_per_rollout * total / 1e12, 1)
+        tally.add("tflops", settings.updates_per_rollout * total / 1e12, 1)
 
 
-def _book_mismatch(
+def _record_mismatch(
     tally: Tally, logps: Tensor, sampler: Tensor, mask: Tensor, threshold: float, cap: float | None
 ) -> None:
     """|log-prob of the trainer - log-prob of the sampler| over tokens, in nats: mean, largest, share beyond
@@ -150,39 +285,28 @@ def _book_mismatch(
         tally.add("importance_capped", (difference > math.log(cap)).sum(), tokens)
 
 
-def _without_sync(module: BalCapModule, active: bool) -> AbstractContextManager:
-    """No gradient reduction in this backward pass, where the strategy has one to leave out."""
-    wrapped = module.trainer.strategy.model
-    no_sync = getattr(wrapped, "no_sync", None)
-    return no_sync() if active and no_sync is not None else nullcontext()
-
-
-def _step(module: BalCapModule, optimizer: Any) -> float:
-    """Clip and step, or skip: gradients are already reduced, so that all ranks decide alike."""
-    gradients = [p.grad for p in module.policy.parameters() if p.grad is not None]
+def _optimizer_step(policy: Policy, settings: UpdateSettings, loop: OptimizerLoop) -> float:
+    """Clip and step, or skip; the gradient's norm, NaN where skipped. Gradients are reduced: all ranks decide alike."""
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-    if not torch.isfinite(torch.tensor(norm)):
-        optimizer.zero_grad()
-        module.skipped_in_a_row += 1
-        module.skipped_total += 1
-        module.say(
-            f"step {module.global_step}: the gradient is not finite; the update is skipped "
-            f"({module.skipped_in_a_row} in a row)"
+    if not math.isfinite(norm):
+        loop.optimizer.zero_grad()
+        loop.skipped_in_a_row += 1
+        loop.skipped += 1
+        rank_zero_only(log.warning)(
+            "the gradient is not finite; the update is skipped (%d in a row)", loop.skipped_in_a_row
         )
-        if module.skipped_in_a_row > module.max_skipped_updates:
+        if loop.skipped_in_a_row > settings.max_skipped_updates:
             raise UpdatesDiverged(
-                f"{module.skipped_in_a_row} updates in a row had a non-finite gradient. The weights are those of the "
+                f"{loop.skipped_in_a_row} updates in a row had a non-finite gradient. The weights are those of the "
                 "last good update. Lower the learning rate (model.optimizer), clip harder (model.max_grad_norm), or "
                 "use float32 weights (model.policy.dtype); model.max_skipped_updates is the limit"
             )
-        return float("nan")
-    module.skipped_in_a_row = 0
-    if module.max_grad_norm is not None:
-        module.clip_gradients(
-            optimizer, gradient_clip_val=module.max_grad_norm, gradient_clip_algorithm="norm"
-        )
-    optimizer.step()
-    scheduler = module.lr_schedulers()
-    if scheduler is not None:
-        scheduler.step()  # type: ignore[union-attr]
+        return math.nan
+    loop.skipped_in_a_row = 0
+    if settings.max_grad_norm is not None:
+        loop.clip(settings.max_grad_norm)
+    loop.optimizer.step()
+    if loop.scheduler is not None:
+        loop.scheduler.step()
     return norm

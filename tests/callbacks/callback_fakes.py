@@ -63,14 +63,14 @@ def make_record(advantages: bool = True, number: int = 0) -> StepRecord:
         units=[["red", "bar"], None],
     )
     rewards = torch.tensor([[[1.0, 0.75], [0.5, 0.2]], [[1.0, 1.0], [NAN, NAN]]])
-    gated = rewards.clone()
-    gated[0, 1, 1] = 0.0
+    shaped = rewards.clone()
+    shaped[0, 1, 1] = 0.0
     return StepRecord(
         rollouts=rollouts,
         judgments=judgments,
         reward_names=["precision", "linguistic"],
         rewards=rewards,
-        gated=gated,
+        shaped=shaped,
         advantages=torch.tensor([[1.0, -1.0], [0.5, 0.0]]) if advantages else None,
         number=number,
     )

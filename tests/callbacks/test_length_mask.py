@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from jsonargparse import ArgumentParser
 
+from balcap.algorithms import LengthMask
 from callbacks.length_mask import Bounds, LengthMaskSchedule
 
 
@@ -24,11 +25,20 @@ def test_one_entry_is_a_constant():
 
 def test_sets_the_module_from_the_global_step_and_logs():
     logged = {}
-    module = SimpleNamespace(log=lambda name, value, **_: logged.update({name: value}))
+    mask = LengthMask()
+    module = SimpleNamespace(
+        log=lambda name, value, **_: logged.update({name: value}), reward_transforms=[mask]
+    )
     schedule = LengthMaskSchedule([{"step": 0, "tau_low": 0.5, "tau_high": 2.0}, (100, 0.5, 1.0)])  # type: ignore[list-item]
+    schedule.on_fit_start(None, module)
     schedule.on_train_batch_start(SimpleNamespace(global_step=50), module, None, 0)
-    assert (module.tau_low, module.tau_high) == (0.5, 1.5)
+    assert (mask.tau_low, mask.tau_high) == (0.5, 1.5)
     assert logged == {"train/tau_low": 0.5, "train/tau_high": 1.5}
+
+
+def test_a_run_without_a_length_mask_has_nothing_to_schedule():
+    with pytest.raises(ValueError, match="LengthMask"):
+        LengthMaskSchedule([(5, 0.5, 2.0)]).on_fit_start(None, SimpleNamespace(reward_transforms=[]))
 
 
 def test_every_problem_is_named_with_its_key():

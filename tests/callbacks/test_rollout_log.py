@@ -28,10 +28,10 @@ def test_every_rollout_is_one_row_and_missing_is_null():
     assert second["assertions"] == ["a bar", "hope"]
     assert (second["true"], second["pointable"]) == ([True, False], [False, False])
     assert second["reward/linguistic"] == pytest.approx(0.2)
-    assert second["gated/linguistic"] == 0.0
+    assert second["shaped/linguistic"] == 0.0
     assert third["reference_units"] is None
     assert third["advantage"] == 0.5
-    for key in ("reward/precision", "gated/linguistic", "assertions", "true", "pointable", "clarity"):
+    for key in ("reward/precision", "shaped/linguistic", "assertions", "true", "pointable", "clarity"):
         assert last[key] is None
     # Nobody asked for a match: the column is there, and null.
     assert [row["covered"] for row in rows] == [None] * 4

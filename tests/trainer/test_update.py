@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from balcap.trainer.update import _micro_batches, _that_matter
+from balcap.trainer.update import UpdateSettings, micro_batches, rows_with_nonzero_advantage
 from tests.support import metrics
 from tests.tiny_models import mixed_batch, rollouts_of
 
@@ -18,10 +17,8 @@ LENGTHS = [[3, 1, 5], [7, 2, 2], [4, 6, 1]]
 def packs(policy, micro_batch_size=None, max_tokens=None, rows=(0, 1, 2)) -> list[list[int]]:
     rollouts = rollouts_of(mixed_batch(), LENGTHS, range(20, 300))
     prompts = policy.encode(rollouts.batch)
-    module = SimpleNamespace(
-        policy=policy, micro_batch_size=micro_batch_size, max_tokens_per_forward=max_tokens
-    )
-    return list(_micro_batches(module, rollouts, prompts, rows))
+    settings = UpdateSettings(micro_batch_size=micro_batch_size, max_tokens_per_forward=max_tokens)
+    return list(micro_batches(policy, settings, rollouts, prompts, rows))
 
 
 def test_images_are_packed_by_tokens_and_by_number(load):
@@ -54,9 +51,12 @@ def test_what_sharing_saves(load):
 
 def test_groups_without_an_advantage_are_left_out_unless_kl_needs_them():
     advantages = torch.tensor([[0.0, 0.0], [1.0, -1.0], [0.0, 0.5]])
-    assert _that_matter(advantages, kl_coef=0.0) == [1, 2]
-    assert _that_matter(advantages, kl_coef=0.1) == [0, 1, 2]
-    assert _that_matter(torch.zeros(2, 2), kl_coef=0.0) == [0]  # every rank takes part
+    assert rows_with_nonzero_advantage(advantages, kl_coef=0.0) == [1, 2]
+    assert rows_with_nonzero_advantage(advantages, kl_coef=0.1) == [0, 1, 2]
+    per_token = torch.zeros(3, 2, 4)
+    per_token[1, 0, 3] = 0.5
+    assert rows_with_nonzero_advantage(per_token, kl_coef=0.0) == [1]
+    assert rows_with_nonzero_advantage(torch.zeros(2, 2), kl_coef=0.0) == [0]  # every rank takes part
 
 
 @pytest.mark.parametrize("tokens", [None, 60])

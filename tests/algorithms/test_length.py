@@ -17,16 +17,16 @@ def test_gate_golden():
     # Reference 10: lengths 4, 5, 20, 21 are ρ = 0.4, 0.5, 2.0, 2.1; [0.5, 2] keeps the middle two.
     lengths = torch.tensor([[4, 5, 20, 21]])
     rewards = torch.full((1, 4, 3), 0.6)
-    gated = length_mask(rewards, lengths, torch.tensor([10]), 0.5, 2.0, index=2)
-    assert torch.equal(gated[0, :, 2], torch.tensor([0.0, 0.6, 0.6, 0.0]))
-    assert torch.equal(gated[..., :2], rewards[..., :2])
+    shaped = length_mask(rewards, lengths, torch.tensor([10]), 0.5, 2.0, index=2)
+    assert torch.equal(shaped[0, :, 2], torch.tensor([0.0, 0.6, 0.6, 0.0]))
+    assert torch.equal(shaped[..., :2], rewards[..., :2])
     assert (rewards == 0.6).all(), "the argument is left alone"
 
 
 def test_missing_stays_missing_inside_and_outside():
     rewards = torch.tensor([[[NAN], [NAN]]])
-    gated = length_mask(rewards, torch.tensor([[10, 100]]), torch.tensor([10]), 0.5, 2.0, index=0)
-    assert gated.isnan().all()
+    shaped = length_mask(rewards, torch.tensor([[10, 100]]), torch.tensor([10]), 0.5, 2.0, index=0)
+    assert shaped.isnan().all()
 
 
 def test_reference_without_tokens_gates_nothing():

@@ -1,0 +1,78 @@
+"""What an algorithm is made of: an advantage estimator, and transforms before and after it.
+
+Each is a small class over a pure function, so that a YAML can name it by ``class_path``, also one from outside this
+package: ``model.reward_transforms`` -> ``model.advantage`` -> ``model.advantage_transforms``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from balcap.types import Rollouts
+
+AllGather = Callable[[Tensor], Tensor]
+"""``[...]`` of this rank -> ``[ranks, ...]`` of all, or the same tensor where there is one rank."""
+
+
+class AdvantageEstimator(ABC):
+    """From rewards to advantages, such as `balcap.algorithms.CGDPO`."""
+
+    @abstractmethod
+    def advantages(
+        self,
+        rewards: Float[Tensor, "B G K"],
+        weights: Float[Tensor, " K"],
+        all_gather: AllGather | None = None,
+    ) -> Float[Tensor, "B G"]:
+        """Advantages of the rollouts of this rank.
+
+        Args:
+            rewards: after the reward transforms; NaN where missing.
+            weights: of the K rewards.
+            all_gather: for statistics over all ranks; every rank must then call it equally often.
+        """
+
+
+class RewardTransform(ABC):
+    """Changes rewards before the estimator sees them, such as `balcap.algorithms.LengthMask`."""
+
+    @abstractmethod
+    def transform(
+        self, rewards: Float[Tensor, "B G K"], names: Sequence[str], rollouts: Rollouts
+    ) -> Float[Tensor, "B G K"]:
+        """New rewards; the given ones are not modified. A missing reward (NaN) stays missing.
+
+        Args:
+            rewards: in [0, 1], in the order of `names`.
+            names: ``[K]`` of the rewards.
+            rollouts: that were rewarded.
+        """
+
+    def problems(self, names: Sequence[str]) -> list[str]:
+        """What is wrong with the settings in a run with these rewards, each with the key to change."""
+        return []
+
+
+class AdvantageTransform(ABC):
+    """Changes advantages after the estimator."""
+
+    @abstractmethod
+    def transform(
+        self,
+        advantages: Float[Tensor, "B G *T"],
+        rewards: Float[Tensor, "B G K"],
+        names: Sequence[str],
+        rollouts: Rollouts,
+    ) -> Float[Tensor, "B G *T"]:
+        """New advantages: ``[B, G]``, one per caption, or ``[B, G, T]``, one per token.
+
+        Args:
+            advantages: of the estimator or of the transform before.
+            rewards: that the estimator saw.
+            names: ``[K]`` of the rewards.
+            rollouts: that were rewarded.
+        """
