@@ -47,6 +47,6 @@ class CLIPScore(Reward):
         if self._loaded is None:
             from transformers import CLIPModel, CLIPProcessor
 
-            model = CLIPModel.from_pretrained(self.model).to(self.clip_device).eval()
-            self._loaded = model, CLIPProcessor.from_pretrained(self.model)
+            model: Any = CLIPModel.from_pretrained(self.model)
+            self._loaded = model.to(self.clip_device).eval(), CLIPProcessor.from_pretrained(self.model)
         return self._loaded

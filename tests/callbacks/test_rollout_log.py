@@ -44,7 +44,7 @@ def test_validation_has_no_advantages():
 
 
 def test_a_write_that_fails_leaves_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(pq, "write_table", lambda table, path: (path.write_bytes(b"half"), 1 / 0))
+    monkeypatch.setattr(pq, "write_table", lambda table, file: (file.write(b"half"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         write_parquet(rollout_table(make_record(), "val", 0, 0, 0), tmp_path / "new" / "val.parquet")
     assert list(tmp_path.rglob("*.parquet")) == []
