@@ -17,17 +17,17 @@ class Tally:
         self._largest: dict[str, float] = {}
 
     def add(self, name: str, total: float | Tensor, count: float | Tensor) -> None:
-        """Book a sum of `count` values under a name."""
+        """Add a sum of `count` values under a name."""
         old_total, old_count = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (old_total + float(total), old_count + float(count))
 
     def add_values(self, name: str, values: Tensor) -> None:
-        """Book every value of a tensor that is not NaN."""
+        """Add every value of a tensor that is not NaN."""
         known = ~values.isnan()
         self.add(name, torch.where(known, values, 0.0).double().sum(), known.sum())
 
     def add_max(self, name: str, value: float | Tensor) -> None:
-        """Book the largest of several values."""
+        """Keep the largest of several values."""
         self._largest[name] = max(self._largest.get(name, -math.inf), float(value))
 
     def largest(self, all_gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
@@ -43,7 +43,7 @@ class Tally:
         return dict(zip(self._largest, everywhere.reshape(-1, len(local)).amax(0).tolist(), strict=True))
 
     def means(self, all_gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """Name -> mean over all ranks; NaN where nothing was booked.
+        """Name -> mean over all ranks; NaN where nothing was added.
 
         Args:
             all_gather: maps ``[n, 2]`` to ``[ranks, n, 2]`` (or to itself on one rank).

@@ -32,15 +32,15 @@ class Timeline:
     """Spans of one training step after the other.
 
     Args:
-        settle: called before a span of the trainer ends, so that work queued on a device counts where it was
-            queued.
+        synchronize: called before a span of the trainer ends, so that work queued on a device counts where it
+            was queued.
     """
 
     BUSY = ("rollout", "update", "sync")
     """Spans in which the trainer's device has work."""
 
-    def __init__(self, settle: Callable[[], None] = lambda: None) -> None:
-        self.settle = settle
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
+        self.synchronize = synchronize
         self.spans: list[Span] = []
         self._began = time.perf_counter()
 
@@ -50,14 +50,14 @@ class Timeline:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Book what the trainer does within the block."""
+        """Record what the trainer does within the block."""
         start = time.perf_counter()
         yield
-        self.settle()
+        self.synchronize()
         self.add(name, "trainer", start, time.perf_counter())
 
     def add(self, name: str, track: str, start: float, end: float) -> None:
-        """Book what ran elsewhere; it may have begun in an earlier step."""
+        """Record what ran elsewhere; it may have begun in an earlier step."""
         self.spans.append(Span(name, track, start, end))
 
     def seconds(self) -> dict[str, float]:
