@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse import ActionConfigFile
 
 from balcap.utils.imports import import_torchmetrics_lightly
 
@@ -47,12 +47,12 @@ class ConfigError(SystemExit):
 class ConfigFile(ActionConfigFile):
     """``--config``: merged into what stands before it, but one that names a judge's model replaces the whole judge."""
 
-    def __call__(self, parser: Any, cfg: Namespace, values: Any, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         content = yaml.safe_load(Path(values).read_text() if os.path.isfile(values) else values)
         judge = (content.get("model") or {}).get("judge") if isinstance(content, dict) else None
         if isinstance(judge, dict) and "model" in {**judge, **(judge.get("init_args") or {})}:
-            cfg.pop("model.judge", None)
-        super().__call__(parser, cfg, values, option_string)
+            namespace.pop("model.judge", None)
+        super().__call__(parser, namespace, values, option_string)
 
 
 class BalCapCLI(LightningCLI):
