@@ -113,10 +113,11 @@ class BalCapModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         names, estimator = ", ".join(self.rewards.names), type(self.advantage).__name__
-        rank_zero_info(f"judge: {self.judge and self.judge.model}; rewards: {names}; {estimator}")
-        if self.judge is not None and self.judge.cache is not None and stage != "predict":
-            answers, size = describe(self.judge.cache)
-            rank_zero_info(f"judge cache: {self.judge.cache}, {answers:,} answers, {size / 1e6:,.1f} MB")
+        judge = self.judge and self.judge.settings
+        rank_zero_info(f"judge: {judge and judge.model}; rewards: {names}; {estimator}")
+        if judge and judge.cache is not None and stage != "predict":
+            answers, size = describe(judge.cache)
+            rank_zero_info(f"judge cache: {judge.cache}, {answers:,} answers, {size / 1e6:,.1f} MB")
 
     # ── training ─────────────────────────────────────────────────────────────────────────────────────
 

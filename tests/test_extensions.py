@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from balcap.algorithms import AdvantageEstimator, AdvantageTransform, RewardTransform
-from balcap.judge.judgments import Judgments
+from balcap.judge import Judgments
 from balcap.rewards import Reward
 from balcap.types import Rollouts
 from tests.support import metrics

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 DETAILS = ("low", "high", "auto")
-"""How closely a provider is told to look."""
+"""How closely a provider is asked to look."""
 
 _MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
 _LOSSLESS = {"PNG", "GIF", "BMP", "TIFF"}  # stay lossless when they are re-encoded
@@ -56,19 +57,19 @@ class ImagePolicy:
 
     def problems(self, key: str = "model.judge.images") -> list[str]:
         """What is out of range, each with the key to change."""
-        found = []
+        problems = []
         if self.max_side < _LEAST_SIDE:
-            found.append(f"{key}.max_side: {self.max_side} pixels; it must be at least {_LEAST_SIDE}")
+            problems.append(f"{key}.max_side: {self.max_side} pixels; it must be at least {_LEAST_SIDE}")
         if not 0 < self.max_mb < float("inf"):
-            found.append(f"{key}.max_mb: {self.max_mb} MB; it must be above 0")
+            problems.append(f"{key}.max_mb: {self.max_mb} MB; it must be above 0")
         if not 1 <= self.quality <= 95:
-            found.append(f"{key}.quality: {self.quality}; JPEG quality goes from 1 to 95")
+            problems.append(f"{key}.quality: {self.quality}; JPEG quality goes from 1 to 95")
         details = self.detail if isinstance(self.detail, dict) else {"": self.detail}
         for provider, detail in details.items():
             if detail not in DETAILS and not (detail is None and provider == ""):
                 where = f"{key}.detail.{provider}".rstrip(".")
-                found.append(f"{where}: {detail!r}; there are {', '.join(DETAILS)}")
-        return found
+                problems.append(f"{where}: {detail!r}; there are {', '.join(DETAILS)}")
+        return problems
 
 
 @lru_cache(maxsize=16)  # the questions about an image come together
@@ -97,6 +98,28 @@ def image_url(image: bytes, policy: ImagePolicy) -> str:
         if len(content) <= policy.max_mb * 1e6:
             return _url("image/png", content)
     return _url("image/jpeg", _small_jpeg(pixels, policy))
+
+
+def as_sent(messages: Sequence[dict[str, Any]], images: ImagePolicy, provider: str) -> list[dict[str, Any]]:
+    """The chat as a provider takes it: images as ``data:`` URLs under the policy.
+
+    Raises:
+        ImageError: if an image cannot be decoded, or not be made to fit.
+    """
+    detail = images.detail_for(provider)
+
+    def part(given: dict[str, Any]) -> dict[str, Any]:
+        if given["type"] != "image":
+            return given
+        url = {"url": image_url(given["image"], images)}
+        return {"type": "image_url", "image_url": url if detail is None else {**url, "detail": detail}}
+
+    return [
+        {**message, "content": [part(given) for given in message["content"]]}
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
 
 
 def _inspect(image: bytes, max_side: int) -> tuple[str, bool]:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from balcap.data.sharegpt4v import TEXT_ONLY_CAUSES, DataError, column
 from balcap.data.split import select_rows
 from balcap.judge import Judge
-from balcap.judge.tasks import Decompose
-from balcap.judge.tasks.base import Task
+from balcap.judge.tasks import Decompose, Task
 from balcap.judge.tasks.recaption import Recaption
 from balcap.recaption.journal import Quarantined
 from balcap.recaption.settings import Recaptioner
@@ -81,7 +80,7 @@ def identity(settings: Recaptioner, digest: str) -> dict[str, Any]:
         "data (digest of its content)": digest,
         "prompts": settings.prompts,
         "seed": settings.seed if settings.prompts else None,
-        "judge.images": repr(settings.judge.images),
+        "judge.images": repr(settings.judge.settings.images),
         **_asked("judge", settings.judge, Recaption),
         "decompose": settings.decompose,
     }
@@ -91,7 +90,7 @@ def identity(settings: Recaptioner, digest: str) -> dict[str, Any]:
 
 
 def _asked(key: str, judge: Judge, task: type[Task[Any]]) -> dict[str, Any]:
-    first, *others = judge.routes(task.name)
+    first, *others = judge.settings.routes(task.name)
     found: dict[str, Any] = {
         f"{key}.model": first.model,
         f"{key}.params": first.content,
@@ -103,4 +102,4 @@ def _asked(key: str, judge: Judge, task: type[Task[Any]]) -> dict[str, Any]:
 
 def asked_model(judge: Judge, task: type[Task[Any]]) -> str:
     """Who is asked, for whoever reads the file: with fallbacks, any of them may have answered."""
-    return " or ".join(dict.fromkeys(route.model for route in judge.routes(task.name)))
+    return " or ".join(dict.fromkeys(route.model for route in judge.settings.routes(task.name)))

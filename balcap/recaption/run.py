@@ -119,9 +119,9 @@ class Run:
     async def _feed(self) -> None:
         size = 1
         if self.settings.decompose:
-            size = self.decomposer.per_call.get(Decompose.name, Decompose.per_call)
-        size = max(1, min(size, 2 * self.judge.concurrency))
-        places = asyncio.Semaphore(2 * self.judge.concurrency // size)
+            size = (self.decomposer.settings.per_call or {}).get(Decompose.name, Decompose.per_call)
+        size = max(1, min(size, 2 * self.judge.settings.concurrency))
+        places = asyncio.Semaphore(2 * self.judge.settings.concurrency // size)
         try:
             async with asyncio.TaskGroup() as chunks:
                 for start in range(0, len(self.todo), size):

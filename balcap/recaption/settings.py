@@ -121,8 +121,8 @@ class Recaptioner:
         self.partial = partial
         self.cache_dir = cache_dir
         for one in (judge, decompose_judge):
-            if one is not None and one.ledger is None and out is not None:
-                one.ledger = str(self.files.ledger)
+            if one is not None and one.settings.ledger is None and out is not None:
+                one.settings.ledger = str(self.files.ledger)
 
     @property
     def files(self) -> Files:

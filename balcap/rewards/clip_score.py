@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from balcap.judge.judgments import Judgments
+from balcap.judge import Judgments
 from balcap.rewards.base import Reward
 from balcap.types import Rollouts
 

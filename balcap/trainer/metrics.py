@@ -124,7 +124,7 @@ def judge_costs(trainer: Trainer, pipeline: RolloutPipeline) -> dict[str, float]
     if judge is None:
         return {}
     # The ranks of a machine share a ledger: one of them speaks for all.
-    speaks = judge.ledger is None or trainer.local_rank == 0
+    speaks = judge.settings.ledger is None or trainer.local_rank == 0
     total, here, rollouts = sums(
         trainer, [judge.spent() if speaks else 0.0, judge.stats().cost_usd, float(pipeline.judged)]
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from balcap.judge.judgments import Judgments
+from balcap.judge import Judgments
 from balcap.rewards import CLIPScore
 from tests.tiny_models import mixed_batch, rollouts_of
 

@@ -7,15 +7,12 @@ prompts; the wording is ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from balcap.judge.errors import InvalidAnswer
-from balcap.judge.fence import fence
-from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered
+from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
+from balcap.judge.task import Group, Items, Message, Schema, Task
 from balcap.judge.tasks.decompose import Decompose
-
-if TYPE_CHECKING:
-    from balcap.judge.group import Group
 
 
 class CaptionItem(Schema):
@@ -78,13 +75,30 @@ class Match(Task[list[bool]]):
     ) -> list[list[bool]]:
         return [_covered(entry, len(units)) for entry in in_order(answer.captions, len(items), "captions")]
 
+    def encode(self, answers: Sequence[list[bool]]) -> dict[str, Any]:
+        return {
+            "captions": with_ids(
+                {
+                    "covered": [unit for unit, covered in enumerate(answer, 1) if covered],
+                    "missing": [unit for unit, covered in enumerate(answer, 1) if not covered],
+                }
+                for answer in answers
+            )
+        }
+
+    def example(  # type: ignore[override]
+        self, items: Sequence[Sequence[str]], *, units: Sequence[str]
+    ) -> list[list[bool]]:
+        """The first half of the units is covered."""
+        return [[index < len(units) // 2 for index in range(len(units))] for _ in items]
+
     def known(  # type: ignore[override]
         self, item: Sequence[str], *, units: Sequence[str]
     ) -> list[bool] | None:
         return None if units and item else [False] * len(units)
 
     async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
-        units = await group.units()
+        units = await group.units(Decompose)
         if units is None:
             return {"units": ()}, [None] * len(group.captions)
         said = await group.get(Decompose)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from balcap.judge.cache import FORMAT as CACHE
-from balcap.judge.ledger import FORMAT as LEDGER
-from balcap.judge.store import Format, Unusable, open_store
+from balcap.judge.cache import JudgmentCache, Store, size_of
+from balcap.judge.errors import StoreError
+from balcap.judge.ledger import Ledger
 
 
 def cache(
@@ -32,17 +32,17 @@ def cache(
         model: delete only answers of this model.
         max_mb: delete the oldest answers until the rest takes about so many megabytes.
     """
-    connection = _open(path, CACHE)
-    before = _megabytes(path)
+    connection = _open(path, JudgmentCache)
+    before = size_of(path) / 1e6
     deleted = prune(connection, older_than_days, task, model, max_mb)
     if deleted is not None:
-        print(f"deleted {deleted:,} answers; {before:,.1f} MB before, {_megabytes(path):,.1f} MB now")
+        print(f"deleted {deleted:,} answers; {before:,.1f} MB before, {size_of(path) / 1e6:,.1f} MB now")
     rows = connection.execute(
         "SELECT task, model, count(*), total(length(answer) + length(key)) / 1e6, min(at), max(at) FROM answers"
         " GROUP BY task, model ORDER BY task, model"
     ).fetchall()
     _table(
-        f"{path}, {_megabytes(path):,.1f} MB",
+        f"{path}, {size_of(path) / 1e6:,.1f} MB",
         ("task", "model", "answers", "MB", "first", "last"),
         [(*row[:2], f"{row[2]:,}", f"{row[3]:,.1f}", _day(row[4]), _day(row[5])) for row in rows],
     )
@@ -57,36 +57,30 @@ def prune(
     max_mb: float | None = None,
 ) -> int | None:
     """Delete as `cache` says; the number of answers that went, None if nothing was asked for."""
-    conditions: list[str] = []
-    values: list[Any] = []
-    for condition, value in (("task = ?", task), ("model = ?", model)):
-        if value is not None:
-            conditions.append(condition)
-            values.append(value)
-    if older_than_days is not None:
-        conditions.append("at < ?")
-        values.append(time.time() - 86400 * older_than_days)
-    if not conditions and max_mb is None:
+    oldest = None if older_than_days is None else time.time() - 86400 * older_than_days
+    filters = [
+        (c, v) for c, v in (("task = ?", task), ("model = ?", model), ("at < ?", oldest)) if v is not None
+    ]
+    if not filters and max_mb is None:
         return None
-    where = " AND ".join(conditions) or "1"
+    where, values = (
+        " AND ".join(condition for condition, _ in filters) or "1",
+        [value for _, value in filters],
+    )
     deleted = 0
     with connection:
-        if older_than_days is not None or max_mb is None:
+        if oldest is not None or max_mb is None:
             deleted = connection.execute(f"DELETE FROM answers WHERE {where}", values).rowcount
             where, values = "1", []
         if max_mb is not None:
-            rows = connection.execute(
-                f"SELECT key, length(answer) + length(key) + length(task) + length(model) + 8 FROM answers"
-                f" WHERE {where} ORDER BY at DESC",
-                values,
-            ).fetchall()
-            kept, gone = 0.0, []
-            for key, size in rows:
-                kept += size / 1e6
-                if kept > max_mb:
-                    gone.append((key,))
-            connection.executemany("DELETE FROM answers WHERE key = ?", gone)
-            deleted += len(gone)
+            size = "sum(length(answer) + length(key) + length(task) + length(model) + 8)"
+            newest_first = (
+                f"SELECT key, {size} OVER (ORDER BY at DESC, key) AS total FROM answers WHERE {where}"
+            )
+            deleted += connection.execute(
+                f"DELETE FROM answers WHERE key IN (SELECT key FROM ({newest_first}) WHERE total > ?)",
+                [*values, max_mb * 1e6],
+            ).rowcount
     connection.execute("VACUUM")
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return deleted
@@ -99,7 +93,7 @@ def ledger(path: str) -> None:
         path: the ledger, or the run folder that it is in.
     """
     file = Path(path) / "judge_ledger.sqlite" if Path(path).is_dir() else Path(path)
-    connection = _open(str(file), LEDGER)
+    connection = _open(str(file), Ledger)
     rows = connection.execute(
         "SELECT task, model, outcome, count(*), sum(items), sum(tokens_in), sum(tokens_cached), sum(tokens_out),"
         " sum(usd), sum(usd IS NULL), avg(latency_s), max(latency_s) FROM calls GROUP BY task, model, outcome"
@@ -108,19 +102,19 @@ def ledger(path: str) -> None:
     calls, usd = sum(row[3] for row in rows), sum(row[8] or 0.0 for row in rows)
     _table(
         f"{file}: {calls:,} calls, ${usd:,.4f}",
-        (
+        [
             "task",
             "model",
             "outcome",
             "calls",
             "items",
-            "tokens in",
+            "tokens_in",
             "cached",
-            "tokens out",
+            "tokens_out",
             "$",
             "s",
-            "s max",
-        ),
+            "s_max",
+        ],
         [
             (
                 *row[:3],
@@ -151,17 +145,13 @@ def _run(command: Any, args: Sequence[str]) -> None:
     auto_cli(command, args=list(args), as_positional=True)
 
 
-def _open(path: str, form: Format) -> sqlite3.Connection:
+def _open(path: str, store: type[Store]) -> sqlite3.Connection:
     if not Path(path).exists():
         raise SystemExit(f"path: {path} does not exist")
     try:
-        return open_store(Path(path), form)
-    except Unusable as error:
-        raise SystemExit(f"path: {path} cannot be read as {form.name} ({error})") from None
-
-
-def _megabytes(path: str) -> float:
-    return sum(p.stat().st_size for p in (Path(path), Path(f"{path}-wal")) if p.exists()) / 1e6
+        return store.connect(Path(path))
+    except StoreError as error:
+        raise SystemExit(f"path: {path} cannot be read as {store.what} ({error.why})") from None
 
 
 def _day(at: float) -> str:
