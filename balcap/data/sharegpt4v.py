@@ -8,9 +8,7 @@ A row of the file::
 ``id`` is not unique in ShareGPT4V, so a sample is known by its image. A row that is not as it should be
 keeps its place in the table with a cause: whoever reads it can list it and go on.
 
-Beside ShareGPT4V's own keys one more is read: ``"reference_units"``, a list of strings, the assertions of the
-caption as `balcap.recaption` writes them. Absent, or null, they are asked for in training. Anything else is a
-bad row, ``malformed_units``: to pay for what was to be there already would be a surprise.
+Further keys that `data.columns` names are kept as they are, see `balcap.data.columns`.
 """
 
 from __future__ import annotations
@@ -18,21 +16,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from balcap.data.columns import MALFORMED_COLUMN, Columns, shorten, storable
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 PLACEHOLDER = "<image>"
 
-TEXT_ONLY_CAUSES = frozenset(("no_caption", "no_image_placeholder", "malformed_units"))
+TEXT_ONLY_CAUSES = frozenset(("no_caption", "no_image_placeholder", MALFORMED_COLUMN))
 """Causes that do not matter to who only needs the image."""
 
-_FORMAT = 2
-"""Part of the cache's key: raise it when `normalise` answers differently."""
+_FORMAT = 3
+"""Part of the cache's key: raise it when `flat_rows` answers differently."""
 
 
 class DataError(ValueError):
@@ -46,6 +46,12 @@ class MalformedLine:
     detail: str
 
 
+def flat_row(row: int, **values: Any) -> dict[str, Any]:
+    """One row of the table, as `normalise` describes it; empty but for `values`."""
+    texts = dict.fromkeys(("sample_id", "question", "caption", "problem", "detail"), "")
+    return {"row": row, **texts, "columns": {}, **values}
+
+
 def normalise(raw: Any, row: int) -> dict[str, Any]:
     """One raw row as flat columns.
 
@@ -55,18 +61,10 @@ def normalise(raw: Any, row: int) -> dict[str, Any]:
 
     Returns:
         ``row``; ``sample_id``, the image as the data set writes it ("" if there is none); ``question``
-        without placeholder; ``caption``; ``reference_units``, assertions of the caption, or None; ``problem``,
-        the cause why the row is bad, or ""; ``detail``.
+        without placeholder; ``caption``; ``problem``, the cause why the row is bad, or ""; ``detail``; and
+        ``columns``, JSON texts that `flat_rows` fills in.
     """
-    flat: dict[str, Any] = {
-        "row": row,
-        "sample_id": "",
-        "question": "",
-        "caption": "",
-        "reference_units": None,
-        "problem": "",
-        "detail": "",
-    }
+    flat = flat_row(row)
 
     def bad(cause: str, detail: str) -> dict[str, Any]:
         return flat | {"problem": cause, "detail": detail}
@@ -77,49 +75,30 @@ def normalise(raw: Any, row: int) -> dict[str, Any]:
         return bad("malformed_row", f"expected an object, found {type(raw).__name__}")
     image = raw.get("image")
     if not isinstance(image, str) or not image.strip():
-        return bad("no_image_field", f'"image" is {_short(image)}')
-    flat["sample_id"] = _storable(image)
+        return bad("no_image_field", f'"image" is {shorten(image)}')
+    flat["sample_id"] = storable(image)
     turns = raw.get("conversations") or []
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return bad("malformed_row", '"conversations" is not a list of objects')
-    spoken: dict[str, Any] = {}
+    first_turn: dict[str, Any] = {}
     for turn in turns:
-        spoken.setdefault(str(turn.get("from")), turn.get("value"))
-    question, caption = spoken.get("human", ""), spoken.get("gpt", "")
+        first_turn.setdefault(str(turn.get("from")), turn.get("value"))
+    question, caption = first_turn.get("human", ""), first_turn.get("gpt", "")
     for speaker, value in (("human", question), ("gpt", caption)):
         if not isinstance(value, str | None):
-            return bad("malformed_row", f"the {speaker} turn is {_short(value)}, not text")
-    question, caption = _storable(question or ""), _storable(caption or "")
+            return bad("malformed_row", f"the {speaker} turn is {shorten(value)}, not text")
+    question = storable(question or "")
     flat["question"] = question.replace(PLACEHOLDER, "").strip()
-    flat["caption"] = caption.strip()
+    flat["caption"] = storable(caption or "").strip()
     for field in ("sample_id", "question", "caption"):
-        if "\ufffd" in flat[field]:
-            return bad("not_utf8", f"{field} holds bytes that are not UTF-8: {_around(flat[field])}")
+        if (at := flat[field].find("\ufffd")) >= 0:
+            around = flat[field][max(0, at - 20) : at + 20]
+            return bad("not_utf8", f"{field} holds bytes that are not UTF-8: {around!r}")
     if not flat["caption"]:
         return bad("no_caption", "no gpt turn with text")
     if PLACEHOLDER not in question:
-        return bad("no_image_placeholder", f"no {PLACEHOLDER} in the human turn {_short(question)}")
-    units = raw.get("reference_units")
-    if units is not None:
-        if not isinstance(units, list) or not all(isinstance(unit, str) and unit.strip() for unit in units):
-            return bad("malformed_units", f'"reference_units" is {_short(units)}, not a list of texts')
-        flat["reference_units"] = [_storable(unit) for unit in units]
+        return bad("no_image_placeholder", f"no {PLACEHOLDER} in the human turn {shorten(question)}")
     return flat
-
-
-def _storable(text: str) -> str:
-    """Arrow stores UTF-8: half of a surrogate pair, legal in JSON, becomes U+FFFD."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def _around(text: str) -> str:
-    at = text.index("\ufffd")
-    return repr(text[max(0, at - 20) : at + 20])
 
 
 def parse_rows(path: str | Path) -> Iterator[Any]:
@@ -139,9 +118,9 @@ def parse_rows(path: str | Path) -> Iterator[Any]:
     elif start == "{" and (str(path).endswith(".jsonl") or _is_json(text.lstrip().splitlines()[0])):
         yield from _parse_lines(text)
     else:
-        found = f"starts with {text[:20]!r}" if start else "is empty"
+        content = f"starts with {text[:20]!r}" if start else "is empty"
         raise DataError(
-            f"data.data: {path} {found}; expected a JSON array of rows, [{{...}}, ...], or JSON lines"
+            f"data.data: {path} {content}; expected a JSON array of rows, [{{...}}, ...], or JSON lines"
         )
 
 
@@ -177,7 +156,7 @@ def _broken(path: str | Path, text: str, position: int, row: int, reason: str) -
     advice = (
         "The file breaks off: it was not downloaded or written to its end, get it again."
         if cut
-        else "Mend that place, or write the rows as JSON lines (.jsonl), where a broken line costs one row."
+        else "Fix that place, or write the rows as JSON lines (.jsonl), where a broken line costs one row."
     )
     place = f"line {line}, column {column} (character {position}, in row {row})"
     return DataError(f"data.data: {path} is not valid JSON at {place}: {reason.split(': line')[0]}. {advice}")
@@ -200,62 +179,79 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def flat_rows(raw_rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """Normalised rows; a second good row with the same image is bad: ``duplicate_image``."""
+def flat_rows(raw_rows: Iterable[Any], columns: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
+    """Normalised rows with their columns.
+
+    Besides the causes of `normalise`, a second good row with the same image is bad, ``duplicate_image``, and
+    so is one with a column of another kind than before, ``malformed_column``.
+
+    Raises:
+        DataError: after the last row, if no row had one of the `columns`.
+    """
     first: dict[str, int] = {}
+    taken = Columns(columns)
     for row, raw in enumerate(raw_rows):
         flat = normalise(raw, row)
         if not flat["problem"] and first.setdefault(flat["sample_id"], row) != row:
-            flat |= {
-                "problem": "duplicate_image",
-                "detail": f"row {first[flat['sample_id']]} has the same image",
-            }
+            flat["problem"] = "duplicate_image"
+            flat["detail"] = f"row {first[flat['sample_id']]} has the same image"
+        usable = not flat["problem"] or flat["problem"] in TEXT_ONLY_CAUSES
+        flat["columns"], malformed = taken.take(raw if usable else {}, row)
+        if malformed and not flat["problem"]:
+            flat |= {"problem": MALFORMED_COLUMN, "detail": malformed}
         yield flat
+    if missing := taken.missing():
+        raise DataError(missing)
 
 
-def _generate(path: str, digest: str, version: int) -> Iterator[dict[str, Any]]:
+def _generate(path: str, digest: str, version: int, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     # `digest` and `version` are here to be hashed: they key the cache.
-    yield from flat_rows(parse_rows(path))
+    yield from flat_rows(parse_rows(path), columns)
 
 
-def _generate_from_hub(rows: Iterable[Any], version: int) -> Iterator[dict[str, Any]]:
-    yield from flat_rows(rows)
+def _generate_from_hub(
+    rows: Iterable[Any], version: int, columns: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    yield from flat_rows(rows, columns)
 
 
-def load_rows(data: str, name: str | None = None, cache_dir: str | None = None) -> tuple[Dataset, str]:
-    """The data set as a memory-mapped table with the columns of `normalise`.
+def load_rows(
+    data: str, name: str | None = None, cache_dir: str | None = None, columns: Sequence[str] = ()
+) -> tuple[Dataset, str]:
+    """The data set as a memory-mapped table of the rows of `flat_rows`.
 
     The table is written once into the Hugging Face cache under a lock, whichever process comes first, and
-    is keyed on the content of the file.
+    is keyed on the content of the file and the columns.
 
     Args:
         data: path of a ``.json`` or ``.jsonl`` file, or a hub id such as ``Lin-Chen/ShareGPT4V``.
         name: configuration on the hub, such as ``ShareGPT4V``.
         cache_dir: folder of the cache; None for Hugging Face's own (``HF_DATASETS_CACHE``).
+        columns: further keys of the rows to keep, besides ``reference_units``.
 
     Returns:
         The table, and a digest of the content it was made from.
 
     Raises:
-        DataError: the file or hub data set cannot be read.
+        DataError: the file or hub data set cannot be read, or no row has one of the columns.
     """
     import datasets
 
     path = Path(data).expanduser()
     text = datasets.Value("string")
     features = datasets.Features(
-        row=datasets.Value("int64"),
-        reference_units=datasets.List(text),
-        **dict.fromkeys(("sample_id", "question", "caption", "problem", "detail"), text),
+        {name: text for name in flat_row(0)}
+        | {"row": datasets.Value("int64"), "columns": dict.fromkeys(Columns(columns).names, text)}
     )
+    arguments: dict[str, Any] = {"version": _FORMAT, "columns": tuple(sorted(columns))}
+    generator: Any = _generate
     if path.is_file():
         digest = _digest(path)
-        generator: Any = _generate
-        arguments: dict[str, Any] = {"path": str(path), "digest": digest, "version": _FORMAT}
+        arguments |= {"path": str(path), "digest": digest}
     else:
         rows = _load_from_hub(data, name, cache_dir)
         digest = rows._fingerprint
-        generator, arguments = _generate_from_hub, {"rows": rows, "version": _FORMAT}
+        generator, arguments = _generate_from_hub, {**arguments, "rows": rows}
     try:
         table = datasets.Dataset.from_generator(
             generator, features=features, cache_dir=cache_dir, gen_kwargs=arguments

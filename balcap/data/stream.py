@@ -4,8 +4,8 @@ Training: each data worker of each rank plays one shard (`balcap.data.order`). B
 places filled from the rows behind them, so that every batch of every rank has `batch_size` images. A rank's
 batch number b comes from its shard ``b % workers``, the order in which `DataLoader` asks its workers.
 
-Where the stream stands is told by the batches that were *consumed*, not by what workers have prefetched: each
-batch carries a `Cursor`, and whoever has trained on it hands the cursor back.
+The stream's position counts the batches that were *consumed*, not what workers have prefetched: each batch
+carries a `Cursor`, and whoever has trained on it hands the cursor back.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from balcap.data.bad_rows import TooManyBadRows
-from balcap.data.order import read_order
+from balcap.data.order import common_position, positions_from, read_order
 from balcap.data.reader import RowReader, Sample, to_batch
 from balcap.types import CaptionBatch, Cursor
 
@@ -108,6 +109,44 @@ class CaptionStream(IterableDataset[CaptionBatch]):
         self.positions[cursor.shard] = cursor.position
         self.batches = cursor.batches
 
+    def state(self) -> dict[str, Any]:
+        """Where the streams of all ranks stand, plain numbers. A collective: call it on every rank."""
+        positions = [self.positions]
+        if dist.is_available() and dist.is_initialized() and self.world_size > 1:
+            positions = [[] for _ in range(self.world_size)]
+            dist.all_gather_object(positions, self.positions)
+        return {
+            "world_size": self.world_size,
+            "num_workers": self.workers,
+            "positions": [list(p) for p in positions],
+            "batches": self.batches,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken, over the same rows in the same order.
+
+        Exact for the same number of ranks and of workers, whatever the batch size. Otherwise training goes on
+        from the last place that all shards had reached: no row is left out, some rows of that epoch come
+        again.
+        """
+        self.batches = state["batches"]
+        if (state["world_size"], state["num_workers"]) == (self.world_size, self.workers):
+            self.positions = list(state["positions"][self.rank])
+            return
+        positions = [p for rank in state["positions"] for p in rank]
+        rows, first = len(self.rows), self.rank * self.workers
+        place = common_position(rows, positions)
+        continued = positions_from(rows, self.world_size * self.workers, place)
+        self.positions = continued[first : first + self.workers]
+        if self.rank == 0:
+            again = max(0, sum(positions) - place) if rows >= len(positions) else 0
+            log.warning(
+                f"the checkpoint was written with {state['world_size']} rank(s) of {state['num_workers']} "
+                f"data worker(s), this run has {self.world_size} of {self.workers}: the order continues from "
+                f"row {place % rows} of epoch {place // rows}, the last place that all shards had reached; no "
+                f"image is left out, about {again} come again (same ranks and data.num_workers: none)"
+            )
+
     def rows_read(self) -> tuple[int, int]:
         """Rows read by this rank since the process started, and how many of them were bad."""
         read, bad = self._counts.sum(0).tolist()
@@ -123,12 +162,9 @@ class CaptionStream(IterableDataset[CaptionBatch]):
     def stop_message(self) -> str:
         """Why `TooManyBadRows` stops the run, and what to do."""
         read, bad = self.rows_read()
-        finding = (
-            f"none of the {read} rows read so far can be used"
-            if bad == read
-            else f"{bad} of the {read} rows read so far are bad, more than "
-            f"data.max_bad_share={self.max_bad_share} allows"
-        )
+        finding = f"none of the {read} rows read so far can be used"
+        if bad < read:
+            finding = f"{bad} of the {read} rows read so far are bad, more than data.max_bad_share={self.max_bad_share} allows"
         return (
             f"{finding}: {self.reader.bad_rows.summary()}. Check data.image_root and data.folders if files "
             "are missing; repair or remove what is listed; or raise data.max_bad_share."
