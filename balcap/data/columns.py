@@ -19,26 +19,12 @@ REFERENCE_UNITS = "reference_units"
 MALFORMED_COLUMN = "malformed_column"
 """Cause of a bad row: the value of a column is of another kind than in the rows before."""
 
-_KINDS = {
-    str: "text",
-    bool: "boolean",
-    int: "number",
-    float: "number",
-    dict: "object",
-    list: "list",
-    type(None): "null",
-}
+_KINDS = {str: "text", bool: "boolean", int: "number", float: "number", dict: "object", list: "list"}
 
 
 def storable(text: str) -> str:
     """Arrow stores UTF-8: half of a surrogate pair, legal in JSON, becomes U+FFFD."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
-
-
-def shorten(value: Any) -> str:
-    """The value as one short text for a message."""
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def kind_of(value: Any) -> str:
@@ -49,7 +35,7 @@ def kind_of(value: Any) -> str:
     """
     if not isinstance(value, list):
         return _KINDS.get(type(value), type(value).__name__)
-    kinds = {_KINDS.get(type(item), type(item).__name__) for item in value}
+    kinds = {kind_of(item).split()[0] for item in value}
     if len(kinds) > 1:
         return "list of mixed values"
     return f"list of {kinds.pop()}s" if kinds else "list"
@@ -87,8 +73,9 @@ class Columns:
             if value is None:
                 continue
             try:
+                text = storable(json.dumps(value, ensure_ascii=False))
                 self._check_kind(name, value, row)
-                texts[name] = storable(json.dumps(value, ensure_ascii=False))
+                texts[name] = text
                 self._required.discard(name)
             except (TypeError, ValueError, RecursionError) as error:
                 problem = f'column "{name}": {error}'
@@ -105,7 +92,7 @@ class Columns:
             return
         elif kind == expected or (both_lists and (kind == "list" or expected == "list of mixed values")):
             return
-        raise ValueError(f"expected {expected}{where}, found {kind}: {shorten(value)}")
+        raise ValueError(f"expected {expected}{where}, found {kind}: {value!r:.60}")
 
     def missing(self) -> str:
         """What to say about columns that no row had, "" if each was there."""

@@ -72,7 +72,7 @@ class CaptionDataModule(lightning.LightningDataModule):
     @cached_property
     def split(self) -> Split:
         """Which rows are trained on and which are held out."""
-        settings, root = self.settings, self._root
+        settings, root = self.settings, self.root
         sample_ids, causes = column(self.table, "sample_id"), column(self.table, "problem")
         rows = self._select(sample_ids, root)
         if not len(rows):
@@ -115,18 +115,11 @@ class CaptionDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> StreamLoader:
         """Endless training batches; one pass over the loader is Lightning's epoch."""
         if self._stream is None:
-            rank, world_size = self._ranks()
             self._stream = CaptionStream(
-                self.reader(),
-                self.split.train,
-                batch_size=self.settings.batch_size,
-                seed=self.settings.seed,
-                rank=rank,
-                world_size=world_size,
-                num_workers=self.settings.num_workers,
-                max_bad_share=self.settings.max_bad_share,
+                self.reader(self.table, self.root), self.split.train, self.settings, *self._ranks()
             )
-            self._restore()
+            if self._state:
+                self._restore(self._stream)
         return self._loader(self._stream, self.settings.num_workers)
 
     def consumed(self, batch: CaptionBatch) -> None:
@@ -149,12 +142,9 @@ class CaptionDataModule(lightning.LightningDataModule):
         be validated, or predicted with, on other data."""
         self._state = state_dict
         if self._stream is not None:
-            self._restore()
+            self._restore(self._stream)
 
-    def _restore(self) -> None:
-        if not self._state:
-            return
-        assert self._stream is not None
+    def _restore(self, stream: CaptionStream) -> None:
         saved = self._state["identity"]
         if changed := [key for key, value in self._identity.items() if saved.get(key) != value]:
             raise DataError(
@@ -162,7 +152,7 @@ class CaptionDataModule(lightning.LightningDataModule):
                 + "; ".join(f"{key} was {saved.get(key)}, is {self._identity[key]}" for key in changed)
                 + ". Restore these, or start a new run from the exported weights."
             )
-        self._stream.restore(self._state)
+        stream.restore(self._state)
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
@@ -193,16 +183,11 @@ class CaptionDataModule(lightning.LightningDataModule):
         rank, world_size = self._ranks()
         rows, size = self.split.val, self.settings.eval_batch_size
         if len(rows) < world_size:
-            raise DataError(
-                f"data.val_size={self.settings.val_size} gives some of {world_size} ranks no image"
-            )
+            raise DataError(f"data.val_size={len(rows)} gives some of {world_size} ranks no image")
         if len({len(even_chunks(rows, r, world_size, size)) for r in range(world_size)}) > 1:
             rows = rows[: len(rows) // world_size * world_size]
-        batches = PlannedBatches(
-            self.reader(),
-            even_chunks(rows, rank, world_size, size),
-            self.split.spare[rank::world_size],
-        )
+        chunks, spares = even_chunks(rows, rank, world_size, size), self.split.spare[rank::world_size]
+        batches = PlannedBatches(self.reader(self.table, self.root), chunks, spares)
         # One worker, so that any bad image can be replaced by any spare: it needs to know which are used.
         return self._loader(batches, min(1, self.settings.num_workers))
 
@@ -213,10 +198,8 @@ class CaptionDataModule(lightning.LightningDataModule):
         images for that; without FSDP or DeepSpeed it does not matter.
         """
         table, rows, root = self._predict_source
-        todo = np.asarray(
-            [r for r in rows.tolist() if table[r]["sample_id"] not in self._skipped_ids], dtype=np.int64
-        )
-        chunks = even_chunks(todo, *self._ranks(), self.settings.eval_batch_size)
+        todo = [row for row in rows.tolist() if table[row]["sample_id"] not in self._skipped_ids]
+        chunks = even_chunks(np.array(todo, dtype=int), *self._ranks(), self.settings.eval_batch_size)
         reader = self.reader(table, root, ignored_causes=TEXT_ONLY_CAUSES)
         return self._loader(PlannedBatches(reader, chunks), self.settings.num_workers)
 
@@ -232,7 +215,7 @@ class CaptionDataModule(lightning.LightningDataModule):
             sample_ids = [row["sample_id"] for row in table]
         else:
             table, _ = self._load(settings.predict_from)
-            sample_ids, folder = column(table, "sample_id"), self._root
+            sample_ids, folder = column(table, "sample_id"), self.root
         rows = self._select(sample_ids, folder)
         if not len(rows):
             raise DataError(
@@ -255,7 +238,8 @@ class CaptionDataModule(lightning.LightningDataModule):
     # ---- shared
 
     @property
-    def _root(self) -> Path:
+    def root(self) -> Path:
+        """The folder that image paths start from."""
         if self.settings.image_root is None:
             raise DataError("data.image_root is required")
         return Path(self.settings.image_root).expanduser()
@@ -268,22 +252,11 @@ class CaptionDataModule(lightning.LightningDataModule):
             return dist.get_rank(), dist.get_world_size()
         return 0, 1
 
-    def reader(
-        self,
-        table: Table | None = None,
-        root: Path | None = None,
-        ignored_causes: frozenset[str] = frozenset(),
-    ) -> RowReader:
-        """Reads single rows of `table` with images under `root`; of `data` and `image_root` unless given."""
+    def reader(self, table: Table, root: Path, ignored_causes: frozenset[str] = frozenset()) -> RowReader:
+        """Reads single rows of `table`, with their images below `root`."""
         settings = self.settings
-        return RowReader(
-            table=self.table if table is None else table,
-            images=ImageFolder(root or self._root, settings.max_pixels_in_file, settings.link_targets or ()),
-            bad_rows=BadRowLog(settings.run_dir),
-            seed=settings.seed,
-            prompts=settings.prompts or (),
-            ignored_causes=ignored_causes,
-        )
+        images = ImageFolder(root, settings.max_pixels_in_file, settings.link_targets or ())
+        return RowReader(table, images, settings, BadRowLog(settings.run_dir), ignored_causes)
 
     def _loader(self, stream: CaptionStream | PlannedBatches, num_workers: int) -> StreamLoader:
         # Lightning suspects every iterable data set with a length of giving its workers the same data.

@@ -39,11 +39,12 @@ def select_rows(
         Row indices; and the number of rows left out because their top-level folder does not exist, by
         folder. People usually have only some of the image folders: that is no fault of the rows.
     """
+    below = None if folders is None else tuple(folder.strip("/") + "/" for folder in folders)
     exists: dict[str, bool] = {}
     missing: Counter[str] = Counter()
     kept = []
     for index, sample_id in enumerate(sample_ids):
-        if folders is not None and not any(_is_below(sample_id, folder) for folder in folders):
+        if below is not None and not sample_id.startswith(below):
             continue
         top = _top_folder(sample_id)
         if top and not exists.setdefault(top, (image_root / top).is_dir()):
@@ -51,10 +52,6 @@ def select_rows(
             continue
         kept.append(index)
     return np.asarray(kept[:max_rows], dtype=np.int64), dict(missing.most_common())
-
-
-def _is_below(sample_id: str, folder: str) -> bool:
-    return sample_id.startswith(folder.strip("/") + "/")
 
 
 def _top_folder(sample_id: str) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
@@ -20,16 +20,20 @@ from balcap.data.bad_rows import BadRowLog
 from balcap.data.columns import read_columns, storable
 from balcap.data.images import MAX_PIXELS, BadImage, decode_image
 from balcap.data.order import image_hash
+from balcap.data.settings import DataSettings
 from balcap.data.sharegpt4v import flat_row
 from balcap.types import CaptionBatch, Cursor
 
 DEFAULT_PROMPT = "Describe this image in detail."
 """For images that come without a question."""
 
+Table = Sequence[Mapping[str, Any]]
+"""Rows as `balcap.data.sharegpt4v.flat_rows` makes them."""
+
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".mpo")
 )
-"""What `find_images` takes for an image."""
+"""What `folder_rows` takes for an image."""
 
 
 class ImageFolder:
@@ -99,35 +103,29 @@ def spellings(name: str) -> list[str]:
     plain = re.sub(
         r"#U([0-9a-fA-F]{4})|#L([0-9a-fA-F]{6})", lambda m: chr(min(int(m[1] or m[2], 16), 0x10FFFF)), name
     )
-    escaped = "".join(_escape(c) for c in plain)
+    escaped = re.sub(
+        r"[^\0-\x7f]", lambda m: f"#U{c:04x}" if (c := ord(m[0])) < 0x10000 else f"#L{c:06x}", plain
+    )
     return list(dict.fromkeys((name, plain, escaped)))
 
 
-def _escape(character: str) -> str:
-    code = ord(character)
-    if code < 128:
-        return character
-    return f"#U{code:04x}" if code < 0x10000 else f"#L{code:06x}"
+def folder_rows(folder: str | Path) -> list[dict[str, Any]]:
+    """The images below `folder` as rows of a table, without captions and columns.
 
-
-def find_images(folder: str | Path) -> Iterator[str]:
-    """Names of the images below `folder`, in order of their names, hidden files and folders left out."""
+    In order of their names, those of a folder before those of its subfolders; hidden files and folders are
+    left out.
+    """
     root = Path(folder).expanduser()
+    rows: list[dict[str, Any]] = []
     for here, folders, files in os.walk(root):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for file in sorted(files):
             if not file.startswith(".") and os.path.splitext(file)[1].lower() in SUFFIXES:
-                yield (Path(here) / file).relative_to(root).as_posix()
-
-
-def folder_rows(folder: str | Path) -> list[dict[str, Any]]:
-    """The images of a folder as rows of a table; without captions and columns."""
-    rows = []
-    for number, name in enumerate(find_images(folder)):
-        row = flat_row(number, sample_id=name)
-        if storable(name) != name:  # Python's stand-in for bytes that are not UTF-8
-            row |= {"problem": "not_utf8", "detail": f"file name {name!r}: rename it"}
-        rows.append(row)
+                name = (Path(here) / file).relative_to(root).as_posix()
+                row = flat_row(len(rows), sample_id=name)
+                if storable(name) != name:  # Python's stand-in for bytes that are not UTF-8
+                    row |= {"problem": "not_utf8", "detail": f"file name {name!r}: rename it"}
+                rows.append(row)
     return rows
 
 
@@ -143,14 +141,6 @@ def prompt_for(sample_id: str, question: str, prompts: Sequence[str] = (), seed:
     if prompts:
         return prompts[image_hash(seed, sample_id) % len(prompts)]
     return question or DEFAULT_PROMPT
-
-
-class Table(Protocol):
-    """Rows as `balcap.data.sharegpt4v.flat_rows` makes them."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -172,17 +162,15 @@ class RowReader:
     Attributes:
         table: the rows.
         images: where their files are.
+        settings: which prompt an image gets.
         bad_rows: where bad ones are listed.
-        seed: chooses among `prompts`.
-        prompts: one of these for every image, always the same one; empty for the row's own question.
         ignored_causes: causes on the row itself that do not matter here.
     """
 
     table: Table
     images: ImageFolder
+    settings: DataSettings
     bad_rows: BadRowLog
-    seed: int = 0
-    prompts: Sequence[str] = ()
     ignored_causes: frozenset[str] = frozenset()
 
     def read(self, index: int) -> Sample | None:
@@ -195,7 +183,9 @@ class RowReader:
         except BadImage as bad:
             self.bad_rows.add(row["row"], row["sample_id"], bad.cause, bad.detail)
             return None
-        prompt = prompt_for(row["sample_id"], row["question"], self.prompts, self.seed)
+        prompt = prompt_for(
+            row["sample_id"], row["question"], self.settings.prompts or (), self.settings.seed
+        )
         extras = read_columns(row["columns"])
         return Sample(row["sample_id"], image, data, prompt, row["caption"], extras)
 

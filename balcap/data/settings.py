@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,16 +89,18 @@ class DataSettings:
             raise ValueError(f"stage is {stage!r}, expected one of {', '.join(STAGES)}")
         problems = self._number_problems() + self._column_problems() + prompt_problems(self.prompts)
         if stage != "predict":
-            return problems + source_problems(self.data) + self._folder_problems()
-        if self.predict_from is None:
+            problems += source_problems(self.data)
+        elif self.predict_from is None:
             wanted = "a folder of images, or a ShareGPT4V JSON file"
             return [*problems, f"data.predict_from is required to predict: {wanted}"]
-        if Path(self.predict_from).expanduser().is_dir():
+        elif Path(self.predict_from).expanduser().is_dir():
             return problems
-        problems += _file_problems(self.predict_from, "data.predict_from", "a file or folder")
-        return problems + self._folder_problems()
+        else:
+            problems += _file_problems(self.predict_from, "data.predict_from", "a file or folder")
+        return problems + folder_problems(self.image_root, self.folders, self.link_targets)
 
     def _number_problems(self) -> list[str]:
+        limit = f"1 .. {PILLOW_MAX_PIXELS}, Pillow's own limit"
         rules = {
             "batch_size must be >= 1": self.batch_size >= 1,
             "val_size must be >= 0": self.val_size >= 0,
@@ -108,9 +109,7 @@ class DataSettings:
             "seed must be >= 0": self.seed >= 0,
             "max_rows must be >= 1 or null": self.max_rows is None or self.max_rows >= 1,
             "max_bad_share must be in (0, 1]": 0 < self.max_bad_share <= 1,
-            f"max_pixels_in_file must be in 1 .. {PILLOW_MAX_PIXELS}, Pillow's own limit": (
-                1 <= self.max_pixels_in_file <= PILLOW_MAX_PIXELS
-            ),
+            f"max_pixels_in_file must be in {limit}": 1 <= self.max_pixels_in_file <= PILLOW_MAX_PIXELS,
         }
         values = {rule: getattr(self, rule.split()[0]) for rule in rules}
         # NaN fails every comparison; infinity would pass the open ones.
@@ -121,20 +120,11 @@ class DataSettings:
         ]
 
     def _column_problems(self) -> list[str]:
-        columns = self.columns or []
-        problems = [
-            f"data.columns: {key!r} is a key of ShareGPT4V itself, which every batch holds; leave it out"
+        return [
+            f"data.columns: {key!r} is a key of ShareGPT4V itself, which batches hold anyway; leave it out"
             for key in SHAREGPT4V_KEYS
-            if key in columns
+            if key in (self.columns or ())
         ]
-        if not all(key.strip() for key in columns):
-            problems.append("data.columns must hold no empty name")
-        if twice := [key for key, count in Counter(columns).items() if count > 1]:
-            problems.append(f"data.columns names {', '.join(twice)} more than once")
-        return problems
-
-    def _folder_problems(self) -> list[str]:
-        return folder_problems(self.image_root, self.folders, self.link_targets)
 
 
 def prompt_problems(prompts: Sequence[str] | None, prefix: str = "data.") -> list[str]:
@@ -149,7 +139,8 @@ def source_problems(data: str | None, prefix: str = "data.") -> list[str]:
     if data is None:
         wanted = "a ShareGPT4V .json or .jsonl file, or a hub id such as owner/name"
         return [f"{prefix}data is required: {wanted}"]
-    if _looks_like_hub_id(data) and not Path(data).expanduser().is_dir():
+    hub_id = r"(?!.*\.jsonl?$)[a-z0-9][\w.-]*/[a-z0-9][\w.-]*"  # and no relative path to a JSON file
+    if re.fullmatch(hub_id, data, re.IGNORECASE) and not Path(data).expanduser().is_dir():
         return []
     return _file_problems(data, f"{prefix}data", "a file, nor does it look like a hub id (owner/name)")
 
@@ -185,10 +176,3 @@ def _file_problems(value: str, key: str, wanted: str) -> list[str]:
     if path.is_dir():
         return [f"{key}: {value} is a folder; name the .json or .jsonl file in it"]
     return [f"{key}: {value} is not {wanted}"]
-
-
-def _looks_like_hub_id(value: str) -> bool:
-    """``owner/name``, and not a relative path to a JSON file."""
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value)) and not value.lower().endswith(
-        (".json", ".jsonl")
-    )

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from balcap.data.columns import MALFORMED_COLUMN, Columns, shorten, storable
+from balcap.data.columns import MALFORMED_COLUMN, Columns, storable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -75,18 +75,16 @@ def normalise(raw: Any, row: int) -> dict[str, Any]:
         return bad("malformed_row", f"expected an object, found {type(raw).__name__}")
     image = raw.get("image")
     if not isinstance(image, str) or not image.strip():
-        return bad("no_image_field", f'"image" is {shorten(image)}')
+        return bad("no_image_field", f'"image" is {image!r:.60}')
     flat["sample_id"] = storable(image)
     turns = raw.get("conversations") or []
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return bad("malformed_row", '"conversations" is not a list of objects')
-    first_turn: dict[str, Any] = {}
-    for turn in turns:
-        first_turn.setdefault(str(turn.get("from")), turn.get("value"))
+    first_turn = {str(turn.get("from")): turn.get("value") for turn in reversed(turns)}
     question, caption = first_turn.get("human", ""), first_turn.get("gpt", "")
     for speaker, value in (("human", question), ("gpt", caption)):
         if not isinstance(value, str | None):
-            return bad("malformed_row", f"the {speaker} turn is {shorten(value)}, not text")
+            return bad("malformed_row", f"the {speaker} turn is {value!r:.60}, not text")
     question = storable(question or "")
     flat["question"] = question.replace(PLACEHOLDER, "").strip()
     flat["caption"] = storable(caption or "").strip()
@@ -97,7 +95,7 @@ def normalise(raw: Any, row: int) -> dict[str, Any]:
     if not flat["caption"]:
         return bad("no_caption", "no gpt turn with text")
     if PLACEHOLDER not in question:
-        return bad("no_image_placeholder", f"no {PLACEHOLDER} in the human turn {shorten(question)}")
+        return bad("no_image_placeholder", f"no {PLACEHOLDER} in the human turn {question!r:.60}")
     return flat
 
 
@@ -115,51 +113,40 @@ def parse_rows(path: str | Path) -> Iterator[Any]:
     start = text.lstrip()[:1]
     if start == "[":
         yield from _parse_array(text, path)
-    elif start == "{" and (str(path).endswith(".jsonl") or _is_json(text.lstrip().splitlines()[0])):
+    elif start == "{" and (
+        str(path).endswith(".jsonl") or isinstance(next(_parse_lines(text.lstrip().splitlines()[0])), dict)
+    ):
         yield from _parse_lines(text)
     else:
         content = f"starts with {text[:20]!r}" if start else "is empty"
-        raise DataError(
-            f"data.data: {path} {content}; expected a JSON array of rows, [{{...}}, ...], or JSON lines"
-        )
+        raise DataError(f"data.data: {path} {content}; expected a JSON array, [{{...}}, ...], or JSON lines")
 
 
 def _parse_array(text: str, path: str | Path) -> Iterator[Any]:
-    decoder = json.JSONDecoder()
-    space = re.compile(r"\s*")
+    decoder, space, row = json.JSONDecoder(), re.compile(r"\s*"), 0
 
     def skip(at: int) -> int:
         return space.match(text, at).end()  # type: ignore[union-attr]  # matches the empty string too
 
-    position, row = skip(text.index("[") + 1), 0
-    while text[position : position + 1] != "]":
-        try:
+    try:
+        position = skip(text.index("[") + 1)
+        while text[position : position + 1] != "]":
             raw, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise _broken(path, text, getattr(error, "pos", position), row, str(error)) from error
-        yield raw
-        row += 1
-        position = skip(position)
-        follows = text[position : position + 1]
-        if follows == ",":
-            position = skip(position + 1)
-        elif follows != "]":
-            raise _broken(path, text, position, row, f"expected ',' or ']' after row {row - 1}")
-    if text[position + 1 :].strip():
-        raise _broken(path, text, position + 1, row, "text after the end of the array")
-
-
-def _broken(path: str | Path, text: str, position: int, row: int, reason: str) -> DataError:
-    line = text.count("\n", 0, position) + 1
-    column = position - (text.rfind("\n", 0, position) + 1) + 1
-    cut = not text.rstrip().endswith("]")
-    advice = (
-        "The file breaks off: it was not downloaded or written to its end, get it again."
-        if cut
-        else "Fix that place, or write the rows as JSON lines (.jsonl), where a broken line costs one row."
-    )
-    place = f"line {line}, column {column} (character {position}, in row {row})"
-    return DataError(f"data.data: {path} is not valid JSON at {place}: {reason.split(': line')[0]}. {advice}")
+            yield raw
+            row += 1
+            position = skip(position)
+            follows = text[position : position + 1]
+            if follows == ",":
+                position = skip(position + 1)
+            elif follows != "]":
+                raise json.JSONDecodeError(f"expected ',' or ']' after row {row - 1}", text, position)
+        if text[position + 1 :].strip():
+            raise json.JSONDecodeError("text after the end of the array", text, position + 1)
+    except (json.JSONDecodeError, RecursionError) as error:
+        advice = "Fix that place, or write JSON lines (.jsonl), where a broken line costs one row."
+        if not text.rstrip().endswith("]"):
+            advice = "The file breaks off: it was not downloaded or written to its end, get it again."
+        raise DataError(f"data.data: {path} is not valid JSON in row {row}: {error}. {advice}") from error
 
 
 def _parse_lines(text: str) -> Iterator[Any]:
@@ -169,14 +156,6 @@ def _parse_lines(text: str) -> Iterator[Any]:
                 yield json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
                 yield MalformedLine(f"line {number} of the file is not JSON: {error}")
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
 
 
 def flat_rows(raw_rows: Iterable[Any], columns: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
@@ -193,8 +172,8 @@ def flat_rows(raw_rows: Iterable[Any], columns: Iterable[str] = ()) -> Iterator[
     for row, raw in enumerate(raw_rows):
         flat = normalise(raw, row)
         if not flat["problem"] and first.setdefault(flat["sample_id"], row) != row:
-            flat["problem"] = "duplicate_image"
-            flat["detail"] = f"row {first[flat['sample_id']]} has the same image"
+            detail = f"row {first[flat['sample_id']]} has the same image"
+            flat |= {"problem": "duplicate_image", "detail": detail}
         usable = not flat["problem"] or flat["problem"] in TEXT_ONLY_CAUSES
         flat["columns"], malformed = taken.take(raw if usable else {}, row)
         if malformed and not flat["problem"]:
@@ -204,14 +183,45 @@ def flat_rows(raw_rows: Iterable[Any], columns: Iterable[str] = ()) -> Iterator[
         raise DataError(missing)
 
 
-def _generate(path: str, digest: str, version: int, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    # `digest` and `version` are here to be hashed: they key the cache.
-    yield from flat_rows(parse_rows(path), columns)
+@dataclass(frozen=True)
+class RowFile:
+    """The rows of a file, as `parse_rows` reads them. The digest of its content keys the cache."""
+
+    path: str
+    digest: str
+
+    def __iter__(self) -> Iterator[Any]:
+        return parse_rows(self.path)
 
 
-def _generate_from_hub(
-    rows: Iterable[Any], version: int, columns: tuple[str, ...]
-) -> Iterator[dict[str, Any]]:
+def raw_rows(data: str, name: str | None = None, cache_dir: str | None = None) -> tuple[Iterable[Any], str]:
+    """The rows that `load_rows` makes a table of, as parsed and in the same order, and the same digest.
+
+    Raises:
+        DataError: as `load_rows`; for a file that breaks off, not before its rows are read.
+    """
+    import datasets
+
+    path = Path(data).expanduser()
+    try:
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return RowFile(str(path), digest), digest
+    except OSError as error:
+        raise DataError(f"data.data: cannot read {path}: {error.strerror}") from error
+    try:
+        rows = datasets.load_dataset(data, name, split="train", cache_dir=cache_dir)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"data.data: no file {data!r} here, and as a hub data set (data.name={name}) it fails to load: "
+            f"{error}. Without a network, download the JSON file elsewhere and give its path."
+        ) from error
+    return rows, rows._fingerprint
+
+
+def _generate(rows: Iterable[Any], columns: tuple[str, ...], version: int) -> Iterator[dict[str, Any]]:
+    # `version` is here to be hashed: it keys the cache.
     yield from flat_rows(rows, columns)
 
 
@@ -237,24 +247,16 @@ def load_rows(
     """
     import datasets
 
-    path = Path(data).expanduser()
     text = datasets.Value("string")
-    features = datasets.Features(
-        {name: text for name in flat_row(0)}
-        | {"row": datasets.Value("int64"), "columns": dict.fromkeys(Columns(columns).names, text)}
-    )
-    arguments: dict[str, Any] = {"version": _FORMAT, "columns": tuple(sorted(columns))}
-    generator: Any = _generate
-    if path.is_file():
-        digest = _digest(path)
-        arguments |= {"path": str(path), "digest": digest}
-    else:
-        rows = _load_from_hub(data, name, cache_dir)
-        digest = rows._fingerprint
-        generator, arguments = _generate_from_hub, {**arguments, "rows": rows}
+    kept = dict.fromkeys(Columns(columns).names, text)
+    features = dict.fromkeys(flat_row(0), text) | {"row": datasets.Value("int64"), "columns": kept}
+    rows, digest = raw_rows(data, name, cache_dir)
     try:
         table = datasets.Dataset.from_generator(
-            generator, features=features, cache_dir=cache_dir, gen_kwargs=arguments
+            _generate,
+            features=datasets.Features(features),
+            cache_dir=cache_dir,
+            gen_kwargs={"rows": rows, "columns": tuple(sorted(set(columns))), "version": _FORMAT},
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
@@ -268,39 +270,6 @@ def load_rows(
     return table, digest
 
 
-def raw_rows(data: str, name: str | None = None, cache_dir: str | None = None) -> tuple[Iterator[Any], str]:
-    """The rows that `load_rows` makes a table of, as parsed and in the same order, and the same digest.
-
-    Raises:
-        DataError: as `load_rows`; for a file that breaks off, not before its rows are read.
-    """
-    path = Path(data).expanduser()
-    if path.is_file():
-        return parse_rows(path), _digest(path)
-    rows = _load_from_hub(data, name, cache_dir)
-    return iter(rows), rows._fingerprint
-
-
 def column(table: Dataset, name: str) -> list[str]:
     """One column as a list: much faster than row by row."""
     return table.data.column(name).to_pylist()
-
-
-def _digest(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"data.data: cannot read {path}: {error.strerror}") from error
-
-
-def _load_from_hub(data: str, name: str | None, cache_dir: str | None) -> Dataset:
-    import datasets
-
-    try:
-        return datasets.load_dataset(data, name, split="train", cache_dir=cache_dir)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"data.data: no file {data!r} here, and as a hub data set (data.name={name}) it fails to load: "
-            f"{error}. Without a network, download the JSON file elsewhere and give its path."
-        ) from error
