@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from balcap.data.checks import folder_problems, prompt_problems, source_problems
 from balcap.data.images import PILLOW_MAX_PIXELS
+from balcap.data.settings import folder_problems, prompt_problems, source_problems
 
 if TYPE_CHECKING:
     from balcap.recaption.run import Recaptioner

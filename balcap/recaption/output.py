@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from balcap.data.prompt import prompt_for
+from balcap.data.reader import prompt_for
 from balcap.data.sharegpt4v import PLACEHOLDER, normalise
 from balcap.recaption.journal import Quarantined
 
@@ -28,7 +28,7 @@ def output_row(
         raw: the row as it was.
         caption: the new caption, and the model that wrote it.
         units: the assertions of the new caption, and the model that found them; None to write none.
-        prompts, seed: as `balcap.data.prompt.prompt_for`.
+        prompts, seed: as `balcap.data.reader.prompt_for`.
         keep_original: store the caption that is replaced as ``original_caption``.
     """
     flat = normalise(raw, 0)

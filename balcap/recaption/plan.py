@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from balcap.data.order import select_rows
 from balcap.data.sharegpt4v import TEXT_ONLY_CAUSES, DataError, column
-from balcap.data.split import select_rows
 from balcap.judge import Judge
 from balcap.judge.tasks import Decompose, Task
 from balcap.judge.tasks.recaption import Recaption

@@ -14,9 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from balcap.data.files import ImageFolder
 from balcap.data.images import BadImage
-from balcap.data.prompt import prompt_for
+from balcap.data.reader import ImageFolder, prompt_for
 from balcap.data.sharegpt4v import DataError, load_rows, raw_rows
 from balcap.judge import BudgetSpent, Judge, JudgeFailure
 from balcap.judge.tasks import Decompose

@@ -20,8 +20,8 @@ def new(recaption_arguments, cli, out: Path) -> Path:
 
 def test_the_data_module_carries_the_units_to_the_batch(new: Path, world: Path, tmp_path: Path) -> None:
     data = CaptionDataModule(
-        str(new),
-        str(world),
+        data=str(new),
+        image_root=str(world),
         batch_size=4,
         val_size=2,
         num_workers=0,
@@ -31,9 +31,9 @@ def test_the_data_module_carries_the_units_to_the_batch(new: Path, world: Path, 
     rows = {row["image"]: row for row in json.loads(new.read_text())}
     batch = next(iter(data.train_dataloader()))
     assert len(batch) == 4
-    assert batch.reference_units == [rows[name]["reference_units"] for name in batch.sample_ids]
+    assert batch.extra("reference_units") == [rows[name]["reference_units"] for name in batch.sample_ids]
     assert batch.references == [rows[name]["conversations"][1]["value"] for name in batch.sample_ids]
-    assert batch.select([2, 0]).reference_units == [batch.reference_units[2], batch.reference_units[0]]
+    assert batch.select([2, 0]).extra("reference_units") == [batch.extra("reference_units")[2], batch.extra("reference_units")[0]]
     assert not (tmp_path / "bad_rows.jsonl").exists()
 
 
