@@ -17,8 +17,9 @@ class LoraSettings:
         r: rank, >= 1.
         alpha: scale; the update is multiplied by alpha / r.
         dropout: in [0, 1). Above 0 the first update's importance ratio is no longer exactly 1.
-        target_modules: names of the linear layers to adapt, or one regular expression over full names. Each name
-            must match something. Layers of a frozen vision tower are left out whatever their name.
+        target_modules: names of the linear layers to adapt, or one regular expression over full names; null for
+            those that the model's family usually adapts: all but the output head. Each name must match something.
+            Layers of a frozen vision tower are left out whatever their name.
     """
 
     target_modules: str | list[str] | None = None
@@ -61,28 +62,32 @@ class PolicyConfig:
 
     def problems(self) -> Sequence[str]:
         """What contradicts itself, each with the key to change; nothing is loaded."""
-        found = []
+        problems = []
         key = "model.policy"
         path = Path(self.model).expanduser()
         local = self.model.startswith((".", "/", "~")) or len(path.parts) > 2 or path.is_dir()
         if local and not (path / "config.json").is_file():
-            found.append(f"{key}.model: {path} is no folder of an HF model (it has no config.json)")
+            problems.append(f"{key}.model: {path} is no folder of an HF model (it has no config.json)")
         if self.lora is not None:
-            if not self.lora.target_modules:
-                found.append(f"{key}.lora.target_modules: LoRA has nothing to adapt; name the linear layers")
+            if self.lora.target_modules is not None and not self.lora.target_modules:
+                problems.append(
+                    f"{key}.lora.target_modules: LoRA has nothing to adapt; name linear layers, or leave it null"
+                )
             elif isinstance(self.lora.target_modules, str):
                 try:
                     re.compile(self.lora.target_modules)
                 except re.error as error:
-                    found.append(
+                    problems.append(
                         f"{key}.lora.target_modules: {self.lora.target_modules!r} is no regular expression: {error}"
                     )
             if self.lora.r < 1:
-                found.append(f"{key}.lora.r: {self.lora.r} is no rank; use 1 or more")
+                problems.append(f"{key}.lora.r: {self.lora.r} is no rank; use 1 or more")
             if not 0 <= self.lora.dropout < 1:
-                found.append(f"{key}.lora.dropout: {self.lora.dropout} is outside [0, 1)")
+                problems.append(f"{key}.lora.dropout: {self.lora.dropout} is outside [0, 1)")
         if self.load_in_4bit and self.lora is None:
-            found.append(f"{key}.load_in_4bit: 4-bit weights cannot be trained; set {key}.lora as well")
+            problems.append(f"{key}.load_in_4bit: 4-bit weights cannot be trained; set {key}.lora as well")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            found.append(f"{key}.min_pixels: {self.min_pixels} is above {key}.max_pixels: {self.max_pixels}")
-        return found
+            problems.append(
+                f"{key}.min_pixels: {self.min_pixels} is above {key}.max_pixels: {self.max_pixels}"
+            )
+        return problems

@@ -12,22 +12,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from balcap.policy.config import PolicyConfig
+from balcap.policy.families import ImageFeatures, base_of, family_of
 from balcap.policy.flops import update_flops
 from balcap.policy.layout import Layout
-from balcap.policy.loading import load_model, load_processor, prepare, vision_prefixes
+from balcap.policy.loading import load_model, load_processor, prepare
 from balcap.policy.logps import caption_logps
 from balcap.policy.prompts import PromptEncoder, Prompts
-from balcap.policy.shared_prefix import (
-    base_of,
-    image_features,
-    prepare_shared_prefix,
-    shared_prefix_logps,
-)
+from balcap.policy.shared_prefix import prepare_shared_prefix, shared_prefix_logps
 from balcap.types import CaptionBatch, Rollouts
 
 
 @dataclass(frozen=True)
-class Size:
+class ForwardSize:
     """Of a forward pass over some images with their captions, in tokens.
 
     Attributes:
@@ -75,9 +71,7 @@ class Policy(nn.Module):
         self.shared_prefix = shared_prefix and prepare_shared_prefix(model)
         if self.shared_prefix and reference is not None:
             prepare_shared_prefix(reference)
-        vision = tuple(vision_prefixes(base_of(model)))
-        named = base_of(model).named_parameters()
-        self.vision_is_frozen = not any(p.requires_grad for name, p in named if name.startswith(vision))
+        self.vision_is_frozen = family_of(model).vision_is_frozen(base_of(model))
 
     @classmethod
     def load(cls, config: PolicyConfig, with_reference: bool) -> Policy:
@@ -108,23 +102,20 @@ class Policy(nn.Module):
         """Prompts of a batch; see `PromptEncoder.encode`."""
         return self.encoder.encode(batch)
 
-    def size(self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> Size:
+    def size(self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> ForwardSize:
         """What `logps` of these rows forwards."""
-        lengths = rollouts.completion_mask[list(rows)].sum(-1).tolist()
-        layout = Layout([prompts.items[row]["input_ids"].shape[1] for row in rows], lengths)
+        layout, lengths = _layout(rollouts, prompts, rows)
         if self.shared_prefix:
-            return Size(layout.tokens, layout.separate, layout.padding)
+            return ForwardSize(layout.tokens, layout.separate, layout.padding)
         width = max(1, max(max(group, default=0) for group in lengths))
         longest = max(span.prompt for span in layout.spans)
         forwarded = sum(len(group) for group in lengths) * (longest + width)
-        return Size(forwarded, layout.separate, 1 - layout.separate / forwarded)
+        return ForwardSize(forwarded, layout.separate, 1 - layout.separate / forwarded)
 
     def flops(self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> float | None:
-        """Model FLOPs of one forward and backward over these rows; see `update_flops`."""
-        items = [prompts.items[row] for row in rows]
-        lengths = rollouts.completion_mask[list(rows)].sum(-1).tolist()
-        layout = Layout([item["input_ids"].shape[1] for item in items], lengths)
-        return update_flops(base_of(self.model), layout, items)
+        """Model FLOPs of one forward and backward over these rows, None where unknown; see `update_flops`."""
+        layout, _ = _layout(rollouts, prompts, rows)
+        return update_flops(base_of(self.model), layout, [prompts.items[row] for row in rows])
 
     def logps(
         self,
@@ -161,44 +152,31 @@ class Policy(nn.Module):
         temperature: float,
         entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        chosen = list(rows)
-        token_ids, mask = rollouts.token_ids[chosen], rollouts.completion_mask[chosen]
-        ids = [rollouts.batch.sample_ids[i] for i in chosen]
-        self.encoder.check_captions(ids, token_ids, mask)
-        (b, G, T), device = token_ids.shape, self.device
-        if self.shared_prefix:
-            features = self._features(model, prompts, chosen)
-            ids_here, mask_here = token_ids.to(device), mask.to(device)
-            return shared_prefix_logps(
-                model, prompts, chosen, ids_here, mask_here, features, temperature, entropy
-            )
-        width = max(1, int(mask.flatten(0, 1).any(0).sum()))  # this micro-batch's own longest caption
-        inputs = prompts.inputs(chosen, G, device)
-        logps, spread = caption_logps(
-            model,
-            inputs,
-            token_ids.reshape(b * G, T)[:, :width].to(device),
-            mask.reshape(b * G, T)[:, :width].to(device),
-            temperature,
-            entropy,
-        )
-        shape = (b, G, T)
+        rows, device = list(rows), self.device
+        token_ids, mask = rollouts.token_ids[rows], rollouts.completion_mask[rows]
+        self.encoder.check_captions([rollouts.batch.sample_ids[row] for row in rows], token_ids, mask)
+        token_ids, mask = token_ids.to(device), mask.to(device)
+        if not self.shared_prefix:
+            return caption_logps(model, prompts, rows, token_ids, mask, temperature, entropy)
+        features = self._features(model, prompts, rows)
+        return shared_prefix_logps(model, prompts, rows, token_ids, mask, features, temperature, entropy)
 
-        def back(x: Tensor) -> Tensor:
-            return torch.nn.functional.pad(x, (0, T - width)).view(shape)
-
-        return back(logps), None if spread is None else back(spread)
-
-    def _features(self, model: Any, prompts: Prompts, rows: Sequence[int]) -> list[Tensor]:
+    def _features(self, model: Any, prompts: Prompts, rows: Sequence[int]) -> list[ImageFeatures]:
         """Image features of these rows; a frozen tower sees each image once, for policy and reference alike."""
-        device = self.device
+        distinct, family = list(dict.fromkeys(rows)), family_of(model)
         if not self.vision_is_frozen:
-            distinct = list(dict.fromkeys(rows))
-            found = dict(zip(distinct, image_features(model, prompts, distinct, device), strict=True))
-            return [found[row] for row in rows]
-        new = [row for row in dict.fromkeys(rows) if row not in prompts.features]
+            trained = family.image_features(base_of(model), prompts.images(distinct, self.device))
+            by_row = dict(zip(distinct, trained, strict=True))
+            return [by_row[row] for row in rows]
+        new = [row for row in distinct if row not in prompts.features]
         if new:
             with torch.no_grad():
-                made = image_features(self.model, prompts, new, device)
+                made = family.image_features(base_of(self.model), prompts.images(new, self.device))
             prompts.features.update(zip(new, made, strict=True))
         return [prompts.features[row] for row in rows]
+
+
+def _layout(rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> tuple[Layout, list[list[int]]]:
+    """Of these rows in one packed sequence, and tokens ``[b][G]`` of their captions."""
+    lengths = rollouts.completion_mask[list(rows)].sum(-1).tolist()
+    return Layout([prompts.items[row]["input_ids"].shape[1] for row in rows], lengths), lengths

@@ -18,7 +18,7 @@ from balcap.policy.config import LoraSettings
 from balcap.policy.head import token_logps
 from balcap.policy.layout import Layout
 from balcap.policy.policy import Policy
-from balcap.policy.shared_prefix import base_of
+from balcap.policy.families import base_of
 from tests.tiny_models import batch_of, mixed_batch, picture, rollouts_of
 
 Load = Callable[..., Policy]
@@ -202,7 +202,7 @@ def test_a_frozen_tower_sees_each_image_once_per_step(load: Load):
     policy.reference_logps(rollouts, prompts, [0, 1, 2])
     policy.logps(rollouts, prompts, [0, 1, 2])
     assert len(seen) == 2  # images 0 and 1, then image 2
-    assert not any(feature.requires_grad for feature in prompts.features.values())
+    assert not any(feature.embeds.requires_grad for feature in prompts.features.values())
 
 
 def test_sampling_is_not_disturbed(load: Load):
