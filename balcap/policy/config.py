@@ -27,6 +27,22 @@ class LoraSettings:
     alpha: int = 128
     dropout: float = 0.0
 
+    def problems(self) -> Sequence[str]:
+        """What cannot be, each with the key to change."""
+        targets, problems = self.target_modules, []
+        if targets is not None and not targets:
+            problems.append("target_modules: LoRA has nothing to adapt; name linear layers, or leave it null")
+        elif isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                problems.append(f"target_modules: {targets!r} is no regular expression: {error}")
+        if self.r < 1:
+            problems.append(f"r: {self.r} is no rank; use 1 or more")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout: {self.dropout} is outside [0, 1)")
+        return problems
+
 
 @dataclass
 class PolicyConfig:
@@ -62,32 +78,17 @@ class PolicyConfig:
 
     def problems(self) -> Sequence[str]:
         """What contradicts itself, each with the key to change; nothing is loaded."""
-        problems = []
-        key = "model.policy"
         path = Path(self.model).expanduser()
         local = self.model.startswith((".", "/", "~")) or len(path.parts) > 2 or path.is_dir()
+        problems = []
         if local and not (path / "config.json").is_file():
-            problems.append(f"{key}.model: {path} is no folder of an HF model (it has no config.json)")
+            problems.append(f"model: {path} is no folder of an HF model (it has no config.json)")
         if self.lora is not None:
-            if self.lora.target_modules is not None and not self.lora.target_modules:
-                problems.append(
-                    f"{key}.lora.target_modules: LoRA has nothing to adapt; name linear layers, or leave it null"
-                )
-            elif isinstance(self.lora.target_modules, str):
-                try:
-                    re.compile(self.lora.target_modules)
-                except re.error as error:
-                    problems.append(
-                        f"{key}.lora.target_modules: {self.lora.target_modules!r} is no regular expression: {error}"
-                    )
-            if self.lora.r < 1:
-                problems.append(f"{key}.lora.r: {self.lora.r} is no rank; use 1 or more")
-            if not 0 <= self.lora.dropout < 1:
-                problems.append(f"{key}.lora.dropout: {self.lora.dropout} is outside [0, 1)")
-        if self.load_in_4bit and self.lora is None:
-            problems.append(f"{key}.load_in_4bit: 4-bit weights cannot be trained; set {key}.lora as well")
+            problems += [f"lora.{problem}" for problem in self.lora.problems()]
+        elif self.load_in_4bit:
+            problems.append("load_in_4bit: 4-bit weights cannot be trained; set model.policy.lora as well")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             problems.append(
-                f"{key}.min_pixels: {self.min_pixels} is above {key}.max_pixels: {self.max_pixels}"
+                f"min_pixels: {self.min_pixels} is above model.policy.max_pixels: {self.max_pixels}"
             )
-        return problems
+        return [f"model.policy.{problem}" for problem in problems]

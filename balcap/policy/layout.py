@@ -80,8 +80,7 @@ class Layout:
         padded = []
         for span in self.spans:
             lengths = torch.tensor(span.captions, dtype=torch.long)
-            width = int(lengths.max()) if len(lengths) else 0
-            steps = torch.arange(width)
+            steps = torch.arange(max(span.captions, default=0))
             real = steps < lengths[:, None]
             starts = span.start + span.prompt + lengths.cumsum(0) - lengths
             index = torch.where(real, starts[:, None] + steps, span.start + span.prompt - 1)
@@ -91,13 +90,8 @@ class Layout:
     @cached_property
     def masks(self) -> list[Bool[Tensor, "L K"]]:
         """Per image: what a padded caption token may see of [prompt, own caption], K = P + L."""
-        masks = []
-        for span, (index, _) in zip(self.spans, self.padded, strict=True):
-            width = index.shape[1]
-            own = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
-            prompt = torch.ones(width, span.prompt, dtype=torch.bool, device=self.device)
-            masks.append(torch.cat([prompt, own], 1))
-        return masks
+        sizes = [(max(span.captions, default=0), span.prompt) for span in self.spans]
+        return [torch.ones(L, P + L, dtype=torch.bool, device=self.device).tril(P) for L, P in sizes]
 
     @property
     def attention_pairs(self) -> float:
@@ -111,10 +105,14 @@ class Layout:
     @property
     def separate(self) -> int:
         """Tokens that separate sequences would forward: the prompt and a whole caption, for each caption."""
-        return sum(
-            sum(span.prompt + tokens for tokens in group)
-            for span, group in zip(self.spans, self._captions, strict=True)
-        )
+        groups = zip(self.spans, self._captions, strict=True)
+        return sum(span.prompt + tokens for span, group in groups for tokens in group)
+
+    @property
+    def separate_padded(self) -> int:
+        """The same where prompts and captions are padded to the longest."""
+        captions = [tokens for group in self._captions for tokens in group]
+        return len(captions) * (max(span.prompt for span in self.spans) + max(1, *captions))
 
     @property
     def padding(self) -> float:

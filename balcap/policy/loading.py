@@ -16,23 +16,26 @@ def load_processor(config: PolicyConfig) -> Any:
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(config.model, revision=config.revision)
-    limits = {
-        k: v for k, v in (("shortest_edge", config.min_pixels), ("longest_edge", config.max_pixels)) if v
-    }
-    if limits:
-        own = processor.image_processor.size
-        if not {"shortest_edge", "longest_edge"} <= dict(own).keys():
-            raise ValueError(
-                f"model.policy.min_pixels, model.policy.max_pixels: the image processor of {config.model} does not "
-                f"scale to an area (its size is {dict(own)}); leave both null"
-            )
-        size = dict(own) | limits  # the names are Qwen2.5-VL's; both are areas
-        if size["shortest_edge"] > size["longest_edge"]:
-            raise ValueError(
-                f"model.policy.min_pixels: {size['shortest_edge']} is above model.policy.max_pixels: "
-                f"{size['longest_edge']}; where one is null, it is the model's own"
-            )
-        processor.image_processor.size = type(own)(**size)
+    edges = {
+        "shortest_edge": config.min_pixels,
+        "longest_edge": config.max_pixels,
+    }  # Qwen's names; both are areas
+    limits = {edge: area for edge, area in edges.items() if area}
+    if not limits:
+        return processor
+    own = processor.image_processor.size
+    if not edges.keys() <= dict(own).keys():
+        raise ValueError(
+            f"model.policy.min_pixels, model.policy.max_pixels: the image processor of {config.model} does not "
+            f"scale to an area (its size is {dict(own)}); leave both null"
+        )
+    size = dict(own) | limits
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise ValueError(
+            f"model.policy.min_pixels: {size['shortest_edge']} is above model.policy.max_pixels: "
+            f"{size['longest_edge']}; where one is null, it is the model's own"
+        )
+    processor.image_processor.size = type(own)(**size)
     return processor
 
 
@@ -41,9 +44,7 @@ def load_model(config: PolicyConfig) -> Any:
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
     dtype = getattr(torch, config.dtype)
-    options: dict[str, Any] = {"dtype": dtype, "revision": config.revision}
-    if config.attn_implementation:
-        options["attn_implementation"] = config.attn_implementation
+    options: dict[str, Any] = {"attn_implementation": config.attn_implementation}
     if config.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -52,7 +53,9 @@ def load_model(config: PolicyConfig) -> Any:
             bnb_4bit_compute_dtype=dtype,
         )
         options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    return AutoModelForImageTextToText.from_pretrained(config.model, **options)
+    return AutoModelForImageTextToText.from_pretrained(
+        config.model, dtype=dtype, revision=config.revision, **options
+    )
 
 
 def prepare(model: Any, config: PolicyConfig) -> Any:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from balcap.policy.families import family_of
-from balcap.policy.prompts import Prompts
+from balcap.policy.prompts import PER_TOKEN, Prompts
 
 
 def caption_logps(
@@ -46,18 +46,12 @@ def caption_logps(
     # Padding may hold any token, placeholders too: 0 is an ordinary one.
     ids = torch.where(flat, token_ids.flatten(0, 1)[:, :width], 0)
     inputs = prompts.inputs(rows, G, token_ids.device)
-    zeros = torch.zeros_like(ids)
-    for key, more in {
-        "input_ids": ids,
-        "attention_mask": flat,
-        "mm_token_type_ids": zeros,
-        "token_type_ids": zeros,
-    }.items():
+    more = {"input_ids": ids, "attention_mask": flat}
+    for key in PER_TOKEN:
         if key in inputs:
-            inputs[key] = torch.cat([inputs[key], more.to(inputs[key].dtype)], 1)
-    positions = family_of(model).position_ids(inputs)
-    if positions is not None:
-        inputs["position_ids"] = positions
+            captions = more.get(key, torch.zeros_like(ids)).to(inputs[key].dtype)
+            inputs[key] = torch.cat([inputs[key], captions], 1)
+    inputs |= family_of(model).sequence_inputs(inputs)
     logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits[:, :-1]
     logps = (logits.float() / temperature).log_softmax(-1)  # [b * G, width, V]
 

@@ -104,17 +104,15 @@ class Policy(nn.Module):
 
     def size(self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> ForwardSize:
         """What `logps` of these rows forwards."""
-        layout, lengths = _layout(rollouts, prompts, rows)
+        layout = _layout(rollouts, prompts, rows)
         if self.shared_prefix:
             return ForwardSize(layout.tokens, layout.separate, layout.padding)
-        width = max(1, max(max(group, default=0) for group in lengths))
-        longest = max(span.prompt for span in layout.spans)
-        forwarded = sum(len(group) for group in lengths) * (longest + width)
+        forwarded = layout.separate_padded
         return ForwardSize(forwarded, layout.separate, 1 - layout.separate / forwarded)
 
     def flops(self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> float | None:
         """Model FLOPs of one forward and backward over these rows, None where unknown; see `update_flops`."""
-        layout, _ = _layout(rollouts, prompts, rows)
+        layout = _layout(rollouts, prompts, rows)
         return update_flops(base_of(self.model), layout, [prompts.items[row] for row in rows])
 
     def logps(
@@ -163,20 +161,16 @@ class Policy(nn.Module):
 
     def _features(self, model: Any, prompts: Prompts, rows: Sequence[int]) -> list[ImageFeatures]:
         """Image features of these rows; a frozen tower sees each image once, for policy and reference alike."""
-        distinct, family = list(dict.fromkeys(rows)), family_of(model)
-        if not self.vision_is_frozen:
-            trained = family.image_features(base_of(model), prompts.images(distinct, self.device))
-            by_row = dict(zip(distinct, trained, strict=True))
-            return [by_row[row] for row in rows]
-        new = [row for row in distinct if row not in prompts.features]
+        cache = prompts.features if self.vision_is_frozen else {}
+        new = [row for row in dict.fromkeys(rows) if row not in cache]
         if new:
-            with torch.no_grad():
-                made = family.image_features(base_of(self.model), prompts.images(new, self.device))
-            prompts.features.update(zip(new, made, strict=True))
-        return [prompts.features[row] for row in rows]
+            model = base_of(self.model if self.vision_is_frozen else model)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
+                features = family_of(model).image_features(model, prompts.images(new, self.device))
+            cache.update(zip(new, features, strict=True))
+        return [cache[row] for row in rows]
 
 
-def _layout(rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> tuple[Layout, list[list[int]]]:
-    """Of these rows in one packed sequence, and tokens ``[b][G]`` of their captions."""
+def _layout(rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> Layout:
     lengths = rollouts.completion_mask[list(rows)].sum(-1).tolist()
-    return Layout([prompts.items[row]["input_ids"].shape[1] for row in rows], lengths), lengths
+    return Layout([prompts.items[row]["input_ids"].shape[1] for row in rows], lengths)

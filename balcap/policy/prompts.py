@@ -64,13 +64,11 @@ def cat_padded(parts: Sequence[Tensor]) -> Tensor:
     So do the processors of models with tiles, which leave out tiles of zeros, and pixels that
     ``pixel_attention_mask``, padded likewise, marks with 0.
     """
-    largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
-    padded = []
-    for part in parts:
-        missing = [full - size for full, size in zip(largest, part.shape[1:], strict=True)]
-        ends = [n for m in reversed(missing) for n in (0, m)]  # the last dimension comes first
-        padded.append(torch.nn.functional.pad(part, ends) if any(ends) else part)
-    return torch.cat(padded)
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    out = parts[0].new_zeros(sum(map(len, parts)), *shape)
+    for part, place in zip(parts, out.split([len(part) for part in parts]), strict=True):
+        place[(slice(None), *map(slice, part.shape[1:]))] = part
+    return out
 
 
 class PromptEncoder:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from balcap.policy.families import Family, ImageFeatures, base_of, family_of
+from balcap.policy.families import ImageFeatures, base_of, family_of
 from balcap.policy.head import token_logps
 from balcap.policy.layout import Layout
 from balcap.policy.prompts import Prompts
@@ -63,10 +63,11 @@ def shared_prefix_logps(
         float32 log-probs, 0 where masked; entropies likewise or None.
     """
     base, family, device = base_of(model), family_of(model), token_ids.device
-    lengths = mask.sum(-1).tolist()
     items = [prompts.items[row] for row in rows]
-    layout = Layout([item["input_ids"].shape[1] for item in items], lengths, device)
-    ids, positions = _sequence(family, base, items, token_ids, lengths)
+    layout = Layout([item["input_ids"].shape[1] for item in items], mask.sum(-1).tolist(), device)
+    ids, positions = _sequence(
+        items, [family.prompt_positions(base, item) for item in items], token_ids, layout
+    )
     embeds = base.get_input_embeddings()(ids.to(device))
     placeholders = (ids == prompts.image_token_id).to(device)
     pixels = torch.cat([of_image.embeds for of_image in features]).to(embeds.dtype)
@@ -81,29 +82,25 @@ def shared_prefix_logps(
     logps, entropies = token_logps(
         base.get_output_embeddings(), states[layout.predictors], token_ids[mask], temperature, entropy
     )
-    empty = torch.zeros(mask.shape, dtype=torch.float32, device=device)
-    return empty.masked_scatter(mask, logps), (
-        None if entropies is None else empty.masked_scatter(mask, entropies)
-    )
+    empty = torch.zeros_like(mask, dtype=torch.float32)
+    filled = empty.masked_scatter(mask, logps)
+    return filled, None if entropies is None else empty.masked_scatter(mask, entropies)
 
 
 def _sequence(
-    family: Family,
-    base: Any,
-    items: Sequence[dict[str, Tensor]],
-    token_ids: Tensor,
-    lengths: list[list[int]],
+    items: Sequence[dict[str, Tensor]], prompt_positions: Sequence[Tensor], token_ids: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """Token ids ``[1, N]`` and positions, ``[3, 1, N]`` with M-RoPE and ``[1, N]`` without; on the CPU."""
     ids, positions = [], []
-    for item, captions, tokens in zip(items, token_ids.cpu(), lengths, strict=True):
-        prompt = family.prompt_positions(base, item)  # [R, P]
-        ids.append(item["input_ids"][0])
-        positions.append(prompt)
+    for item, prompt, captions, span in zip(
+        items, prompt_positions, token_ids.cpu(), layout.spans, strict=True
+    ):
         start = int(prompt.max()) + 1
-        for caption, n in zip(captions, tokens, strict=True):
-            forwarded = max(0, n - 1)
-            ids.append(caption[:forwarded])
-            positions.append((start + torch.arange(forwarded)).expand(len(prompt), -1))
-    packed = torch.cat(positions, 1)
+        ids += [
+            item["input_ids"][0],
+            *(caption[:n] for caption, n in zip(captions, span.captions, strict=True)),
+        ]
+        steps = torch.cat([torch.arange(start, start + n) for n in span.captions])
+        positions += [prompt, steps.expand(len(prompt), -1)]
+    packed = torch.cat(positions, 1)  # [R, N]
     return torch.cat(ids)[None], packed[:, None] if len(packed) == 3 else packed

@@ -46,7 +46,9 @@ def test_image_tokens_are_as_many_as_the_models_features(load: Load, family: str
         there = int((item["input_ids"] == policy.encoder.image_token_id).sum())
         grid = {k: v for k, v in item.items() if k == "image_grid_thw"}
         features = policy.model.get_image_features(item["pixel_values"], **grid).pooler_output
-        assert there == features[0].shape[0] == policy.encoder.family.num_features(policy.encoder.config, item)
+        assert (
+            there == features[0].shape[0] == policy.encoder.family.num_features(policy.encoder.config, item)
+        )
         counts.append(there)
     # Qwen merges 2x2 patches of 14 pixels: 64x64 is scaled to 56x56 = 2*2 tokens, 150x60 to 140x56 = 5*2,
     # 70x200 to 56x196 = 2*7. LLaVA crops all to 56x56 = 4*4 patches.
@@ -140,7 +142,9 @@ def test_banned_tokens_are_the_placeholders_and_no_word(load: Load, family: str)
         ids = encoder.tokenizer(word, add_special_tokens=False)["input_ids"]
         assert not set(ids) & set(encoder.banned_token_ids)
     encoder.tokenizer.add_tokens(["image", "[IMG_BREAK]", "television"])
-    tokens = encoder.tokenizer.convert_ids_to_tokens(encoder.family.placeholder_ids(encoder.config, encoder.tokenizer))
+    tokens = encoder.tokenizer.convert_ids_to_tokens(
+        encoder.family.placeholder_ids(encoder.config, encoder.tokenizer)
+    )
     assert sorted(tokens) == sorted([*PLACEHOLDERS[family], "[IMG_BREAK]"])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,8 +38,10 @@ class ImageFeatures(NamedTuple):
     extra: tuple[Tensor, ...] = ()
 
 
-class Family(ABC):
-    """One architecture. Stateless; ``model`` is the HF model without its peft wrapper, ``item`` one encoded prompt.
+class Family:
+    """One architecture; here the answers that suit any. Stateless.
+
+    In all methods ``model`` is the HF model out of its peft wrapper, and ``item`` one encoded prompt.
 
     Attributes:
         model_types: ``config.model_type`` of its models.
@@ -91,13 +92,12 @@ class Family(ABC):
 
     def image_token_id(self, config: Any) -> int:
         """The token that stands where image features go."""
-        new = getattr(config, "image_token_id", None)
-        return config.image_token_index if new is None else new
+        return config.image_token_id
 
     def placeholder_ids(self, config: Any, tokenizer: Any) -> list[int]:
         """All tokens that stand for pixels: a policy that emits one breaks the count of image features."""
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = {getattr(config, name, None) for name in names} | {self.image_token_id(config)}
+        names = ("video_token_id", "vision_start_token_id", "vision_end_token_id")
+        ids = {self.image_token_id(config), *(getattr(config, name, None) for name in names)}
         ids |= {
             token_id
             for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -105,16 +105,16 @@ class Family(ABC):
         }
         return sorted(token_id for token_id in ids if token_id is not None)
 
-    @abstractmethod
     def num_features(self, config: Any, item: dict[str, Tensor]) -> int | None:
         """Placeholders that this prompt must hold; None where only 0 is known to be wrong."""
+        return None
 
-    def position_ids(self, inputs: dict[str, Tensor]) -> Tensor | None:
-        """Positions ``[N, P + T]`` of padded sequences; None where the model finds them itself, as those with
-        M-RoPE do from the image grid."""
+    def sequence_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a forward of padded sequences ``[N, P + T]`` is given beside its ``inputs``: positions, except where
+        the model finds them itself, as those with M-RoPE do from the image grid."""
         if "image_grid_thw" in inputs:
-            return None
-        return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            return {}
+        return {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
     # ── the shared prefix ────────────────────────────────────────────────────────────────────────────
 
@@ -169,7 +169,7 @@ class Family(ABC):
 
     # ── FLOPs ────────────────────────────────────────────────────────────────────────────────────────
 
-    @abstractmethod
     def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float | None:
         """Model FLOPs of one image's forward through the tower and what joins it to the language model. None where
         they, or those of the text model, are not known: then none are reported."""
+        return None
