@@ -183,14 +183,14 @@ def test_count_and_decode(load: Load):
 
 # ── real photographs ─────────────────────────────────────────────────────────────────────────────────
 
-PHOTOGRAPHS = [
-    Path(skimage.__file__).parent / "data" / "astronaut.png",
-    Path(skimage.__file__).parent / "data" / "chelsea.png",
-    Path(skimage.__file__).parent / "data" / "camera.png",
-    Path(skimage.__file__).parent / "data" / "rocket.jpg",
-    Path(sklearn.__file__).parent / "datasets" / "images" / "china.jpg",
-    Path(sklearn.__file__).parent / "datasets" / "images" / "flower.jpg",
-]
+PHOTOGRAPHS = {
+    "RGB": Path(skimage.__file__).parent / "data" / "astronaut.png",
+    "P": Path(skimage.__file__).parent / "data" / "chelsea.png",
+    "L": Path(skimage.__file__).parent / "data" / "camera.png",
+    "I;16": Path(skimage.__file__).parent / "data" / "rocket.jpg",
+    "RGBA": Path(sklearn.__file__).parent / "datasets" / "images" / "china.jpg",
+    "CMYK": Path(sklearn.__file__).parent / "datasets" / "images" / "flower.jpg",
+}
 
 
 def as_file(image: Image.Image, mode: str) -> bytes:
@@ -208,12 +208,11 @@ def as_file(image: Image.Image, mode: str) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "I;16"])
-def test_real_photographs_in_every_mode_are_captioned(load: Load, mode: str):
-    photographs = [path for path in PHOTOGRAPHS if path.is_file()]
+def test_real_photographs_in_every_mode_are_captioned(load: Load):
+    photographs = {mode: path for mode, path in PHOTOGRAPHS.items() if path.is_file()}
     assert len(photographs) >= 4
     batch = batch_of(
-        [decode_image(as_file(Image.open(path), mode)) for path in photographs],
+        [decode_image(as_file(Image.open(path), mode)) for mode, path in photographs.items()],
         ["Describe."] * len(photographs),
     )
     policy, engine = load(), HFGenerate()

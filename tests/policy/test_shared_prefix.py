@@ -15,10 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from balcap.policy import PolicyConfig
 from balcap.policy.attention import shared_prefix_attention
 from balcap.policy.config import LoraSettings
+from balcap.policy.families import base_of
 from balcap.policy.head import token_logps
 from balcap.policy.layout import Layout
 from balcap.policy.policy import Policy
-from balcap.policy.families import base_of
 from tests.tiny_models import batch_of, mixed_batch, picture, rollouts_of
 
 Load = Callable[..., Policy]
@@ -26,7 +26,7 @@ WORDS = range(20, 300)
 pairs = st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=3)
 groups = pairs.filter(lambda lengths: any(map(any, lengths)))
 MANY = settings(
-    max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 
