@@ -47,10 +47,8 @@ def update_flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]]) 
         Operations; None for an architecture that is not known here: a metric must not end a run.
     """
     family, text = family_of(base), base.config.get_text_config()
-    if text.model_type not in family.text_types:  # the formula is that of a dense decoder
-        return None
-    images = [flops for item in items if (flops := family.vision_flops(base, item)) is not None]
-    if len(images) < len(items):
+    images = [family.vision_flops(base, item) for item in items]
+    if text.model_type not in family.text_types or None in images:  # the formula is that of a dense decoder
         return None
     total = 0.0
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
@@ -60,7 +58,7 @@ def update_flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]]) 
     total += 2 * num_weights(head) * len(layout.predictors) * (2 + head.requires_grad)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     total += 3 * 4 * text.num_attention_heads * size * text.num_hidden_layers * layout.attention_pairs
-    return total + (1 if family.vision_is_frozen(base) else 3) * sum(images)
+    return total + (1 if family.vision_is_frozen(base) else 3) * sum(filter(None, images))
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -16,10 +16,8 @@ def load_processor(config: PolicyConfig) -> Any:
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(config.model, revision=config.revision)
-    edges = {
-        "shortest_edge": config.min_pixels,
-        "longest_edge": config.max_pixels,
-    }  # Qwen's names; both are areas
+    # These are Qwen2.5-VL's names; both are areas.
+    edges = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     limits = {edge: area for edge, area in edges.items() if area}
     if not limits:
         return processor
@@ -44,7 +42,8 @@ def load_model(config: PolicyConfig) -> Any:
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
     dtype = getattr(torch, config.dtype)
-    options: dict[str, Any] = {"attn_implementation": config.attn_implementation}
+    options: dict[str, Any] = {"dtype": dtype, "revision": config.revision}
+    options["attn_implementation"] = config.attn_implementation  # None: transformers chooses
     if config.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -53,9 +52,7 @@ def load_model(config: PolicyConfig) -> Any:
             bnb_4bit_compute_dtype=dtype,
         )
         options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    return AutoModelForImageTextToText.from_pretrained(
-        config.model, dtype=dtype, revision=config.revision, **options
-    )
+    return AutoModelForImageTextToText.from_pretrained(config.model, **options)
 
 
 def prepare(model: Any, config: PolicyConfig) -> Any:
@@ -90,14 +87,8 @@ def _adapt(model: Any, lora: LoraSettings, layers: list[str], default: list[str]
 
     chosen = default if lora.target_modules is None else _matching(lora.target_modules, layers)
     names = "|".join(map(re.escape, chosen))  # full names, as one expression: exact, and serialisable
-    settings = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=f"(?:{names})",
-        bias="none",
-    )
-    return get_peft_model(model, settings)
+    options: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    return get_peft_model(model, LoraConfig(target_modules=f"(?:{names})", bias="none", **options))
 
 
 def _matching(wanted: str | list[str], layers: list[str]) -> list[str]:
@@ -115,7 +106,7 @@ def _matching(wanted: str | list[str], layers: list[str]) -> list[str]:
 
 
 def _check_language_is_trained(language_model: Any) -> None:
-    """A policy that trains its head or its vision tower alone learns next to nothing, and nobody would see why."""
+    """ValueError where only the head or the vision tower would be: such a run learns next to nothing, silently."""
     linear = (m for m in language_model.modules() if isinstance(m, torch.nn.Linear))
     if not any(parameter.requires_grad for module in linear for parameter in module.parameters()):
         raise ValueError(

@@ -80,8 +80,8 @@ class Policy(nn.Module):
         model = load_model(config)
         encoder = PromptEncoder(processor, model.config)
         copy = load_model(config) if with_reference and config.lora is None else None
-        trained = prepare(model, config)
-        return cls(trained, encoder, copy, config.shared_prefix, config.model, config.revision)
+        model = prepare(model, config)
+        return cls(model, encoder, copy, config.shared_prefix, config.model, config.revision)
 
     def train(self, mode: bool = True) -> Policy:
         """As of any module, but the reference stays in evaluation mode: dropout would make it noisy."""
@@ -128,7 +128,7 @@ class Policy(nn.Module):
         Raises:
             PlaceholderMismatch: a caption contains a token that stands for pixels.
         """
-        return self._logps(self.model, rollouts, prompts, rows, temperature, entropy)
+        return self._logps(self.model, rollouts, prompts, rows, temperature=temperature, entropy=entropy)
 
     @torch.no_grad()
     def reference_logps(
@@ -139,25 +139,20 @@ class Policy(nn.Module):
             raise RuntimeError("this policy was loaded without a reference; model.kl_coef must then be 0")
         model = self.reference if self.reference is not None else self.model
         with nullcontext() if self.reference is not None else self.model.disable_adapter():
-            return self._logps(model, rollouts, prompts, rows, temperature, False)[0]
+            return self._logps(model, rollouts, prompts, rows, temperature=temperature)[0]
 
     def _logps(
-        self,
-        model: Any,
-        rollouts: Rollouts,
-        prompts: Prompts,
-        rows: Sequence[int],
-        temperature: float,
-        entropy: bool,
+        self, model: Any, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int], **options: Any
     ) -> tuple[Tensor, Tensor | None]:
+        """Under `model`; `options` are temperature and entropy."""
         rows, device = list(rows), self.device
         token_ids, mask = rollouts.token_ids[rows], rollouts.completion_mask[rows]
         self.encoder.check_captions([rollouts.batch.sample_ids[row] for row in rows], token_ids, mask)
         token_ids, mask = token_ids.to(device), mask.to(device)
         if not self.shared_prefix:
-            return caption_logps(model, prompts, rows, token_ids, mask, temperature, entropy)
+            return caption_logps(model, prompts, rows, token_ids, mask, **options)
         features = self._features(model, prompts, rows)
-        return shared_prefix_logps(model, prompts, rows, token_ids, mask, features, temperature, entropy)
+        return shared_prefix_logps(model, prompts, rows, token_ids, mask, features, **options)
 
     def _features(self, model: Any, prompts: Prompts, rows: Sequence[int]) -> list[ImageFeatures]:
         """Image features of these rows; a frozen tower sees each image once, for policy and reference alike."""

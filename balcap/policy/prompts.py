@@ -48,10 +48,13 @@ class Prompts:
         return inputs
 
     def images(self, rows: Sequence[int], device: torch.device | str) -> dict[str, Tensor]:
-        """The inputs of the vision tower for the images of these rows, in one batch."""
-        items = [self.items[row] for row in rows]
-        keys = [key for key in items[0] if key not in PER_TOKEN]
-        return {key: cat_padded([item[key] for item in items]).to(device) for key in keys}
+        """The inputs of the vision tower for the images of these rows, in one batch; pixels are padded."""
+        items, inputs = [self.items[row] for row in rows], {}
+        for key in items[0]:
+            if key not in PER_TOKEN:
+                join = cat_padded if key.startswith("pixel_") else torch.cat
+                inputs[key] = join([item[key] for item in items]).to(device)
+        return inputs
 
 
 def _pad_left(row: Tensor, width: int, fill: int) -> Tensor:
@@ -61,8 +64,8 @@ def _pad_left(row: Tensor, width: int, fill: int) -> Tensor:
 def cat_padded(parts: Sequence[Tensor]) -> Tensor:
     """Concatenated along the first dimension; where others differ (tiles, height, width), zeros fill their ends.
 
-    So do the processors of models with tiles, which leave out tiles of zeros, and pixels that
-    ``pixel_attention_mask``, padded likewise, marks with 0.
+    So do processors in a batch of their own: models leave out tiles of zeros, or pixels whose
+    ``pixel_attention_mask``, padded likewise, is 0.
     """
     shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     out = parts[0].new_zeros(sum(map(len, parts)), *shape)
@@ -119,8 +122,7 @@ class PromptEncoder:
         if count == 0 or (expected is not None and count != expected):
             raise PlaceholderMismatch(
                 f"sample {sample_id!r}: the prompt holds {count} image placeholders, the image makes "
-                f"{expected if expected is not None else 'more than 0'} features. Is the processor the "
-                "model's own?"
+                f"{expected or 'more than 0'} features. Is the processor the model's own?"
             )
 
     def check_captions(self, sample_ids: Sequence[str], token_ids: Tensor, mask: Tensor) -> None:
@@ -136,8 +138,8 @@ class PromptEncoder:
 
     def texts(self, captions: Sequence[Tensor]) -> list[str]:
         """Texts of captions, each ``[t]`` token ids, special tokens removed."""
-        rows = [ids.tolist() for ids in captions]
-        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        texts = self.tokenizer.batch_decode([ids.tolist() for ids in captions], skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, no special tokens: the unit of the length ratio."""

@@ -30,7 +30,7 @@ def prepare_shared_prefix(model: Any) -> bool:
     obstacle = family.obstacle(base)
     if obstacle:
         logger.warning(
-            "model.policy.shared_prefix: %s; every caption is forwarded with its own prompt", obstacle
+            "model.policy.shared_prefix: %s; captions repeat their prompt in each forward", obstacle
         )
         return False
     family.prepare_shared_prefix(base)
@@ -65,9 +65,8 @@ def shared_prefix_logps(
     base, family, device = base_of(model), family_of(model), token_ids.device
     items = [prompts.items[row] for row in rows]
     layout = Layout([item["input_ids"].shape[1] for item in items], mask.sum(-1).tolist(), device)
-    ids, positions = _sequence(
-        items, [family.prompt_positions(base, item) for item in items], token_ids, layout
-    )
+    prompt_positions = [family.prompt_positions(base, item) for item in items]
+    ids, positions = _sequence(items, prompt_positions, token_ids, layout)
     embeds = base.get_input_embeddings()(ids.to(device))
     placeholders = (ids == prompts.image_token_id).to(device)
     pixels = torch.cat([of_image.embeds for of_image in features]).to(embeds.dtype)
@@ -92,14 +91,11 @@ def _sequence(
 ) -> tuple[Tensor, Tensor]:
     """Token ids ``[1, N]`` and positions, ``[3, 1, N]`` with M-RoPE and ``[1, N]`` without; on the CPU."""
     ids, positions = [], []
-    for item, prompt, captions, span in zip(
-        items, prompt_positions, token_ids.cpu(), layout.spans, strict=True
-    ):
+    images = zip(items, prompt_positions, token_ids.cpu(), layout.spans, strict=True)
+    for item, prompt, captions, span in images:
         start = int(prompt.max()) + 1
-        ids += [
-            item["input_ids"][0],
-            *(caption[:n] for caption, n in zip(captions, span.captions, strict=True)),
-        ]
+        ids.append(item["input_ids"][0])
+        ids += [caption[:n] for caption, n in zip(captions, span.captions, strict=True)]
         steps = torch.cat([torch.arange(start, start + n) for n in span.captions])
         positions += [prompt, steps.expand(len(prompt), -1)]
     packed = torch.cat(positions, 1)  # [R, N]

@@ -78,9 +78,8 @@ class Family:
     def vision_is_frozen(self, model: Any) -> bool:
         """Whether nothing that makes image features is trained, adapters included."""
         language = self.language_prefixes(model)
-        return not any(
-            p.requires_grad for name, p in model.named_parameters() if not name.startswith(language)
-        )
+        vision = (p for name, p in model.named_parameters() if not name.startswith(language))
+        return not any(parameter.requires_grad for parameter in vision)
 
     def lora_targets(self, model: Any, layers: Sequence[str]) -> list[str]:
         """Of the linear layers that may be adapted, those that are where the user names none: all but the head, as in
@@ -98,11 +97,8 @@ class Family:
         """All tokens that stand for pixels: a policy that emits one breaks the count of image features."""
         names = ("video_token_id", "vision_start_token_id", "vision_end_token_id")
         ids = {self.image_token_id(config), *(getattr(config, name, None) for name in names)}
-        ids |= {
-            token_id
-            for token_id, token in tokenizer.added_tokens_decoder.items()
-            if re.match(r"[<\[].*(vision|image|video|img)", str(token), re.IGNORECASE)
-        }
+        named = re.compile(r"[<\[].*(vision|image|video|img)", re.IGNORECASE)
+        ids |= {i for i, token in tokenizer.added_tokens_decoder.items() if named.match(str(token))}
         return sorted(token_id for token_id in ids if token_id is not None)
 
     def num_features(self, config: Any, item: dict[str, Tensor]) -> int | None:
@@ -120,10 +116,9 @@ class Family:
 
     def obstacle(self, model: Any) -> str:
         """Why this model cannot share a prefix; empty where it can."""
-        config = model.config
-        text = config.get_text_config()
-        if config.model_type not in self.model_types or text.model_type not in self.text_types:
-            return f"not written for the architecture {config.model_type}/{text.model_type}"
+        kind, text = model.config.model_type, model.config.get_text_config()
+        if kind not in self.model_types or text.model_type not in self.text_types:
+            return f"not written for the architecture {kind}/{text.model_type}"
         if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
             return "the language model attends within sliding windows"
         implementation = text._attn_implementation.removeprefix(PREFIX)

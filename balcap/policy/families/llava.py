@@ -25,10 +25,8 @@ class Llava(Family):
         tokens = _patches(config)
         pairs = config.num_hidden_layers * (tokens + 1) ** 2
         weights = (tokens + 1) * num_weights(*inner.vision_tower.parameters())
-        return (
-            2 * (weights + tokens * num_weights(*inner.multi_modal_projector.parameters()))
-            + 4 * config.hidden_size * pairs
-        )
+        weights += tokens * num_weights(*inner.multi_modal_projector.parameters())
+        return 2 * weights + 4 * config.hidden_size * pairs
 
 
 def _patches(vision_config: Any) -> int:
