@@ -57,8 +57,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from balcap.policy.families import base_of
 from balcap.policy.flops import peak_flops, update_flops
-from balcap.policy.shared_prefix import base_of
 from perf.update_case import SIZES, Case, Work, build, work_of
 from perf.update_variants import (
     ALONE,

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from balcap.algorithms import loss_normalizer, policy_loss
+from balcap.policy.families import ImageFeatures, base_of
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import PromptEncoder, Prompts
-from balcap.policy.shared_prefix import base_of, shared_prefix_logps
+from balcap.policy.shared_prefix import shared_prefix_logps
 from perf.update_case import QUESTION, Case, Work
 
 OURS, NAIVE, TRL, COMPACT, ALONE = "ours", "naive", "TRL", "TRL, captions only", "alone"
@@ -73,7 +74,8 @@ class Alone(Ours):
     def logps(self, work: Work) -> Tensor:
         """As of `Ours`."""
         model, device = self.policy.model, self.policy.device
-        no_image = torch.zeros(0, base_of(model).config.get_text_config().hidden_size, device=device)
+        width = base_of(model).config.get_text_config().hidden_size
+        no_image = ImageFeatures(torch.zeros(0, width, device=device))
         ids, mask = (x.to(device) for x in (work.rollouts.token_ids, work.rollouts.completion_mask))
         return shared_prefix_logps(model, self._bare(work), [0], ids, mask, [no_image], entropy=True)[0]
 

@@ -85,7 +85,7 @@ def test_all_problems_are_reported_together_each_with_its_key(fit_arguments, cli
             "model.num_captions": 1,
             "model.reward_transforms": "[{class_path: balcap.algorithms.LengthMask, init_args: {tau_low: 3}}]",
             "model.weights": "{precision: 0, recall: 0, linguistic: 0}",
-            "model.policy.lora": "{target_modules: null}",
+            "model.policy.lora": "{target_modules: []}",
             "model.judge.model": "openai/gpt-4o-mini",
             "data.image_root": "/no/such/folder",
             "model.clip_eps_low": 1.5,

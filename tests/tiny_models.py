@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised captioners of two families, as the folders that the hub would deliver.
+"""Tiny, randomly initialised captioners of three architectures, as the folders that the hub would deliver.
 
 Their weights are large enough that a shifted position, a missing image or a wrong pad changes log-probs
 by far more than rounding does.
@@ -45,6 +45,23 @@ LLAVA_TEMPLATE = (  # LLaVA-1.5's own: USER: <image>\n{question} ASSISTANT:
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+IDEFICS3_SPECIAL = (
+    "<s>",
+    "</s>",
+    "<pad>",
+    "<fake_token_around_image>",
+    "<image>",
+    "<end_of_utterance>",
+    "<global-img>",
+)
+
+IDEFICS3_TEMPLATE = (  # Idefics3's own, for one turn
+    "<s>{% for message in messages %}{{ message['role'].capitalize() + ':' }}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}<image>{% else %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
 
@@ -187,6 +204,44 @@ def tiny_llava(path: Path) -> Path:
     return path
 
 
+def tiny_idefics3(path: Path) -> Path:
+    """An Idefics3, which this project does not know: tiles of 28x28 pixels, 4 tokens each, up to 4 a side and one of
+    the whole image, so that images differ in their number of tiles."""
+    from transformers import (
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessor,
+        Idefics3Processor,
+    )
+
+    tokenizer = _tokenizer(IDEFICS3_SPECIAL, "<s>", eos_token="<end_of_utterance>", pad_token="<pad>")
+    image_processor = Idefics3ImageProcessor(size={"longest_edge": 112}, max_image_size={"longest_edge": 28})
+    Idefics3Processor(
+        image_processor, tokenizer, image_seq_len=4, chat_template=IDEFICS3_TEMPLATE
+    ).save_pretrained(path)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Idefics3Config(
+        vision_config=shape | {"image_size": 28, "patch_size": 7},
+        text_config=shape
+        | {
+            "model_type": "llama",
+            "num_key_value_heads": 2,
+            "vocab_size": len(tokenizer) + 8,
+            "max_position_embeddings": 2048,
+            "pad_token_id": tokenizer.pad_token_id,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        tie_word_embeddings=False,
+    )
+    model = _loud(Idefics3ForConditionalGeneration(config))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(path)
+    return path
+
+
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """Coarse random colours: unlike fine noise, they survive resizing."""
     cells = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -196,7 +251,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 def batch_of(
     images: Sequence[Image.Image], prompts: Sequence[str], references: Sequence[str] | None = None
 ) -> CaptionBatch:
-    """A batch as the data room makes it; samples are called img0.png, img1.png, ..."""
+    """A batch as the data module makes it; samples are called img0.png, img1.png, ..."""
     n = len(images)
     return CaptionBatch(
         sample_ids=[f"img{i}.png" for i in range(n)],
@@ -238,6 +293,8 @@ def prompt_by_hand(family: str, question: str) -> str:
     """What the hub's templates write, spelled out."""
     if family == "llava":
         return f"USER: <image>\n{question} ASSISTANT:"
+    if family == "idefics3":
+        return f"User:<image>{question}<end_of_utterance>\nAssistant:"
     return (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         f"<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -256,3 +313,29 @@ def own_logits(
         kinds = inputs["mm_token_type_ids"]
         inputs["mm_token_type_ids"] = torch.cat([kinds, kinds.new_zeros(1, len(ids))], 1)
     return model(**inputs).logits[0, width - 1 : -1]
+
+
+class Alone:
+    """The model as HF loads it, one example at a time."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.family = family
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        self.processor: Any = AutoProcessor.from_pretrained(folder)
+
+    def logps(self, rollouts: Rollouts, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(log-probs, entropies), each [B, G, T], 0 where masked."""
+        logps, entropies = torch.zeros(rollouts.token_ids.shape), torch.zeros(rollouts.token_ids.shape)
+        batch = rollouts.batch
+        for b, lengths in enumerate(rollouts.lengths.tolist()):
+            for g, n in enumerate(lengths):
+                ids = rollouts.token_ids[b, g, :n]
+                logits = own_logits(
+                    self.family, self.model, self.processor, batch.images[b], batch.prompts[b], ids
+                )
+                all_logps = (logits / temperature).log_softmax(-1)
+                logps[b, g, :n] = all_logps.gather(1, ids[:, None])[:, 0]
+                entropies[b, g, :n] = torch.distributions.Categorical(logits=all_logps).entropy()
+        return logps, entropies

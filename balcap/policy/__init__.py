@@ -1,7 +1,15 @@
 """The captioner that is trained, and the reference it is held against.
 
-``config.py`` what a YAML says of it; ``loading.py`` weights, adapters, freezing; ``prompts.py`` the one
-place that builds prompts; ``logps.py`` log-probabilities of captions; ``policy.py`` the three together.
+- ``config.py`` what a YAML says of it, and what contradicts itself there
+- ``loading.py`` weights, adapters, freezing
+- ``families/`` what each model family does in its own way, one file per family
+- ``prompts.py`` the one place that builds prompts
+- ``policy.py`` `Policy`: log-probs of captions under the policy and its reference
+- ``logps.py`` those of one padded sequence per caption: any model, and what the shared prefix is tested against
+- ``shared_prefix.py`` those of one packed sequence for all captions of some images; ``layout.py`` where
+  everything stands in it, ``attention.py`` what sees what
+- ``head.py`` log-probs from hidden states, in chunks
+- ``flops.py`` model FLOPs, peaks of devices, memory
 """
 
 from balcap.policy.config import LoraSettings, PolicyConfig

@@ -1,6 +1,6 @@
 """Attention over a packed sequence: prompts causally, captions on [their prompt, themselves].
 
-Registered with transformers under a name of its own; where no layout is given, as in ``generate``, the
+Registered with transformers under a name of its own; where no packed attention is given, as in ``generate``, the
 attention that was there before does the work.
 """
 
@@ -16,29 +16,32 @@ from torch.nn.functional import scaled_dot_product_attention
 from balcap.policy.layout import Layout
 
 PREFIX = "balcap_"
-KNOWN = ("sdpa", "flash_attention_2", "flash_attention_3")
+IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 
 
 def install(language_model: Any) -> None:
-    """Let a text model of transformers take a `Layout` as the keyword ``layout`` of its forward."""
+    """Let the forward of a text model of transformers take the keyword ``packed_attention``.
+
+    It is called in every layer as ``(module, query, key, value, **options) -> [1, N, Hq, D]`` (`Family.attention`).
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    before = language_model.config._attn_implementation
-    if before.startswith(PREFIX):
+    name = language_model.config._attn_implementation
+    if name.startswith(PREFIX):
         return
-    usual = ALL_ATTENTION_FUNCTIONS[before]
+    original = ALL_ATTENTION_FUNCTIONS[name]
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        layout = options.pop("layout", None)
-        if layout is None:
-            return usual(module, query, key, value, mask, **options)
-        return shared_prefix_attention(query, key, value, layout, options.get("scaling")), None
+        packed_attention = options.pop("packed_attention", None)
+        if packed_attention is None:
+            return original(module, query, key, value, mask, **options)
+        return packed_attention(module, query, key, value, **options), None
 
-    AttentionInterface.register(PREFIX + before, attend)
-    AttentionMaskInterface.register(PREFIX + before, ALL_MASK_ATTENTION_FUNCTIONS[before])
-    language_model.set_attn_implementation(PREFIX + before)
+    AttentionInterface.register(PREFIX + name, attend)
+    AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    language_model.set_attn_implementation(PREFIX + name)
 
 
 def shared_prefix_attention(
@@ -62,18 +65,16 @@ def shared_prefix_attention(
     for span, (index, real), mask in zip(layout.spans, layout.padded, layout.masks, strict=True):
         prompt = slice(span.start, span.start + span.prompt)
         q, k, v = (x[:, :, prompt] for x in (query, key, value))
-        own = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-        out.append(own[0].transpose(0, 1))  # [P, Hq, D]
+        attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        out.append(attended[0].transpose(0, 1))  # [P, Hq, D]
         if not sum(span.captions):
             continue
-        many = len(span.captions)
-        q_captions = _gather(query, index)  # [G, Hq, L, D]
-        keys = torch.cat([k.expand(many, -1, -1, -1), _gather(key, index)], 2)
-        values = torch.cat([v.expand(many, -1, -1, -1), _gather(value, index)], 2)
-        said = scaled_dot_product_attention(
-            q_captions, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped
-        )
-        out.append(said.transpose(1, 2)[real])  # [sum of lengths, Hq, D]
+        G = len(span.captions)
+        q = _gather(query, index)  # [G, Hq, L, D]
+        k = torch.cat([k.expand(G, -1, -1, -1), _gather(key, index)], 2)
+        v = torch.cat([v.expand(G, -1, -1, -1), _gather(value, index)], 2)
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        out.append(attended.transpose(1, 2)[real])  # [sum of lengths, Hq, D]
     return torch.cat(out)[None]
 
 

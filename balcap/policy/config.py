@@ -17,14 +17,31 @@ class LoraSettings:
         r: rank, >= 1.
         alpha: scale; the update is multiplied by alpha / r.
         dropout: in [0, 1). Above 0 the first update's importance ratio is no longer exactly 1.
-        target_modules: names of the linear layers to adapt, or one regular expression over full names. Each name
-            must match something. Layers of a frozen vision tower are left out whatever their name.
+        target_modules: names of the linear layers to adapt, or one regular expression over full names; null for
+            those that the model's family usually adapts: all but the output head. Each name must match something.
+            Layers of a frozen vision tower are left out whatever their name.
     """
 
     target_modules: str | list[str] | None = None
     r: int = 64
     alpha: int = 128
     dropout: float = 0.0
+
+    def problems(self) -> Sequence[str]:
+        """What cannot be, each with the key to change."""
+        targets, problems = self.target_modules, []
+        if targets is not None and not targets:
+            problems.append("target_modules: LoRA has nothing to adapt; name linear layers, or leave it null")
+        elif isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                problems.append(f"target_modules: {targets!r} is no regular expression: {error}")
+        if self.r < 1:
+            problems.append(f"r: {self.r} is no rank; use 1 or more")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout: {self.dropout} is outside [0, 1)")
+        return problems
 
 
 @dataclass
@@ -61,28 +78,17 @@ class PolicyConfig:
 
     def problems(self) -> Sequence[str]:
         """What contradicts itself, each with the key to change; nothing is loaded."""
-        found = []
-        key = "model.policy"
         path = Path(self.model).expanduser()
         local = self.model.startswith((".", "/", "~")) or len(path.parts) > 2 or path.is_dir()
+        problems = []
         if local and not (path / "config.json").is_file():
-            found.append(f"{key}.model: {path} is no folder of an HF model (it has no config.json)")
+            problems.append(f"model: {path} is no folder of an HF model (it has no config.json)")
         if self.lora is not None:
-            if not self.lora.target_modules:
-                found.append(f"{key}.lora.target_modules: LoRA has nothing to adapt; name the linear layers")
-            elif isinstance(self.lora.target_modules, str):
-                try:
-                    re.compile(self.lora.target_modules)
-                except re.error as error:
-                    found.append(
-                        f"{key}.lora.target_modules: {self.lora.target_modules!r} is no regular expression: {error}"
-                    )
-            if self.lora.r < 1:
-                found.append(f"{key}.lora.r: {self.lora.r} is no rank; use 1 or more")
-            if not 0 <= self.lora.dropout < 1:
-                found.append(f"{key}.lora.dropout: {self.lora.dropout} is outside [0, 1)")
-        if self.load_in_4bit and self.lora is None:
-            found.append(f"{key}.load_in_4bit: 4-bit weights cannot be trained; set {key}.lora as well")
+            problems += [f"lora.{problem}" for problem in self.lora.problems()]
+        elif self.load_in_4bit:
+            problems.append("load_in_4bit: 4-bit weights cannot be trained; set model.policy.lora as well")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            found.append(f"{key}.min_pixels: {self.min_pixels} is above {key}.max_pixels: {self.max_pixels}")
-        return found
+            problems.append(
+                f"min_pixels: {self.min_pixels} is above model.policy.max_pixels: {self.max_pixels}"
+            )
+        return [f"model.policy.{problem}" for problem in problems]

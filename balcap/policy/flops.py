@@ -6,13 +6,14 @@ recomputation (gradient checkpointing, chunks of logits) and tokens that are for
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from balcap.policy.families import family_of
+from balcap.policy.families.base import num_weights
 from balcap.policy.layout import Layout
 
 # Dense bfloat16 operations per second, from the makers' data sheets. Others: no MFU, rather than a guess.
@@ -25,10 +26,6 @@ PEAK = {
     "A10": 125e12,
     "RTX 4090": 165e12,
 }
-
-
-FAMILIES = {"qwen2_5_vl", "qwen2_vl", "llava"}
-"""Model types whose vision towers `_vision_flops` counts."""
 
 
 def update_flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]]) -> float | None:
@@ -49,55 +46,19 @@ def update_flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]]) 
     Returns:
         Operations; None for an architecture that is not known here: a metric must not end a run.
     """
-    if base.config.model_type not in FAMILIES:
+    family, text = family_of(base), base.config.get_text_config()
+    images = [family.vision_flops(base, item) for item in items]
+    if text.model_type not in family.text_types or None in images:  # the formula is that of a dense decoder
         return None
-    inner, text = base.model, base.config.get_text_config()
-    tokens, predicted = layout.tokens, len(layout.predictors)
     total = 0.0
-    for name, parameter in inner.language_model.named_parameters():
-        if parameter.dim() == 2 and "embed_tokens" not in name:
-            total += 2 * _size(parameter) * tokens * (2 + parameter.requires_grad)
-    head = base.get_output_embeddings().weight
-    total += 2 * _size(head) * predicted * (2 + head.requires_grad)
-    pairs = sum(
-        span.prompt * (span.prompt + 1) / 2 + sum(n * span.prompt + n * (n + 1) / 2 for n in span.captions)
-        for span in layout.spans
-    )
+    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    for parameter in family.language_model(base).parameters():
+        if parameter is not embedding:
+            total += 2 * num_weights(parameter) * layout.tokens * (2 + parameter.requires_grad)
+    total += 2 * num_weights(head) * len(layout.predictors) * (2 + head.requires_grad)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    total += 3 * 4 * text.num_attention_heads * size * text.num_hidden_layers * pairs
-    vision = [p for name, p in inner.named_parameters() if not name.startswith("language_model.")]
-    times = 3 if any(p.requires_grad for p in vision) else 1
-    return total + times * sum(_vision_flops(inner, base.config.vision_config, item) for item in items)
-
-
-def _vision_flops(inner: Any, config: Any, item: dict[str, Tensor]) -> float:
-    """Forward of the tower and of what joins it to the language model, for one image."""
-    if "image_grid_thw" in item:
-        patches, tower, join = int(item["image_grid_thw"].prod()), inner.visual, inner.visual.merger
-        tokens = patches / config.spatial_merge_size**2
-        width = getattr(config, "embed_dim", None) or config.hidden_size  # Qwen2-VL, Qwen2.5-VL
-        pairs = config.depth * patches**2
-        if hasattr(config, "fullatt_block_indexes"):
-            whole = len(config.fullatt_block_indexes)
-            window = (config.window_size // config.patch_size) ** 2
-            pairs = whole * patches**2 + (config.depth - whole) * patches * min(window, patches)
-        blocks = _weights(tower) - _weights(join)
-    else:
-        tokens = (config.image_size // config.patch_size) ** 2
-        patches, tower, join = tokens + 1, inner.vision_tower, inner.multi_modal_projector
-        width, pairs = config.hidden_size, config.num_hidden_layers * patches**2
-        blocks = _weights(tower)
-    return 2 * (patches * blocks + tokens * _weights(join)) + 4 * width * pairs
-
-
-def _weights(module: Any) -> int:
-    return sum(_size(p) for p in module.parameters() if p.dim() > 1)
-
-
-def _size(parameter: Any) -> int:
-    """Weights of a matrix; 4-bit ones lie packed, and remember their shape."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else math.prod(state.shape)
+    total += 3 * 4 * text.num_attention_heads * size * text.num_hidden_layers * layout.attention_pairs
+    return total + (1 if family.vision_is_frozen(base) else 3) * sum(filter(None, images))
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Span:
-    """One image's part of the sequence.
+class PromptSpan:
+    """One image's part of the sequence: its prompt, then its captions.
 
     Attributes:
         start: index of the prompt's first token.
@@ -52,10 +52,10 @@ class Layout:
         self, prompts: Sequence[int], captions: Sequence[Sequence[int]], device: torch.device | str = "cpu"
     ):
         self.device = torch.device(device)
-        self.spans: list[Span] = []
+        self.spans: list[PromptSpan] = []
         start = 0
         for length, group in zip(prompts, captions, strict=True):
-            self.spans.append(Span(start, length, tuple(max(0, n - 1) for n in group)))
+            self.spans.append(PromptSpan(start, length, tuple(max(0, n - 1) for n in group)))
             start = self.spans[-1].end
         self.tokens = start
         self._captions = [list(group) for group in captions]
@@ -63,49 +63,56 @@ class Layout:
     @cached_property
     def predictors(self) -> Int[Tensor, M]:  # noqa: F821
         """Of each caption token, captions in order, the index of the token whose state predicts it."""
-        found: list[int] = []
+        indices: list[int] = []
         for span, group in zip(self.spans, self._captions, strict=True):
             start = span.start + span.prompt
             for forwarded, tokens in zip(span.captions, group, strict=True):
                 if tokens:
-                    found.append(span.start + span.prompt - 1)
-                    found.extend(range(start, start + forwarded))
+                    indices.append(span.start + span.prompt - 1)
+                    indices.extend(range(start, start + forwarded))
                 start += forwarded
-        return torch.tensor(found, dtype=torch.long, device=self.device)
+        return torch.tensor(indices, dtype=torch.long, device=self.device)
 
     @cached_property
     def padded(self) -> list[tuple[Int[Tensor, "G L"], Bool[Tensor, "G L"]]]:
         """Per image: indices of its captions' tokens, padded on the right (with the prompt's last), and which
         are real."""
-        found = []
+        padded = []
         for span in self.spans:
             lengths = torch.tensor(span.captions, dtype=torch.long)
-            width = int(lengths.max()) if len(lengths) else 0
-            steps = torch.arange(width)
+            steps = torch.arange(max(span.captions, default=0))
             real = steps < lengths[:, None]
             starts = span.start + span.prompt + lengths.cumsum(0) - lengths
             index = torch.where(real, starts[:, None] + steps, span.start + span.prompt - 1)
-            found.append((index.to(self.device), real.to(self.device)))
-        return found
+            padded.append((index.to(self.device), real.to(self.device)))
+        return padded
 
     @cached_property
     def masks(self) -> list[Bool[Tensor, "L K"]]:
         """Per image: what a padded caption token may see of [prompt, own caption], K = P + L."""
-        found = []
-        for span, (index, _) in zip(self.spans, self.padded, strict=True):
-            width = index.shape[1]
-            own = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
-            prompt = torch.ones(width, span.prompt, dtype=torch.bool, device=self.device)
-            found.append(torch.cat([prompt, own], 1))
-        return found
+        sizes = [(max(span.captions, default=0), span.prompt) for span in self.spans]
+        return [torch.ones(L, P + L, dtype=torch.bool, device=self.device).tril(P) for L, P in sizes]
+
+    @property
+    def attention_pairs(self) -> float:
+        """Pairs of a forwarded token with one that it sees, itself included."""
+        return sum(
+            span.prompt * (span.prompt + 1) / 2
+            + sum(n * span.prompt + n * (n + 1) / 2 for n in span.captions)
+            for span in self.spans
+        )
 
     @property
     def separate(self) -> int:
         """Tokens that separate sequences would forward: the prompt and a whole caption, for each caption."""
-        return sum(
-            sum(span.prompt + tokens for tokens in group)
-            for span, group in zip(self.spans, self._captions, strict=True)
-        )
+        groups = zip(self.spans, self._captions, strict=True)
+        return sum(span.prompt + tokens for span, group in groups for tokens in group)
+
+    @property
+    def separate_padded(self) -> int:
+        """The same where prompts and captions are padded to the longest."""
+        captions = [tokens for group in self._captions for tokens in group]
+        return len(captions) * (max(span.prompt for span in self.spans) + max(1, *captions))
 
     @property
     def padding(self) -> float:

@@ -1,4 +1,4 @@
-"""Weights, adapters and freezing."""
+"""Weights, adapters, and what is trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from balcap.policy.config import PolicyConfig
+from balcap.policy.config import LoraSettings, PolicyConfig
+from balcap.policy.families import family_of
 
 
 def load_processor(config: PolicyConfig) -> Any:
@@ -15,23 +16,24 @@ def load_processor(config: PolicyConfig) -> Any:
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(config.model, revision=config.revision)
-    limits = {
-        k: v for k, v in (("shortest_edge", config.min_pixels), ("longest_edge", config.max_pixels)) if v
-    }
-    if limits:
-        own = processor.image_processor.size
-        if not {"shortest_edge", "longest_edge"} <= dict(own).keys():
-            raise ValueError(
-                f"model.policy.min_pixels, model.policy.max_pixels: the image processor of {config.model} does not "
-                f"scale to an area (its size is {dict(own)}); leave both null"
-            )
-        size = dict(own) | limits  # the names are Qwen2.5-VL's; both are areas
-        if size["shortest_edge"] > size["longest_edge"]:
-            raise ValueError(
-                f"model.policy.min_pixels: {size['shortest_edge']} is above model.policy.max_pixels: "
-                f"{size['longest_edge']}; where one is null, it is the model's own"
-            )
-        processor.image_processor.size = type(own)(**size)
+    # These are Qwen2.5-VL's names; both are areas.
+    edges = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
+    limits = {edge: area for edge, area in edges.items() if area}
+    if not limits:
+        return processor
+    own = processor.image_processor.size
+    if not edges.keys() <= dict(own).keys():
+        raise ValueError(
+            f"model.policy.min_pixels, model.policy.max_pixels: the image processor of {config.model} does not "
+            f"scale to an area (its size is {dict(own)}); leave both null"
+        )
+    size = dict(own) | limits
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise ValueError(
+            f"model.policy.min_pixels: {size['shortest_edge']} is above model.policy.max_pixels: "
+            f"{size['longest_edge']}; where one is null, it is the model's own"
+        )
+    processor.image_processor.size = type(own)(**size)
     return processor
 
 
@@ -41,8 +43,7 @@ def load_model(config: PolicyConfig) -> Any:
 
     dtype = getattr(torch, config.dtype)
     options: dict[str, Any] = {"dtype": dtype, "revision": config.revision}
-    if config.attn_implementation:
-        options["attn_implementation"] = config.attn_implementation
+    options["attn_implementation"] = config.attn_implementation  # None: transformers chooses
     if config.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -54,22 +55,24 @@ def load_model(config: PolicyConfig) -> Any:
     return AutoModelForImageTextToText.from_pretrained(config.model, **options)
 
 
-def vision_prefixes(model: Any) -> list[str]:
-    """Names under which a model keeps all that makes image features: whatever is not language."""
-    inner = getattr(model, "model", model)
-    names = [name for name, _ in inner.named_children() if name != "language_model"]
-    return [f"model.{name}." for name in names] if inner is not model else [f"{name}." for name in names]
-
-
 def prepare(model: Any, config: PolicyConfig) -> Any:
-    """Freeze, adapt and set up checkpointing; returns the model to train (a PeftModel with LoRA)."""
-    vision = tuple(vision_prefixes(model))
+    """Freeze, adapt and set up checkpointing; returns the model to train (a PeftModel with LoRA).
+
+    Raises:
+        ValueError: LoRA targets that match nothing, or a language model that would not be trained.
+    """
+    base, family = model, family_of(model)
+    language = family.language_prefixes(base)
     if config.freeze_vision:
         for name, parameter in model.named_parameters():
-            if name.startswith(vision):
+            if not name.startswith(language):
                 parameter.requires_grad_(False)
     if config.lora is not None:
-        model = _adapt(model, config, vision)
+        layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        if config.freeze_vision:
+            layers = [name for name in layers if f"{name}.".startswith(language)]
+        model = _adapt(model, config.lora, layers, family.lora_targets(model, layers))
+    _check_language_is_trained(family.language_model(base))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # HF makes embeddings, the vision tower's too, require gradients: re-entrant checkpointing needs that. Here it
@@ -78,32 +81,35 @@ def prepare(model: Any, config: PolicyConfig) -> Any:
     return model
 
 
-def _adapt(model: Any, config: PolicyConfig, vision: tuple[str, ...]) -> Any:
+def _adapt(model: Any, lora: LoraSettings, layers: list[str], default: list[str]) -> Any:
+    """A PeftModel with adapters on those of `layers` (full names of what may be trained) that are wanted."""
     from peft import LoraConfig, get_peft_model
 
-    lora = config.lora
-    assert lora is not None
-    assert lora.target_modules
-    wanted = lora.target_modules
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    if config.freeze_vision:
-        names = [name for name in names if not name.startswith(vision)]
+    chosen = default if lora.target_modules is None else _matching(lora.target_modules, layers)
+    names = "|".join(map(re.escape, chosen))  # full names, as one expression: exact, and serialisable
+    options: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    return get_peft_model(model, LoraConfig(target_modules=f"(?:{names})", bias="none", **options))
+
+
+def _matching(wanted: str | list[str], layers: list[str]) -> list[str]:
+    """The layers that an expression matches, or that end in one of some names. ValueError where one matches none."""
     patterns = {wanted: wanted} if isinstance(wanted, str) else {w: rf"(.*\.)?{re.escape(w)}" for w in wanted}
-    found = {w: [name for name in names if re.fullmatch(pattern, name)] for w, pattern in patterns.items()}
-    idle = [w for w, matches in found.items() if not matches]
+    matches = {w: [name for name in layers if re.fullmatch(pattern, name)] for w, pattern in patterns.items()}
+    idle = [w for w, names in matches.items() if not names]
     if idle:
-        examples = sorted({name.rsplit(".", 1)[-1] for name in names})
+        endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
         raise ValueError(
-            f"model.policy.lora.target_modules: {', '.join(map(repr, idle))} matches no linear layer of {config.model} "
-            f"that may be trained; those end in {', '.join(examples)}"
+            f"model.policy.lora.target_modules: {', '.join(map(repr, idle))} matches no linear layer of the model "
+            f"that may be trained; those end in {', '.join(endings)}"
         )
-    chosen = [name for name in names if any(name in matches for matches in found.values())]
-    pattern = "|".join(map(re.escape, chosen))  # full names, as one expression: exact, and serialisable
-    settings = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=f"(?:{pattern})",
-        bias="none",
-    )
-    return get_peft_model(model, settings)
+    return [name for name in layers if any(name in names for names in matches.values())]
+
+
+def _check_language_is_trained(language_model: Any) -> None:
+    """ValueError where only the head or the vision tower would be: such a run learns next to nothing, silently."""
+    linear = (m for m in language_model.modules() if isinstance(m, torch.nn.Linear))
+    if not any(parameter.requires_grad for module in linear for parameter in module.parameters()):
+        raise ValueError(
+            "model.policy.lora.target_modules, model.policy.freeze_vision: no linear layer of the language model "
+            f"({type(language_model).__name__}) would be trained; leave target_modules null for all of them, or name some"
+        )

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from balcap.policy.families import family_of
+from balcap.policy.prompts import PER_TOKEN, Prompts
+
 
 def caption_logps(
     model: Any,
-    inputs: dict[str, Tensor],
-    token_ids: Int[Tensor, "N T"],
-    mask: Bool[Tensor, "N T"],
+    prompts: Prompts,
+    rows: Sequence[int],
+    token_ids: Int[Tensor, "b G T"],
+    mask: Bool[Tensor, "b G T"],
     temperature: float = 1.0,
     entropy: bool = False,
-) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"] | None]:
+) -> tuple[Float[Tensor, "b G T"], Float[Tensor, "b G T"] | None]:
     """Log-probability, and on request entropy, of every caption token.
 
     Prompts are padded on the left and captions on the right, so that a prompt's last token stands right
@@ -25,31 +30,36 @@ def caption_logps(
 
     Args:
         model: an HF image-text-to-text model.
-        inputs: prompt inputs ``[N, P]`` as `Prompts.inputs` makes them.
-        token_ids: ``[N, T]``.
-        mask: ``[N, T]``, True on caption tokens.
+        prompts: of the whole batch.
+        rows: the images, positions in the batch.
+        token_ids: of their captions.
+        mask: True on caption tokens.
         temperature: > 0.
         entropy: whether to return entropies too (without gradient).
 
     Returns:
-        ``[N, T]`` float32 log-probs, 0 where masked; ``[N, T]`` entropies in nats or None.
+        float32 log-probs, 0 where masked; entropies in nats, likewise, or None.
     """
-    width = token_ids.shape[1]
-    full = dict(inputs)
-    pad = torch.where(mask, token_ids, inputs["input_ids"].new_zeros(()))  # padding may be any ordinary token
-    full["input_ids"] = torch.cat([inputs["input_ids"], pad], 1)
-    full["attention_mask"] = torch.cat([inputs["attention_mask"], mask.to(inputs["attention_mask"].dtype)], 1)
-    for key in ("mm_token_type_ids", "token_type_ids"):
-        if key in full:
-            full[key] = torch.cat([full[key], torch.zeros_like(token_ids).to(full[key].dtype)], 1)
-    if "image_grid_thw" not in full:  # 1-D positions; M-RoPE models compute their own from the grid
-        full["position_ids"] = (full["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    logits = model(**full, logits_to_keep=width + 1, use_cache=False).logits[:, :-1]
-    logits = logits.float() / temperature
-    logps = logits.log_softmax(-1)
-    chosen = logps.gather(-1, pad[..., None]).squeeze(-1)
-    spread = None
-    if entropy:
-        with torch.no_grad():
-            spread = torch.where(mask, -(logps.exp() * logps).sum(-1), 0.0)
-    return torch.where(mask, chosen, 0.0), spread
+    (_, G, T), flat = mask.shape, mask.flatten(0, 1)
+    width = max(1, int(flat.any(0).sum()))  # the longest caption of these rows
+    flat = flat[:, :width]
+    # Padding may hold any token, placeholders too: 0 is an ordinary one.
+    ids = torch.where(flat, token_ids.flatten(0, 1)[:, :width], 0)
+    inputs = prompts.inputs(rows, G, token_ids.device)
+    more = {"input_ids": ids, "attention_mask": flat}
+    for key in PER_TOKEN:
+        if key in inputs:
+            captions = more.get(key, torch.zeros_like(ids)).to(inputs[key].dtype)
+            inputs[key] = torch.cat([inputs[key], captions], 1)
+    inputs |= family_of(model).sequence_inputs(inputs)
+    logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits[:, :-1]
+    logps = (logits.float() / temperature).log_softmax(-1)  # [b * G, width, V]
+
+    def unflatten(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(torch.where(flat, x, 0.0), (0, T - width)).view(mask.shape)
+
+    chosen = unflatten(logps.gather(-1, ids[..., None]).squeeze(-1))
+    if not entropy:
+        return chosen, None
+    with torch.no_grad():
+        return chosen, unflatten(-(logps.exp() * logps).sum(-1))

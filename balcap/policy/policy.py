@@ -12,22 +12,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from balcap.policy.config import PolicyConfig
+from balcap.policy.families import ImageFeatures, base_of, family_of
 from balcap.policy.flops import update_flops
 from balcap.policy.layout import Layout
-from balcap.policy.loading import load_model, load_processor, prepare, vision_prefixes
+from balcap.policy.loading import load_model, load_processor, prepare
 from balcap.policy.logps import caption_logps
 from balcap.policy.prompts import PromptEncoder, Prompts
-from balcap.policy.shared_prefix import (
-    base_of,
-    image_features,
-    prepare_shared_prefix,
-    shared_prefix_logps,
-)
+from balcap.policy.shared_prefix import prepare_shared_prefix, shared_prefix_logps
 from balcap.types import CaptionBatch, Rollouts
 
 
 @dataclass(frozen=True)
-class Size:
+class ForwardSize:
     """Of a forward pass over some images with their captions, in tokens.
 
     Attributes:
@@ -75,9 +71,7 @@ class Policy(nn.Module):
         self.shared_prefix = shared_prefix and prepare_shared_prefix(model)
         if self.shared_prefix and reference is not None:
             prepare_shared_prefix(reference)
-        vision = tuple(vision_prefixes(base_of(model)))
-        named = base_of(model).named_parameters()
-        self.vision_is_frozen = not any(p.requires_grad for name, p in named if name.startswith(vision))
+        self.vision_is_frozen = family_of(model).vision_is_frozen(base_of(model))
 
     @classmethod
     def load(cls, config: PolicyConfig, with_reference: bool) -> Policy:
@@ -86,8 +80,8 @@ class Policy(nn.Module):
         model = load_model(config)
         encoder = PromptEncoder(processor, model.config)
         copy = load_model(config) if with_reference and config.lora is None else None
-        trained = prepare(model, config)
-        return cls(trained, encoder, copy, config.shared_prefix, config.model, config.revision)
+        model = prepare(model, config)
+        return cls(model, encoder, copy, config.shared_prefix, config.model, config.revision)
 
     def train(self, mode: bool = True) -> Policy:
         """As of any module, but the reference stays in evaluation mode: dropout would make it noisy."""
@@ -108,23 +102,18 @@ class Policy(nn.Module):
         """Prompts of a batch; see `PromptEncoder.encode`."""
         return self.encoder.encode(batch)
 
-    def size(self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> Size:
+    def size(self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> ForwardSize:
         """What `logps` of these rows forwards."""
-        lengths = rollouts.completion_mask[list(rows)].sum(-1).tolist()
-        layout = Layout([prompts.items[row]["input_ids"].shape[1] for row in rows], lengths)
+        layout = _layout(rollouts, prompts, rows)
         if self.shared_prefix:
-            return Size(layout.tokens, layout.separate, layout.padding)
-        width = max(1, max(max(group, default=0) for group in lengths))
-        longest = max(span.prompt for span in layout.spans)
-        forwarded = sum(len(group) for group in lengths) * (longest + width)
-        return Size(forwarded, layout.separate, 1 - layout.separate / forwarded)
+            return ForwardSize(layout.tokens, layout.separate, layout.padding)
+        forwarded = layout.separate_padded
+        return ForwardSize(forwarded, layout.separate, 1 - layout.separate / forwarded)
 
     def flops(self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> float | None:
-        """Model FLOPs of one forward and backward over these rows; see `update_flops`."""
-        items = [prompts.items[row] for row in rows]
-        lengths = rollouts.completion_mask[list(rows)].sum(-1).tolist()
-        layout = Layout([item["input_ids"].shape[1] for item in items], lengths)
-        return update_flops(base_of(self.model), layout, items)
+        """Model FLOPs of one forward and backward over these rows, None where unknown; see `update_flops`."""
+        layout = _layout(rollouts, prompts, rows)
+        return update_flops(base_of(self.model), layout, [prompts.items[row] for row in rows])
 
     def logps(
         self,
@@ -139,7 +128,7 @@ class Policy(nn.Module):
         Raises:
             PlaceholderMismatch: a caption contains a token that stands for pixels.
         """
-        return self._logps(self.model, rollouts, prompts, rows, temperature, entropy)
+        return self._logps(self.model, rollouts, prompts, rows, temperature=temperature, entropy=entropy)
 
     @torch.no_grad()
     def reference_logps(
@@ -150,55 +139,33 @@ class Policy(nn.Module):
             raise RuntimeError("this policy was loaded without a reference; model.kl_coef must then be 0")
         model = self.reference if self.reference is not None else self.model
         with nullcontext() if self.reference is not None else self.model.disable_adapter():
-            return self._logps(model, rollouts, prompts, rows, temperature, False)[0]
+            return self._logps(model, rollouts, prompts, rows, temperature=temperature)[0]
 
     def _logps(
-        self,
-        model: Any,
-        rollouts: Rollouts,
-        prompts: Prompts,
-        rows: Sequence[int],
-        temperature: float,
-        entropy: bool,
+        self, model: Any, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int], **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        chosen = list(rows)
-        token_ids, mask = rollouts.token_ids[chosen], rollouts.completion_mask[chosen]
-        ids = [rollouts.batch.sample_ids[i] for i in chosen]
-        self.encoder.check_captions(ids, token_ids, mask)
-        (b, G, T), device = token_ids.shape, self.device
-        if self.shared_prefix:
-            features = self._features(model, prompts, chosen)
-            ids_here, mask_here = token_ids.to(device), mask.to(device)
-            return shared_prefix_logps(
-                model, prompts, chosen, ids_here, mask_here, features, temperature, entropy
-            )
-        width = max(1, int(mask.flatten(0, 1).any(0).sum()))  # this micro-batch's own longest caption
-        inputs = prompts.inputs(chosen, G, device)
-        logps, spread = caption_logps(
-            model,
-            inputs,
-            token_ids.reshape(b * G, T)[:, :width].to(device),
-            mask.reshape(b * G, T)[:, :width].to(device),
-            temperature,
-            entropy,
-        )
-        shape = (b, G, T)
+        """Under `model`; `options` are temperature and entropy."""
+        rows, device = list(rows), self.device
+        token_ids, mask = rollouts.token_ids[rows], rollouts.completion_mask[rows]
+        self.encoder.check_captions([rollouts.batch.sample_ids[row] for row in rows], token_ids, mask)
+        token_ids, mask = token_ids.to(device), mask.to(device)
+        if not self.shared_prefix:
+            return caption_logps(model, prompts, rows, token_ids, mask, **options)
+        features = self._features(model, prompts, rows)
+        return shared_prefix_logps(model, prompts, rows, token_ids, mask, features, **options)
 
-        def back(x: Tensor) -> Tensor:
-            return torch.nn.functional.pad(x, (0, T - width)).view(shape)
-
-        return back(logps), None if spread is None else back(spread)
-
-    def _features(self, model: Any, prompts: Prompts, rows: Sequence[int]) -> list[Tensor]:
+    def _features(self, model: Any, prompts: Prompts, rows: Sequence[int]) -> list[ImageFeatures]:
         """Image features of these rows; a frozen tower sees each image once, for policy and reference alike."""
-        device = self.device
-        if not self.vision_is_frozen:
-            distinct = list(dict.fromkeys(rows))
-            found = dict(zip(distinct, image_features(model, prompts, distinct, device), strict=True))
-            return [found[row] for row in rows]
-        new = [row for row in dict.fromkeys(rows) if row not in prompts.features]
+        cache = prompts.features if self.vision_is_frozen else {}
+        new = [row for row in dict.fromkeys(rows) if row not in cache]
         if new:
-            with torch.no_grad():
-                made = image_features(self.model, prompts, new, device)
-            prompts.features.update(zip(new, made, strict=True))
-        return [prompts.features[row] for row in rows]
+            model = base_of(self.model if self.vision_is_frozen else model)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
+                features = family_of(model).image_features(model, prompts.images(new, self.device))
+            cache.update(zip(new, features, strict=True))
+        return [cache[row] for row in rows]
+
+
+def _layout(rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> Layout:
+    lengths = rollouts.completion_mask[list(rows)].sum(-1).tolist()
+    return Layout([prompts.items[row]["input_ids"].shape[1] for row in rows], lengths)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from balcap.policy.families import ImageFeatures, family_of
 from balcap.types import CaptionBatch
 
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # [1, P] each
@@ -33,25 +33,45 @@ class Prompts:
     items: Sequence[dict[str, Tensor]]
     pad_token_id: int
     image_token_id: int = -1
-    features: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    features: dict[int, ImageFeatures] = field(default_factory=dict, compare=False, repr=False)
 
     def inputs(self, rows: Sequence[int], repeat: int, device: torch.device | str) -> dict[str, Tensor]:
         """Model inputs ``[len(rows) * repeat, P]``, left-padded; each row stands `repeat` times in a row."""
-        chosen = [self.items[i] for i in rows for _ in range(repeat)]
-        width = max(item["input_ids"].shape[1] for item in chosen)
-        out = {}
-        for key in chosen[0]:
-            if key in PER_TOKEN:
+        repeated = [row for row in rows for _ in range(repeat)]
+        items = [self.items[row] for row in repeated]
+        width = max(item["input_ids"].shape[1] for item in items)
+        inputs = self.images(repeated, device)
+        for key in PER_TOKEN:
+            if key in items[0]:
                 fill = self.pad_token_id if key == "input_ids" else 0
-                parts = [_pad_left(item[key], width, fill) for item in chosen]
-            else:
-                parts = [item[key] for item in chosen]
-            out[key] = torch.cat(parts).to(device)
-        return out
+                inputs[key] = torch.cat([_pad_left(item[key], width, fill) for item in items]).to(device)
+        return inputs
+
+    def images(self, rows: Sequence[int], device: torch.device | str) -> dict[str, Tensor]:
+        """The inputs of the vision tower for the images of these rows, in one batch; pixels are padded."""
+        items, inputs = [self.items[row] for row in rows], {}
+        for key in items[0]:
+            if key not in PER_TOKEN:
+                join = cat_padded if key.startswith("pixel_") else torch.cat
+                inputs[key] = join([item[key] for item in items]).to(device)
+        return inputs
 
 
 def _pad_left(row: Tensor, width: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(row, (width - row.shape[1], 0), value=fill)
+
+
+def cat_padded(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenated along the first dimension; where others differ (tiles, height, width), zeros fill their ends.
+
+    So do processors in a batch of their own: models leave out tiles of zeros, or pixels whose
+    ``pixel_attention_mask``, padded likewise, is 0.
+    """
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    out = parts[0].new_zeros(sum(map(len, parts)), *shape)
+    for part, place in zip(parts, out.split([len(part) for part in parts]), strict=True):
+        place[(slice(None), *map(slice, part.shape[1:]))] = part
+    return out
 
 
 class PromptEncoder:
@@ -59,7 +79,7 @@ class PromptEncoder:
 
     Args:
         processor: the model's own.
-        config: the model's own; tells the image token and how features are counted.
+        config: the model's own; tells its family.
     """
 
     def __init__(self, processor: Any, config: Any) -> None:
@@ -68,23 +88,9 @@ class PromptEncoder:
         self.config = config
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        image_token_id = getattr(config, "image_token_id", None)
-        self.image_token_id: int = config.image_token_index if image_token_id is None else image_token_id
-        self.banned_token_ids = self._banned()
-
-    def _banned(self) -> list[int]:
-        """Tokens that stand for pixels: a policy that emits one breaks the count of image features."""
-        ids = {
-            getattr(self.config, f"{name}_token_id", None)
-            for name in ("image", "video", "vision_start", "vision_end")
-        }
-        ids |= {self.image_token_id}
-        ids |= {
-            id_
-            for id_, token in self.tokenizer.added_tokens_decoder.items()
-            if re.match(r"[<\[].*(vision|image|video|img)", str(token), re.IGNORECASE)
-        }
-        return sorted(id_ for id_ in ids if id_ is not None)
+        self.family = family_of(config)
+        self.image_token_id = self.family.image_token_id(config)
+        self.banned_token_ids = self.family.placeholder_ids(config, self.tokenizer)
 
     def encode(self, batch: CaptionBatch) -> Prompts:
         """Prompts of B images. PlaceholderMismatch names the sample whose placeholders do not fit its image."""
@@ -96,42 +102,28 @@ class PromptEncoder:
             text = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
-            once = (
-                {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-            )  # some templates write it
-            out = dict(self.processor(text=[text], images=[image], return_tensors="pt", **once))
-            self._check(sample_id, out)
-            items.append(out)
+            has_bos = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+            item = dict(self.processor(text=[text], images=[image], return_tensors="pt", **has_bos))
+            self._check(sample_id, item)
+            items.append(item)
         return Prompts(items, self.tokenizer.pad_token_id, self.image_token_id)
 
     def _check_question(self, sample_id: str, prompt: str) -> None:
-        there = [t for t in self.tokenizer.convert_ids_to_tokens(self.banned_token_ids) if t in prompt]
-        if there:
+        tokens = [t for t in self.tokenizer.convert_ids_to_tokens(self.banned_token_ids) if t in prompt]
+        if tokens:
             raise PlaceholderMismatch(
-                f"sample {sample_id!r}: its question contains {', '.join(there)}, which stands for pixels; the chat "
+                f"sample {sample_id!r}: its question contains {', '.join(tokens)}, which stands for pixels; the chat "
                 "template places the image. Remove it from the question"
             )
 
     def _check(self, sample_id: str, item: dict[str, Tensor]) -> None:
-        there = int((item["input_ids"] == self.image_token_id).sum())
-        wanted = self._expected(item)
-        if there == 0 or (wanted is not None and there != wanted):
+        count = int((item["input_ids"] == self.image_token_id).sum())
+        expected = self.family.num_features(self.config, item)
+        if count == 0 or (expected is not None and count != expected):
             raise PlaceholderMismatch(
-                f"sample {sample_id!r}: the prompt holds {there} image placeholders, the image makes "
-                f"{wanted if wanted is not None else 'more than 0'} features. Is the processor the "
-                "model's own?"
+                f"sample {sample_id!r}: the prompt holds {count} image placeholders, the image makes "
+                f"{expected or 'more than 0'} features. Is the processor the model's own?"
             )
-
-    def _expected(self, item: dict[str, Tensor]) -> int | None:
-        """Image features of one example, where the model family says how to count them."""
-        if "image_grid_thw" in item:
-            merge = self.config.vision_config.spatial_merge_size
-            return int(item["image_grid_thw"].prod(-1).sum()) // merge**2
-        vision = getattr(self.config, "vision_config", None)
-        if getattr(self.config, "model_type", "") == "llava" and vision is not None:
-            patches = (vision.image_size // vision.patch_size) ** 2
-            return patches + (self.config.vision_feature_select_strategy == "full")
-        return None
 
     def check_captions(self, sample_ids: Sequence[str], token_ids: Tensor, mask: Tensor) -> None:
         """PlaceholderMismatch where a caption [B, G, T] contains a token that stands for pixels."""
@@ -146,8 +138,8 @@ class PromptEncoder:
 
     def texts(self, captions: Sequence[Tensor]) -> list[str]:
         """Texts of captions, each ``[t]`` token ids, special tokens removed."""
-        rows = [ids.tolist() for ids in captions]
-        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        texts = self.tokenizer.batch_decode([ids.tolist() for ids in captions], skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, no special tokens: the unit of the length ratio."""

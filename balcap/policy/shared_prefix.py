@@ -9,52 +9,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from balcap.policy.attention import KNOWN, PREFIX, install
+from balcap.policy.families import ImageFeatures, base_of, family_of
 from balcap.policy.head import token_logps
 from balcap.policy.layout import Layout
 from balcap.policy.prompts import Prompts
 
 logger = logging.getLogger(__name__)
 
-# Families whose image features enter as plain embeddings, and text models whose attention sees everything
-# before it: what the layout assumes. Others (deep-stacked features, sliding windows) take the naive path.
-FAMILIES = {"qwen2_5_vl", "qwen2_vl", "llava"}
-TEXT_MODELS = {"qwen2_5_vl_text", "qwen2_vl_text", "llama", "qwen2"}
-
 
 def prepare_shared_prefix(model: Any) -> bool:
     """Set the model up for `shared_prefix_logps`; False, with one line in the log, where it cannot be."""
-    base = base_of(model)
-    why = _obstacle(base)
-    if why:
-        logger.warning("model.policy.shared_prefix: %s; every caption is forwarded with its own prompt", why)
+    base, family = base_of(model), family_of(model)
+    obstacle = family.obstacle(base)
+    if obstacle:
+        logger.warning(
+            "model.policy.shared_prefix: %s; captions repeat their prompt in each forward", obstacle
+        )
         return False
-    install(base.model.language_model)
+    family.prepare_shared_prefix(base)
     return True
-
-
-def _obstacle(base: Any) -> str:
-    config = base.config
-    text = config.get_text_config()
-    if config.model_type not in FAMILIES or text.model_type not in TEXT_MODELS:
-        return f"not written for the architecture {config.model_type}/{text.model_type}"
-    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
-        return "the language model attends within sliding windows"
-    implementation = text._attn_implementation.removeprefix(PREFIX)
-    if implementation not in KNOWN:
-        return f"attn_implementation is {implementation}, it works with {', '.join(KNOWN)}"
-    return ""
-
-
-def base_of(model: Any) -> Any:
-    """The HF model itself, out of its adapter (which works inside it)."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def shared_prefix_logps(
@@ -63,7 +43,7 @@ def shared_prefix_logps(
     rows: Sequence[int],
     token_ids: Int[Tensor, "b G T"],
     mask: Bool[Tensor, "b G T"],
-    features: Sequence[Tensor],
+    features: Sequence[ImageFeatures],
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> tuple[Float[Tensor, "b G T"], Float[Tensor, "b G T"] | None]:
@@ -75,75 +55,48 @@ def shared_prefix_logps(
         rows: the images, positions in the batch.
         token_ids: of their captions.
         mask: True on caption tokens.
-        features: ``[b]`` image features of each, as `image_features` gives them.
+        features: ``[b]`` of each image, from `Family.image_features`.
         temperature: > 0.
         entropy: whether to return entropies too (nats, without gradient).
 
     Returns:
         float32 log-probs, 0 where masked; entropies likewise or None.
     """
-    base, device = base_of(model), token_ids.device
-    lengths = mask.sum(-1).tolist()
+    base, family, device = base_of(model), family_of(model), token_ids.device
     items = [prompts.items[row] for row in rows]
-    layout = Layout([item["input_ids"].shape[1] for item in items], lengths, device)
-    ids, positions = _sequence(base, items, token_ids, lengths)
+    layout = Layout([item["input_ids"].shape[1] for item in items], mask.sum(-1).tolist(), device)
+    prompt_positions = [family.prompt_positions(base, item) for item in items]
+    ids, positions = _sequence(items, prompt_positions, token_ids, layout)
     embeds = base.get_input_embeddings()(ids.to(device))
     placeholders = (ids == prompts.image_token_id).to(device)
-    pixels = torch.cat(list(features)).to(embeds.dtype)
-    embeds = embeds.masked_scatter(placeholders[..., None], pixels)
-    states = base.model.language_model(
-        inputs_embeds=embeds,
+    pixels = torch.cat([of_image.embeds for of_image in features]).to(embeds.dtype)
+    states = family.language_model(base)(
+        inputs_embeds=embeds.masked_scatter(placeholders[..., None], pixels),
         attention_mask=embeds.new_zeros(1, 1, 1, 1),  # four dimensions: transformers makes none of its own
         position_ids=positions.to(device),
         use_cache=False,
-        layout=layout,
+        packed_attention=partial(family.attention, layout=layout),
+        **family.language_model_inputs(base, features, placeholders),
     ).last_hidden_state[0]
-    logps, spread = token_logps(
+    logps, entropies = token_logps(
         base.get_output_embeddings(), states[layout.predictors], token_ids[mask], temperature, entropy
     )
-    empty = torch.zeros(mask.shape, dtype=torch.float32, device=device)
+    empty = torch.zeros_like(mask, dtype=torch.float32)
     filled = empty.masked_scatter(mask, logps)
-    return filled, None if spread is None else empty.masked_scatter(mask, spread)
-
-
-def image_features(model: Any, prompts: Prompts, rows: Sequence[int], device: torch.device) -> list[Tensor]:
-    """Features ``[tokens, H]`` of the images of these rows: one pass of the vision tower for all."""
-    inner = base_of(model).model
-    inputs = {
-        key: torch.cat([prompts.items[row][key] for row in rows]).to(device)
-        for key in ("pixel_values", "image_grid_thw", "image_sizes")
-        if key in prompts.items[rows[0]]
-    }
-    features = inner.get_image_features(**inputs, return_dict=True).pooler_output
-    return [part.reshape(-1, part.shape[-1]) for part in features]
+    return filled, None if entropies is None else empty.masked_scatter(mask, entropies)
 
 
 def _sequence(
-    base: Any, items: Sequence[dict[str, Tensor]], token_ids: Tensor, lengths: list[list[int]]
+    items: Sequence[dict[str, Tensor]], prompt_positions: Sequence[Tensor], token_ids: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """Token ids ``[1, N]`` and positions, ``[3, 1, N]`` with M-RoPE and ``[1, N]`` without; on the CPU."""
     ids, positions = [], []
-    captions = token_ids.cpu()
-    for item, group, own in zip(items, captions, lengths, strict=True):
-        where = _prompt_positions(base, item)  # [R, P], R = 3 or 1
+    images = zip(items, prompt_positions, token_ids.cpu(), layout.spans, strict=True)
+    for item, prompt, captions, span in images:
+        start = int(prompt.max()) + 1
         ids.append(item["input_ids"][0])
-        positions.append(where)
-        follow = int(where.max()) + 1
-        for caption, tokens in zip(group, own, strict=True):
-            forwarded = max(0, tokens - 1)
-            ids.append(caption[:forwarded])
-            positions.append((follow + torch.arange(forwarded)).expand(len(where), -1))
-    packed = torch.cat(positions, 1)
+        ids += [caption[:n] for caption, n in zip(captions, span.captions, strict=True)]
+        steps = torch.cat([torch.arange(start, start + n) for n in span.captions])
+        positions += [prompt, steps.expand(len(prompt), -1)]
+    packed = torch.cat(positions, 1)  # [R, N]
     return torch.cat(ids)[None], packed[:, None] if len(packed) == 3 else packed
-
-
-def _prompt_positions(base: Any, item: dict[str, Tensor]) -> Tensor:
-    if "image_grid_thw" not in item:
-        return torch.arange(item["input_ids"].shape[1])[None]
-    found, _ = base.model.get_rope_index(
-        item["input_ids"],
-        mm_token_type_ids=item["mm_token_type_ids"],
-        image_grid_thw=item["image_grid_thw"],
-        attention_mask=item["attention_mask"],
-    )
-    return found[:, 0].cpu()

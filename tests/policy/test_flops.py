@@ -9,10 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from balcap.policy import LoraSettings
+from balcap.policy.families import base_of
 from balcap.policy.flops import peak_flops, peak_memory, update_flops
 from balcap.policy.layout import Layout
 from balcap.policy.policy import Policy
-from balcap.policy.shared_prefix import base_of
 from tests.tiny_models import mixed_batch, rollouts_of
 
 Load = Callable[..., Policy]

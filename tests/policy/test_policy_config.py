@@ -29,7 +29,6 @@ def test_sound_settings_have_no_problems(config: PolicyConfig):
 @pytest.mark.parametrize(
     ("config", "key", "what"),
     [
-        (PolicyConfig(HUB, lora=LoraSettings()), "lora.target_modules", "nothing to adapt"),
         (PolicyConfig(HUB, lora=LoraSettings(target_modules=[])), "lora.target_modules", "nothing to adapt"),
         (PolicyConfig(HUB, lora=LoraSettings(target_modules="(q_proj")), "lora.target_modules", "'(q_proj'"),
         (PolicyConfig(HUB, lora=LoraSettings(target_modules=["q_proj"], r=0)), "lora.r", "0"),
@@ -54,7 +53,7 @@ def test_each_problem_names_its_key(config: PolicyConfig, key: str, what: str):
 
 
 def test_all_problems_are_reported_together():
-    lora = LoraSettings(r=-1, dropout=2.0)
+    lora = LoraSettings(target_modules=[], r=-1, dropout=2.0)
     config = PolicyConfig("./nowhere", lora=lora, min_pixels=2, max_pixels=1)
     keys = [problem.split(": ")[0] for problem in config.problems()]
     assert keys == [

@@ -1,0 +1,42 @@
+"""Qwen2.5-VL and Qwen2-VL: images of any size, positions in three dimensions (M-RoPE)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from balcap.policy.families.base import Family, num_weights
+
+
+class Qwen2_5VL(Family):  # noqa: N801
+    """``Qwen2_5_VLForConditionalGeneration`` and ``Qwen2VLForConditionalGeneration``."""
+
+    model_types = ("qwen2_5_vl", "qwen2_vl")
+    text_types = ("qwen2_5_vl_text", "qwen2_vl_text")
+
+    def num_features(self, config: Any, item: dict[str, Tensor]) -> int:
+        """Patches of the image's grid, merged two by two."""
+        return int(item["image_grid_thw"].prod(-1).sum()) // config.vision_config.spatial_merge_size**2
+
+    def prompt_positions(self, model: Any, item: dict[str, Tensor]) -> Tensor:
+        """``[3, P]``: time, height and width; ``[1, P]`` of a prompt without an image."""
+        if "image_grid_thw" not in item:
+            return super().prompt_positions(model, item)
+        keys = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+        positions, _ = model.model.get_rope_index(**{key: item[key] for key in keys})
+        return positions[:, 0].cpu()
+
+    def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float:
+        """Patches through the tower, with windows in most of Qwen2.5-VL's layers, merged ones through the merger."""
+        config, tower = model.config.vision_config, model.model.visual
+        patches = int(item["image_grid_thw"].prod())
+        pairs = config.depth * patches**2
+        if hasattr(config, "fullatt_block_indexes"):
+            full = len(config.fullatt_block_indexes)
+            window = (config.window_size // config.patch_size) ** 2
+            pairs = full * patches**2 + (config.depth - full) * patches * min(window, patches)
+        width = getattr(config, "embed_dim", None) or config.hidden_size  # Qwen2-VL, Qwen2.5-VL
+        merger = num_weights(*tower.merger.parameters())
+        weights = patches * (num_weights(*tower.parameters()) - merger)
+        return 2 * (weights + patches / config.spatial_merge_size**2 * merger) + 4 * width * pairs
