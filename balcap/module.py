@@ -25,7 +25,7 @@ from balcap.judge.cache import describe
 from balcap.judge.judgments import Judgments
 from balcap.policy import PolicyConfig
 from balcap.rewards import Reward, RewardSuite
-from balcap.rollout import EngineFailed, Finished, RolloutEngine, Sampling
+from balcap.rollout import EngineFailed, OnGroupDone, RolloutEngine, Sampling
 from balcap.trainer.metrics import caption_scores, judge_costs, step_metrics
 from balcap.trainer.pipeline import Flight, Judging, restored, saved
 from balcap.trainer.tally import Tally
@@ -256,7 +256,7 @@ class BalCapModule(L.LightningModule):
         batch: CaptionBatch,
         prompts: Prompts,
         num_captions: int,
-        finished: Finished | None = None,
+        finished: OnGroupDone | None = None,
         resumed: Rollouts | None = None,
     ) -> Rollouts:
         """Captions from the engine, unless there are some already; an engine that fails ends the run on all ranks."""
@@ -335,7 +335,7 @@ class BalCapModule(L.LightningModule):
     @property
     def corrects(self) -> bool:
         """Whether the sampler's distribution is another than the trainer's at the start of an update."""
-        return self.lag > 0 or not self._engine().exact
+        return self.lag > 0 or not self._engine().on_policy
 
     def control_length(self, rewards: Tensor, rollouts: Rollouts) -> Tensor:
         """``[B, G, K]`` with the linguistic reward gated by length, as `length_control` says."""

@@ -150,8 +150,7 @@ def engines(case: Case, model: Path, data: Path) -> dict[str, Any]:
     """
     from balcap.data import CaptionDataModule
     from balcap.rollout import Sampling
-    from balcap.rollout.hf import HFGenerate
-    from balcap.rollout.vllm_inprocess import VLLMInProcess
+    from balcap.rollout import HFGenerate, VLLMInProcess
 
     policy = policy_of(case, model)
     module = CaptionDataModule(
@@ -229,7 +228,7 @@ def weights(case: Case, policy: Any, vllm: Any) -> dict[str, float | None]:
         seconds["sync_s"].append(_timed(lambda version=version: vllm.sync(policy, version)))
         if case.device == "cuda":
             seconds["wake_s"].append(wake + _timed(lambda: vllm._wake("kv_cache")))
-            seconds["sleep_s"].append(_timed(lambda: vllm._rest(policy)))
+            seconds["sleep_s"].append(_timed(lambda: vllm._sleep(policy)))
     return {"sync_mb": size / 1e6} | {key: median(each) if each else None for key, each in seconds.items()}
 
 
@@ -297,10 +296,10 @@ def fit(case: Case, engine: str, seed: int, model: Path, data: Path, out: Path) 
     if case.lora:
         options["model.policy.lora"] = json.dumps({"target_modules": LORA, "r": 16})
     if engine == VLLM:
-        options["model.engine"] = "balcap.rollout.vllm_inprocess.VLLMInProcess"
+        options["model.engine"] = "balcap.rollout.VLLMInProcess"
         options["model.engine.init_args.enforce_eager"] = str(case.device == "cpu").lower()
     else:
-        options["model.engine"] = "balcap.rollout.hf.HFGenerate"
+        options["model.engine"] = "balcap.rollout.HFGenerate"
         options["model.engine.init_args.max_sequences"] = case.at_once
     flags = [f"--{key}={value}" for key, value in options.items()]
     command = [sys.executable, "main.py", "fit", "--config", "configs/shapes.yaml", *flags]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
-from balcap.rollout.weights import adapter_weights, trained_weights
+from balcap.rollout.vllm.weights import adapter_weights, trained_weights
 
 Load = Callable[..., Policy]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from balcap.policy.policy import Policy
 from balcap.rollout import Sampling
 from balcap.rollout.hf import HFGenerate
-from balcap.rollout.vllm_inprocess import VLLMInProcess
+from balcap.rollout.vllm.inprocess import VLLMInProcess
 from balcap.types import CaptionBatch, Rollouts
 from tests.tiny_models import _loud as loud
 from tests.tiny_models import mixed_batch

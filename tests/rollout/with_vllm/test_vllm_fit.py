@@ -20,7 +20,7 @@ from tests.support import ROOT, metrics
 Arguments = Callable[..., list[str]]
 
 ENGINE = {
-    "model.engine": "balcap.rollout.vllm_inprocess.VLLMInProcess",
+    "model.engine": "balcap.rollout.VLLMInProcess",
     "model.engine.enforce_eager": True,
 }
 LORA = {"model.policy.lora": "{r: 4, target_modules: [q_proj, v_proj, down_proj]}"}

@@ -11,7 +11,7 @@ from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout import RolloutEngine
 from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm_inprocess import VLLMInProcess
+from balcap.rollout.vllm.inprocess import VLLMInProcess
 from tests.rollout.test_hf_generate import check_ends
 from tests.rollout.with_vllm.support import Load, Shared, draw, likeliest, louder, own_logps, update
 from tests.tiny_models import batch_of, mixed_batch, picture
@@ -33,7 +33,7 @@ def policy(load: Load) -> Policy:
 def test_captions_end_where_they_must_and_log_probs_are_the_policys(policy: Policy, shared: Shared):
     engine = shared.get(policy)
     assert isinstance(engine, RolloutEngine)
-    assert not engine.exact
+    assert not engine.on_policy
     rollouts = draw(engine, policy, 8, max_tokens=10)
     assert rollouts.token_ids.shape[:2] == (3, 8)
     assert rollouts.truncated.any()

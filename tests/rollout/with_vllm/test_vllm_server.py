@@ -13,8 +13,8 @@ pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vll
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm_http import Server
-from balcap.rollout.vllm_server import VLLMServer
+from balcap.rollout.vllm.client import Server
+from balcap.rollout.vllm.server import VLLMServer
 from tests.rollout.test_hf_generate import check_ends
 from tests.rollout.with_vllm.server_fixtures import LORA, LORA_PIXELS, Pool, pool  # noqa: F401
 from tests.rollout.with_vllm.support import (
@@ -123,7 +123,7 @@ def test_banned_tokens_are_never_sampled(policy: Policy, connect: Connect, monke
         # log-probs are those before the ban, as in training
         torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=1e-4)
     assert rollouts.sampler_logps.min() < -100
-    monkeypatch.setattr("balcap.rollout.vllm_chat.banned_words", lambda encoder: [])
+    monkeypatch.setattr("balcap.rollout.vllm.requests.banned_words", lambda encoder: [])
     unbanned = draw(engine, policy, 8, max_tokens=1).token_ids
     assert torch.isin(unbanned, torch.tensor(banned)).float().mean() > 0.3, "the ban did it"
 
@@ -206,9 +206,9 @@ def test_the_servers_own_words_are_passed_on(
     policy: Policy, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ):
     engine = connect(policy, servers=1)
-    real = __import__("balcap.rollout.vllm_server", fromlist=["chat_settings"]).chat_settings
+    real = __import__("balcap.rollout.vllm.server", fromlist=["chat_settings"]).chat_settings
     monkeypatch.setattr(
-        "balcap.rollout.vllm_server.chat_settings", lambda *args: real(*args) | {"max_tokens": -1}
+        "balcap.rollout.vllm.server.chat_settings", lambda *args: real(*args) | {"max_tokens": -1}
     )
     with pytest.raises(
         EngineFailed, match=r"/v1/chat/completions with HTTP 400: max_tokens must be at least 1"

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from balcap.cli import ConfigError
-from balcap.rollout import serve
+from balcap.commands import serve
 from main import main
 from tests.support import ROOT
 
@@ -42,7 +42,7 @@ def shown(
 def test_the_flags_follow_from_the_run(capsys: pytest.CaptureFixture[str]):
     config, words, flags = shown(capsys, "--show", "--port", "8123")
     assert words[:4] == ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", str(ROOT / "assets/shapes-base")]
-    assert flags["--worker-extension-cls"] == "balcap.rollout.transfer.RemoteWeightSync"
+    assert flags["--worker-extension-cls"] == "balcap.rollout.vllm.worker.WeightSync"
     assert flags["--dtype"] == "float32"
     assert flags["--logprobs-mode"] == "raw_logprobs"
     assert flags["--generation-config"] == "vllm"
@@ -55,7 +55,7 @@ def test_the_flags_follow_from_the_run(capsys: pytest.CaptureFixture[str]):
     assert "--revision" not in flags
     engine = config["model"]["engine"]
     assert engine == {
-        "class_path": "balcap.rollout.vllm_server.VLLMServer",
+        "class_path": "balcap.rollout.VLLMServer",
         "init_args": {"urls": ["http://127.0.0.1:8123"]},
     }
 
@@ -127,7 +127,7 @@ def test_the_overlay_replaces_the_engine_of_a_run(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit, match="0"):
         main([*args, "--print_config"])
     engine = yaml.safe_load(capsys.readouterr().out)["model"]["engine"]
-    assert engine["class_path"] == "balcap.rollout.vllm_server.VLLMServer"
+    assert engine["class_path"] == "balcap.rollout.VLLMServer"
     assert engine["init_args"]["urls"] == ["http://a:1", "http://b:2"]
     assert "max_sequences" not in engine["init_args"]
 

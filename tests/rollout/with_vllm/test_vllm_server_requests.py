@@ -19,8 +19,8 @@ from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout import RolloutEngine
 from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm_http import Server
-from balcap.rollout.vllm_server import VLLMServer
+from balcap.rollout.vllm.client import Server
+from balcap.rollout.vllm.server import VLLMServer
 from balcap.types import CaptionBatch
 from tests.rollout.with_vllm.server_fixtures import LORA, FakeServer, FakeWorker, free_port
 from tests.rollout.with_vllm.support import Load, draw
@@ -87,7 +87,7 @@ def test_a_request_draws_from_the_policys_distribution_and_nothing_else(
 ):
     engine = connect()
     assert isinstance(engine, RolloutEngine)
-    assert not engine.exact
+    assert not engine.on_policy
     draw(engine, policy, 3, top_p=0.9, max_tokens=12)
     bodies, batch = asked(fakes), mixed_batch()
     assert len(bodies) == 3
@@ -140,7 +140,7 @@ def test_an_adapter_is_asked_for_by_name(
 
 
 def test_what_else_an_image_file_says_does_not_travel():
-    from balcap.rollout.vllm_chat import data_url
+    from balcap.rollout.vllm.requests import data_url
 
     image = picture(30, 20).convert("P")
     image.info["transparency"] = 0
@@ -349,7 +349,7 @@ def test_a_server_that_hangs_is_given_up_at_the_deadline(
 
 
 def test_a_host_that_swallows_packets_is_named(policy: Policy, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("balcap.rollout.vllm_http._CONNECT_S", 0.5)
+    monkeypatch.setattr("balcap.rollout.vllm.client._CONNECT_S", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(0)

@@ -16,8 +16,8 @@ from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout import transfer
 from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm_server import VLLMServer
-from balcap.rollout.weights import trained_weights
+from balcap.rollout.vllm.server import VLLMServer
+from balcap.rollout.vllm.weights import trained_weights
 from tests.rollout.with_vllm.server_fixtures import LORA, FakeServer, FakeWorker
 from tests.rollout.with_vllm.support import Load, update
 

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import queue
+import shutil
+import tempfile
+import uuid
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from balcap.rollout.base import EngineFailed, Finished, Sampling
-from balcap.rollout.packing import pack, stop_token_ids, until_stop
-from balcap.rollout.sender import Sender, all_of
-from balcap.rollout.server_checks import check_fits, check_limits
-from balcap.rollout.vllm_chat import chat_answer, chat_request, chat_settings
-from balcap.rollout.vllm_common import check_prompt, draw_seed, image_seeds, rows_to_check
-from balcap.rollout.vllm_http import ADAPTER, START, Server
-from balcap.rollout.weights import adapter_weights, trained_weights
+from balcap.rollout.base import EngineFailed, OnGroupDone, Sampling
+from balcap.rollout.packing import group_texts, pack, stop_token_ids
+from balcap.rollout.vllm.client import ADAPTER, START, Server, address_towards, all_of
+from balcap.rollout.vllm.requests import (
+    chat_answer,
+    chat_request,
+    chat_settings,
+    check_lengths,
+    check_prompt,
+    draw_seed,
+    image_seeds,
+    rows_to_check,
+)
+from balcap.rollout.vllm.start import NCCL_FLAG, check_fits, check_logprobs_mode
+from balcap.rollout.vllm.weights import FolderTransfer, NCCLTransfer
 from balcap.types import CaptionBatch, Rollouts
 from balcap.utils.loop import BackgroundLoop
 from balcap.utils.redact import keep_secret
@@ -29,7 +41,7 @@ if TYPE_CHECKING:
     from balcap.policy.prompts import Prompts
 
 T = TypeVar("T")
-Drawn = tuple[int, list[Tensor], list[Tensor]]  # row, token ids and log-probs of its G captions
+Group = tuple[int, list[Tensor], list[Tensor]]  # row, token ids and log-probs of its G captions
 
 _KEY = "model.engine.init_args"
 
@@ -42,54 +54,61 @@ class VLLMServer:
     trainer's on the first call of generate and on every hundredth; the version of the weights on each call.
 
     Log-probs are exact at temperature 1. At others banned tokens have no share in them, and with ``top_p`` below 1
-    neither have the tails (`balcap.rollout.vllm_common.logprobs_mode`).
+    neither have the tails (`balcap.rollout.vllm.start.logprobs_mode`).
 
     Args:
         urls: of the servers, such as ``[http://host:8000]``.
-        transfer_backend: how weights travel: ``nccl`` from GPU to GPU, ``gloo`` through the hosts' memory; ``auto`` takes
-            NCCL where all are on CUDA devices.
+        transfer_backend: how the weights of full tuning travel: ``nccl`` from GPU to GPU, by vLLM's own transfer;
+            ``folder`` as a file; ``auto`` takes NCCL where all are on CUDA devices and the servers were started for it.
+            Adapters are files always.
+        weights_folder: for these files; trainer and servers see it under the same path. null: a temporary folder of
+            this machine, which is enough for servers on it.
         deadline_s: seconds after which captions, or a transfer of weights, are given up.
         start_timeout_s: seconds to wait for servers that are still starting.
         api_key_env: environment variable with the key that the servers ask for (their ``--api-key``).
-        group_host: address of this machine that servers reach it by; null finds it out.
+        group_host: address of this machine that servers reach it by (NCCL); null finds it out.
         concurrency: images that each rank has under way at once, over all servers.
     """
 
-    exact = False
+    on_policy = False
 
     def __init__(
         self,
         urls: list[str],
-        transfer_backend: Literal["auto", "nccl", "gloo"] = "auto",
+        transfer_backend: Literal["auto", "nccl", "folder"] = "auto",
+        weights_folder: str | None = None,
         deadline_s: float = 600.0,
         start_timeout_s: float = 600.0,
         api_key_env: str | None = None,
         group_host: str | None = None,
         concurrency: int = 64,
     ) -> None:
-        found = []
+        problems = []
         if not urls or len(set(urls)) < len(urls):
-            found.append(f"{_KEY}.urls: {urls} must name at least one server, and each once")
+            problems.append(f"{_KEY}.urls: {urls} must name at least one server, and each once")
         if bad := [url for url in urls if not url.startswith(("http://", "https://"))]:
-            found.append(f"{_KEY}.urls: {bad} must begin with http:// or https://")
-        found += [
+            problems.append(f"{_KEY}.urls: {bad} must begin with http:// or https://")
+        problems += [
             f"{_KEY}.{name}: {value} must be above 0"
             for name, value in (("deadline_s", deadline_s), ("start_timeout_s", start_timeout_s))
             if value <= 0
         ]
         if concurrency < 1:
-            found.append(f"{_KEY}.concurrency: {concurrency} must be at least 1")
-        if found:
-            raise ValueError("; ".join(found))
-        self.urls, self.transfer_backend, self.group_host = urls, transfer_backend, group_host
+            problems.append(f"{_KEY}.concurrency: {concurrency} must be at least 1")
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.urls, self.transfer_backend, self.weights_folder = urls, transfer_backend, weights_folder
         self.deadline_s, self.start_timeout_s = deadline_s, start_timeout_s
-        self.api_key_env, self.concurrency = api_key_env, concurrency
+        self.api_key_env, self.group_host, self.concurrency = api_key_env, group_host, concurrency
         self._policy: Policy | None = None
         self._loop: BackgroundLoop | None = None
         self._servers: list[Server] = []
         self._abouts: list[dict[str, Any]] = []
-        self._sender: Sender | None = None
-        self._synced: tuple[str | None, int] = (None, -1)  # run and version that workers must report
+        self._transfer: FolderTransfer | NCCLTransfer | None = None
+        self._temporary: Path | None = None
+        self._run_id = uuid.uuid4().hex
+        self._version = -1  # last synced
+        self._held = ""  # version that workers must report: the run's id and the number
         self._calls = 0
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────
@@ -112,29 +131,27 @@ class VLLMServer:
             self._abouts = self._run(all_of(self._meet(server, policy) for server in self._servers))
         except EngineFailed as error:
             failure = str(error)
-        # The first sync, which follows, is a meeting of all ranks.
-        if found := next((said for said in (failure, *_of_all_ranks(failure)) if said), None):
-            raise EngineFailed(found)
+        _raise_first(_of_all_ranks(failure))
 
     async def _meet(self, server: Server, policy: Policy) -> dict[str, Any]:
         await server.wait_until_up(self.start_timeout_s)
         about, *_ = await server.rpc("balcap_about")
-        known = [model["id"] for model in await server.models() if not model.get("parent")]
+        served = [model["id"] for model in await server.models() if not model.get("parent")]
         server.workers = about["workers"]
-        check_fits(server.name, about, known, policy)
+        check_fits(f"the vLLM server {server.name}", about, served, policy)
         return about
 
     def close(self) -> None:
         """See `RolloutEngine.close`. The servers go on, for the next run."""
-        sender, self._sender = self._sender, None
-        if sender is not None:
-            sender.leave()
+        self._policy, self._transfer, self._held = None, None, ""
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
         loop, self._loop = self._loop, None
         if loop is not None:
             for server in self._servers:
                 loop.run(server.close())
             loop.stop()
-        self._policy, self._synced = None, (None, -1)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         assert self._loop is not None
@@ -144,53 +161,82 @@ class VLLMServer:
 
     def sync(self, policy: Policy, version: int) -> None:
         """See `RolloutEngine.sync`. No request may be under way; with several ranks, all must call it."""
-        failure = None
+        held, failure = f"{self._run_id}-{version}", None
         if _rank() == 0:
             try:
-                self._run(self._push(policy, version))
+                self._push(policy, held)
             except Exception as error:  # the other ranks wait to hear
                 failure = str(error) if isinstance(error, EngineFailed) else repr(error)
-        run, failure = _of_all_ranks((self._sender.run if self._sender else None, failure))[0]
-        if failure is not None:
-            raise EngineFailed(failure)
-        self._synced = (run, version)
+        held, failure = _of_all_ranks((held, failure))[0]
+        _raise_first([failure])
+        self._version, self._held = version, held
 
-    async def _push(self, policy: Policy, version: int) -> None:
-        if self._sender is None:
-            devices = {policy.device.type, *(about["device"] for about in self._abouts)}
-            self._sender = Sender(
-                self._servers, self.transfer_backend, devices, policy.device, self.deadline_s, self.group_host
+    def _push(self, policy: Policy, version: str) -> None:
+        self._transfer = self._transfer or self._choose_transfer(policy)
+        if isinstance(self._transfer, NCCLTransfer):
+            self._transfer.push(policy, version, self.deadline_s)
+            self._run(self._finish_sync(policy, version))
+        else:
+            self._run(self._push_files(self._transfer, policy, version))
+
+    def _choose_transfer(self, policy: Policy) -> FolderTransfer | NCCLTransfer:
+        devices = {policy.device.type, *(about["device"] for about in self._abouts)}
+        ready = devices == {"cuda"} and all(about["weight_transfer"] == "nccl" for about in self._abouts)
+        if self.transfer_backend == "nccl" and not ready:
+            raise EngineFailed(
+                f"{_KEY}.transfer_backend: NCCL needs CUDA devices on both sides, here are {sorted(devices)}, and "
+                f"servers that were started with --weight-transfer-config '{NCCL_FLAG}'; use auto or folder"
             )
-        dtypes = {about["dtype"] for about in self._abouts}
-        dtype = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else None
+        if ready and self.transfer_backend != "folder" and not policy.has_adapter:
+            assert self._loop is not None
+            return NCCLTransfer(self._servers, self._loop, self.group_host or self._own_address())
+        if self.weights_folder is None:
+            self._temporary = Path(tempfile.mkdtemp(prefix="balcap-weights-"))
+        return FolderTransfer(self._servers, Path(self.weights_folder or str(self._temporary)).absolute())
+
+    def _own_address(self) -> str:
+        """Of this machine, as seen from the servers: one that others can use where any of them is elsewhere."""
+        addresses = []
+        for server in self._servers:
+            try:
+                addresses.append(address_towards(server.host, server.port))
+            except OSError as error:
+                raise EngineFailed(f"there is no way to the vLLM server {server.name}: {error}") from None
+        return next((a for a in addresses if not ipaddress.ip_address(a).is_loopback), addresses[0])
+
+    async def _push_files(self, transfer: FolderTransfer, policy: Policy, version: str) -> None:
         try:
             async with asyncio.timeout(self.deadline_s):
-                if policy.has_adapter:
-                    config, adapter = adapter_weights(policy)
-                    await self._sender.push(adapter.items(), dtype, config, version)
-                else:
-                    await self._sender.push(trained_weights(policy), dtype, None, version)
+                await transfer.push(policy, version)
+                await self._finish_sync(policy, version)
         except TimeoutError:
             names = ", ".join(server.name for server in self._servers)
             raise EngineFailed(
                 f"weights did not reach the vLLM servers {names} within {_KEY}.deadline_s: {self.deadline_s:g} s"
             ) from None
 
-    async def _check_version(self, server: Server) -> None:
+    async def _finish_sync(self, policy: Policy, version: str) -> None:
+        await all_of(self._check_version(server, version) for server in self._servers)
+        if policy.has_adapter:
+            await all_of(server.add_adapter() for server in self._servers)
+        await all_of(server.reset_caches() for server in self._servers)
+
+    async def _check_version(self, server: Server, version: str) -> None:
         """EngineFailed where a worker holds other weights than those last synced."""
         for about in await server.rpc("balcap_about"):
-            held = (about["run"], about["version"])
-            if held == self._synced:
+            held = about["version"]
+            if held == version:
                 continue
-            if about["run"] is None:
+            run, _, number = (held or "").rpartition("-")
+            if held is None:
                 why = "it was started anew since"
-            elif about["run"] != self._synced[0]:
+            elif run != self._run_id:
                 why = "another run has sent it its own: a server belongs to one run at a time"
             else:
-                why = f"it is at version {about['version']}"
+                why = f"it is at version {number}"
             raise EngineFailed(
-                f"the vLLM server {server.name} does not hold the weights of version {self._synced[1]} that it was "
-                f"sent: {why}"
+                f"the vLLM server {server.name} does not hold the weights of version {version.rpartition('-')[2]} "
+                f"that it was sent: {why}"
             )
 
     # ── captions ─────────────────────────────────────────────────────────────────────────────────────
@@ -202,38 +248,35 @@ class VLLMServer:
         prompts: Prompts,
         num_captions: int,
         sampling: Sampling,
-        finished: Finished | None = None,
+        on_group_done: OnGroupDone | None = None,
     ) -> Rollouts:
         """See `RolloutEngine.generate`; tensors come back on the CPU."""
         policy, loop = self._policy, self._loop
-        if policy is None or loop is None or self._synced[0] is None:
+        if policy is None or loop is None or not self._held:
             raise RuntimeError("the rollout engine has no policy; call attach and sync first")
         seeds = image_seeds(draw_seed(), len(batch))
         stop_ids = stop_token_ids(policy)
         for server, about in zip(self._servers, self._abouts, strict=True):
-            check_limits(server.name, about, batch, prompts, sampling)
+            check_logprobs_mode(server.name, about, sampling)
+            name, limit = f"the vLLM server {server.name}", about["max_model_len"]
+            check_lengths(batch.sample_ids, prompts, sampling.max_tokens, limit, name, "its --max-model-len")
         tokens: list[list[Tensor]] = [[] for _ in seeds]
         logps: list[list[Tensor]] = [[] for _ in seeds]
-        arrived: queue.SimpleQueue[Drawn | None] = queue.SimpleQueue()
+        arrived: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
         work = self._sample(policy, batch, prompts, num_captions, sampling, seeds, arrived)
         future = loop.submit(work)
         future.add_done_callback(lambda _: arrived.put(None))
         try:
-            while (drawn := arrived.get()) is not None:
-                row, tokens[row], logps[row] = drawn
-                if finished is not None:
-                    texts = policy.encoder.texts([until_stop(t, stop_ids) for t in tokens[row]])
-                    finished(row, texts)
+            while (group := arrived.get()) is not None:
+                row, tokens[row], logps[row] = group
+                if on_group_done is not None:
+                    on_group_done(row, group_texts(policy.encoder, tokens[row], stop_ids))
             future.result()
         finally:
             future.cancel()
         self._calls += 1
-        flat_tokens, flat_logps = (
-            [t for group in tokens for t in group],
-            [p for group in logps for p in group],
-        )
-        version = self._synced[1]  # as the workers reported
-        return pack(policy.encoder, batch, flat_tokens, flat_logps, stop_ids, sampling.max_tokens, version)
+        flat = [[one for group in groups for one in group] for groups in (tokens, logps)]
+        return pack(policy.encoder, batch, *flat, stop_ids, sampling.max_tokens, self._version)
 
     async def _sample(
         self,
@@ -243,7 +286,7 @@ class VLLMServer:
         num_captions: int,
         sampling: Sampling,
         seeds: Sequence[int],
-        arrived: queue.SimpleQueue[Drawn | None],
+        arrived: queue.SimpleQueue[Group | None],
     ) -> None:
         """Put every image's captions into `arrived` as they come."""
         settings = chat_settings(policy, sampling, num_captions)
@@ -272,9 +315,9 @@ class VLLMServer:
         try:
             async with asyncio.timeout(self.deadline_s):
                 # Before, lest stale captions are waited for; after, lest a server was started anew meanwhile.
-                await all_of(self._check_version(server) for server in turn)
+                await all_of(self._check_version(server, self._held) for server in turn)
                 await all_of(draw(row) for row in range(len(batch)))
-                await all_of(self._check_version(server) for server in turn)
+                await all_of(self._check_version(server, self._held) for server in turn)
         except TimeoutError:
             silent = ", ".join(f"{name} ({n})" for name, n in waiting.items() if n) or ", ".join(waiting)
             raise EngineFailed(
@@ -282,6 +325,13 @@ class VLLMServer:
                 "raise it, or lower model.sampling.max_tokens, model.num_captions or data.batch_size; a server that "
                 f"hangs: start it again with {START}"
             ) from None
+
+
+def _raise_first(failures: Sequence[str | None]) -> None:
+    """EngineFailed with the first of these messages, where there is one."""
+    for failure in failures:
+        if failure is not None:
+            raise EngineFailed(failure)
 
 
 def _rank() -> int:

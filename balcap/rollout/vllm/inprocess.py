@@ -2,31 +2,96 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
-from balcap.rollout.base import EngineFailed, Finished, Sampling
-from balcap.rollout.packing import pack, stop_token_ids, until_stop
-from balcap.rollout.vllm_common import (
+from balcap.rollout.base import EngineFailed, OnGroupDone, Sampling
+from balcap.rollout.packing import group_texts, pack, stop_token_ids
+from balcap.rollout.vllm.requests import (
+    check_lengths,
     check_prompt,
     collapse,
     draw_seed,
     image_seeds,
-    logprobs_mode,
     rows_to_check,
     sampling_settings,
 )
-from balcap.rollout.vllm_requests import KEY, Ranks, Request, check_lengths, run
-from balcap.rollout.vllm_start import end, engine_arguments, start
-from balcap.rollout.weights import adapter_weights, trained_weights
+from balcap.rollout.vllm.start import KEY, end, engine_arguments, logprobs_mode, start
+from balcap.rollout.vllm.weights import save_weights, trained_weights
+from balcap.rollout.vllm.worker import ADAPTER_ID
 from balcap.types import CaptionBatch, Rollouts
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
     from balcap.policy.prompts import Prompts
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to caption, as it travels between ranks.
+
+    Attributes:
+        sample_id: for messages.
+        prompt: token ids, with one image token.
+        image: what the policy sees.
+        settings: keyword arguments of ``SamplingParams``.
+    """
+
+    sample_id: str
+    prompt: Sequence[int]
+    image: Image.Image
+    settings: dict[str, Any]
+
+
+class Ranks:
+    """The consecutive ranks that share one engine by tensor parallelism; with `size` 1 there is nothing to share.
+
+    Every rank of them takes the same requests, in the same order, and the same steps.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def check(self) -> None:
+        """EngineFailed where the run's ranks do not come out even."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world % self.size:
+            raise EngineFailed(
+                f"{KEY}.tensor_parallel_size: {self.size} does not divide the run's ranks, {world}; change it or "
+                "trainer.devices, or spread the model over devices of its own with "
+                "balcap.rollout.VLLMServer"
+            )
+
+    def union(self, mine: list[Request]) -> tuple[list[Request], int]:
+        """The requests of all these ranks, and where among them this rank's own begin."""
+        if self.size == 1:
+            return mine, 0
+        group = self._group()
+        everyone: list[list[Request]] = [[]] * self.size
+        dist.all_gather_object(everyone, mine, group=group.cpu_group)
+        return [one for part in everyone for one in part], sum(map(len, everyone[: group.rank_in_group]))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any of these ranks."""
+        if self.size == 1:
+            return flag
+        most = torch.tensor([float(flag)])
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group().cpu_group)
+        return bool(most)
+
+    def _group(self) -> Any:
+        from vllm.distributed.parallel_state import get_tp_group
+
+        return get_tp_group()
 
 
 class VLLMInProcess:
@@ -55,7 +120,7 @@ class VLLMInProcess:
             from the policy.
     """
 
-    exact = False
+    on_policy = False
 
     def __init__(
         self,
@@ -68,17 +133,17 @@ class VLLMInProcess:
         deadline_s: float = 600.0,
         options: dict[str, Any] | None = None,
     ) -> None:
-        found = []
+        problems = []
         if not 0 < gpu_memory_utilization <= 1:
-            found.append(f"{KEY}.gpu_memory_utilization: {gpu_memory_utilization} is outside (0, 1]")
+            problems.append(f"{KEY}.gpu_memory_utilization: {gpu_memory_utilization} is outside (0, 1]")
         if max_model_len is not None and max_model_len < 1:
-            found.append(f"{KEY}.max_model_len: {max_model_len} must be at least 1")
+            problems.append(f"{KEY}.max_model_len: {max_model_len} must be at least 1")
         if tensor_parallel_size < 1:
-            found.append(f"{KEY}.tensor_parallel_size: {tensor_parallel_size} must be at least 1")
+            problems.append(f"{KEY}.tensor_parallel_size: {tensor_parallel_size} must be at least 1")
         if deadline_s <= 0:
-            found.append(f"{KEY}.deadline_s: {deadline_s} must be above 0")
-        if found:
-            raise ValueError("; ".join(found))
+            problems.append(f"{KEY}.deadline_s: {deadline_s} must be above 0")
+        if problems:
+            raise ValueError("; ".join(problems))
         self.settings: dict[str, Any] = {
             "gpu_memory_utilization": gpu_memory_utilization,
             "max_model_len": max_model_len,
@@ -112,14 +177,15 @@ class VLLMInProcess:
         if llm is not None:
             end(llm, self._had_distributed)
 
-    def _start(self, policy: Policy, mode: str) -> None:
-        """An engine with this ``logprobs_mode``, awake."""
+    def _start(self, policy: Policy, temperature: float) -> None:
+        """An engine whose log-probs are those at this temperature, awake."""
+        mode = logprobs_mode(temperature)
         if self._llm is not None and self._mode != mode:
             self.close()
         if self._llm is None:
             self._ranks.check()
             settings = self.settings | {"enable_sleep_mode": self._sleeps(policy)}
-            arguments = engine_arguments(policy, mode, self.dtype, settings | self.options)
+            arguments = engine_arguments(policy, temperature, self.dtype, settings | self.options)
             self._had_distributed = dist.is_initialized()
             self._llm, self._mode, self._asleep = start(policy, arguments), mode, set()
             self._send(policy)
@@ -135,7 +201,7 @@ class VLLMInProcess:
             self._llm.wake_up(tags=needed)
             self._asleep -= set(needed)
 
-    def _rest(self, policy: Policy) -> None:
+    def _sleep(self, policy: Policy) -> None:
         if self._sleeps(policy):
             self._llm.sleep(level=1)
             self._asleep = {"weights", "kv_cache"}
@@ -147,7 +213,9 @@ class VLLMInProcess:
         self._wake("weights")
         try:
             if policy.has_adapter:
-                self._llm.collective_rpc("balcap_adapter", args=(*adapter_weights(policy), self._version))
+                with tempfile.TemporaryDirectory(prefix="balcap-weights-") as folder:
+                    save_weights(policy, Path(folder) / "adapter")
+                    self._llm.collective_rpc("balcap_load_adapter", args=(f"{folder}/adapter", self._version))
             else:
                 self._llm.collective_rpc("balcap_load", args=(trained_weights(policy), self._version))
         # Names, shapes and memory all end here, in errors of many kinds.
@@ -159,15 +227,14 @@ class VLLMInProcess:
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
 
-    def _held_version(self) -> int:
-        """That the engine itself reports. EngineFailed where it is not the one last synced."""
+    def _check_version(self) -> None:
+        """EngineFailed where the engine itself reports other weights than those last synced."""
         held = self._llm.collective_rpc("balcap_version")
         if set(held) != {self._version}:
             raise EngineFailed(
                 f"vLLM holds weights of version {held[0]}, the policy is at {self._version}: captions would be "
                 "another policy's. The last weight sync did not reach it; resume with --ckpt_path last"
             )
-        return int(held[0])
 
     # ── captions ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -178,32 +245,16 @@ class VLLMInProcess:
         prompts: Prompts,
         num_captions: int,
         sampling: Sampling,
-        finished: Finished | None = None,
+        on_group_done: OnGroupDone | None = None,
     ) -> Rollouts:
         """See `RolloutEngine.generate`; tensors come back on the CPU."""
         policy = self._policy
         if policy is None or self._version < 0:
             raise RuntimeError("the rollout engine has no policy; call attach and sync first")
-        requests = self._requests(policy, batch, prompts, num_captions, sampling)
-        with _own_precision(policy):
-            self._start(policy, logprobs_mode(sampling.temperature))
-            version = self._held_version()
-            check_lengths(self._llm, requests, [item["input_ids"].shape[1] for item in prompts.items])
-            drawn = self._captions(policy, requests, prompts, finished)
-            self._calls += 1
-            self._rest(policy)
-        tokens = [torch.tensor(one.token_ids) for group in drawn for one in group]
-        logps = [_sampled_logps(one) for group in drawn for one in group]
-        stop_ids = stop_token_ids(policy)
-        return pack(policy.encoder, batch, tokens, logps, stop_ids, sampling.max_tokens, version)
-
-    def _requests(
-        self, policy: Policy, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
-    ) -> list[Request]:
         rows = zip(
             batch.sample_ids, prompts.items, batch.images, image_seeds(draw_seed(), len(batch)), strict=True
         )
-        return [
+        requests = [
             Request(
                 sample_id,
                 collapse(item["input_ids"], prompts.image_token_id),
@@ -212,9 +263,26 @@ class VLLMInProcess:
             )
             for sample_id, item, image, seed in rows
         ]
+        with _own_precision(policy):
+            self._start(policy, sampling.temperature)
+            self._check_version()
+            limit = self._llm.llm_engine.model_config.max_model_len
+            key = f"{KEY}.max_model_len (null: the model's own)"
+            check_lengths(batch.sample_ids, prompts, sampling.max_tokens, limit, "vLLM", key)
+            drawn = self._captions(policy, requests, prompts, on_group_done)
+            self._calls += 1
+            self._sleep(policy)
+        tokens = [torch.tensor(one.token_ids) for group in drawn for one in group]
+        logps = [_sampled_logps(one) for group in drawn for one in group]
+        stop_ids = stop_token_ids(policy)
+        return pack(policy.encoder, batch, tokens, logps, stop_ids, sampling.max_tokens, self._version)
 
     def _captions(
-        self, policy: Policy, requests: list[Request], prompts: Prompts, finished: Finished | None
+        self,
+        policy: Policy,
+        requests: list[Request],
+        prompts: Prompts,
+        on_group_done: OnGroupDone | None,
     ) -> list[list[Any]]:
         """vLLM's ``CompletionOutput`` of every caption of this rank, ``[B][G]``."""
         everyones, first = self._ranks.union(requests)
@@ -225,18 +293,80 @@ class VLLMInProcess:
             row = index - first
             if not 0 <= row < len(requests):
                 return  # another rank's
+            request = requests[row]
             if row in to_check:
-                check_prompt(
-                    requests[row].sample_id, output.prompt_token_ids, prompts.items[row]["input_ids"]
-                )
+                check_prompt(request.sample_id, output.prompt_token_ids, prompts.items[row]["input_ids"])
             drawn[row] = sorted(output.outputs, key=lambda one: one.index)
-            if finished is not None:
-                stop_ids = requests[row].settings["stop_token_ids"]
-                kept = [until_stop(torch.tensor(one.token_ids), stop_ids) for one in drawn[row]]
-                finished(row, policy.encoder.texts(kept))
+            if on_group_done is not None:
+                tokens = [torch.tensor(one.token_ids) for one in drawn[row]]
+                on_group_done(row, group_texts(policy.encoder, tokens, request.settings["stop_token_ids"]))
 
-        run(self._llm, everyones, policy.has_adapter, self.deadline_s, self._ranks, complete)
+        self._caption_all(everyones, policy.has_adapter, complete)
         return drawn
+
+    def _caption_all(
+        self, requests: Sequence[Request], has_adapter: bool, complete: Callable[[int, Any], None]
+    ) -> None:
+        """Caption all requests; whatever happens, none of them is left in the engine.
+
+        Args:
+            has_adapter: with the adapter that the worker holds.
+            complete: called with the index of a request and vLLM's ``RequestOutput``, when its captions are complete.
+
+        Raises:
+            EngineFailed: too slow, or vLLM failed.
+        """
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        deadline = time.monotonic() + self.deadline_s
+        prompts = [
+            {"prompt_token_ids": list(one.prompt), "multi_modal_data": {"image": one.image}}
+            for one in requests
+        ]
+        params = [SamplingParams(**one.settings) for one in requests]
+        adapter = LoRARequest("balcap", ADAPTER_ID, "in memory") if has_adapter else None
+        try:
+            ids = self._llm.enqueue(prompts, params, lora_request=adapter, use_tqdm=False)
+        except Exception as error:
+            raise _failed(error) from error
+        # Newer versions append a random part to the id that outputs carry.
+        waiting = {str(request_id).split("-")[0]: index for index, request_id in enumerate(ids)}
+        try:
+            for output in self._steps(deadline):
+                complete(waiting.pop(output.request_id), output)
+            if waiting:
+                raise EngineFailed(
+                    f"vLLM has captioned {len(requests) - len(waiting)} of {len(requests)} images after "
+                    f"{self.deadline_s:g} s; raise {KEY}.deadline_s, or lower model.sampling.max_tokens, "
+                    "model.num_captions or data.batch_size"
+                )
+        finally:
+            if waiting:
+                self._llm.llm_engine.abort_request(list(waiting))
+
+    def _steps(self, deadline: float) -> Iterator[Any]:
+        """Outputs, each as soon as all captions of its image are complete; no more after the deadline."""
+        engine = self._llm.llm_engine
+        while engine.has_unfinished_requests() and not self._ranks.any(time.monotonic() > deadline):
+            try:
+                outputs = engine.step()
+            # A step fails in as many ways as a model can; none of them leaves an engine to go on with.
+            except Exception as error:
+                raise _failed(error) from error
+            yield from (output for output in outputs if output.finished)
+
+
+def _failed(error: Exception) -> EngineFailed:
+    if "does not use offset" in str(error):  # see balcap.rollout.vllm.start.whole_prompts
+        return EngineFailed(
+            f"vLLM on a CPU cannot split the prompts of a batch; set {KEY}.max_model_len to at most 32768, or lower "
+            "data.batch_size"
+        )
+    return EngineFailed(
+        f"vLLM failed while sampling: {type(error).__name__}: {error}. Out of memory: lower "
+        f"{KEY}.gpu_memory_utilization or data.batch_size; else see VLLM_LOGGING_LEVEL=INFO"
+    )
 
 
 def _own_precision(policy: Policy) -> torch.autocast:

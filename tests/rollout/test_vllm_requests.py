@@ -12,7 +12,7 @@ from balcap.policy.policy import Policy
 from balcap.rollout import Sampling
 from balcap.rollout.base import EngineFailed
 from balcap.rollout.packing import stop_token_ids
-from balcap.rollout.vllm_common import (
+from balcap.rollout.vllm.requests import (
     check_prompt,
     collapse,
     draw_seed,
