@@ -149,8 +149,7 @@ def engines(case: Case, model: Path, data: Path) -> dict[str, Any]:
         RuntimeError: the engine's captions are not the policy's.
     """
     from balcap.data import CaptionDataModule
-    from balcap.rollout import Sampling
-    from balcap.rollout import HFGenerate, VLLMInProcess
+    from balcap.rollout import HFGenerate, Sampling, VLLMInProcess
 
     policy = policy_of(case, model)
     module = CaptionDataModule(
@@ -216,12 +215,7 @@ def mismatch(case: Case, policy: Any, rollouts: Any) -> float:
 
 def weights(case: Case, policy: Any, vllm: Any) -> dict[str, float | None]:
     """Medians of seconds, and megabytes of one sync; sleeping and waking are None on a CPU."""
-    from balcap.rollout.weights import adapter_weights, trained_weights
-
-    tensors = (
-        adapter_weights(policy)[1].values() if policy.has_adapter else (t for _, t in trained_weights(policy))
-    )
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    size = sum(p.numel() * p.element_size() for p in policy.model.parameters() if p.requires_grad)
     seconds: dict[str, list[float]] = {"sync_s": [], "sleep_s": [], "wake_s": []}
     for version in range(1, case.runs + 1):
         wake = _timed(lambda: vllm._wake("weights"))

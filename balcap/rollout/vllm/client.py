@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+KEY = "model.engine.init_args"
 START = "python main.py serve --config <the run's config>"
 EXTENSION = "balcap.rollout.vllm.worker.WeightSync"
 """Class that vLLM mixes into its workers."""
@@ -72,8 +73,8 @@ class Server:
             if time.monotonic() >= give_up:
                 raise EngineFailed(
                     f"no vLLM server is up at {self.name} after {timeout_s:g} s ({reason}). Start it with: {START}; or "
-                    "change model.engine.init_args.urls. A server that takes longer to load: "
-                    "model.engine.init_args.start_timeout_s"
+                    f"change {KEY}.urls. A server that takes longer to load: "
+                    f"{KEY}.start_timeout_s"
                 )
             await asyncio.sleep(min(_POLL_S, max(0.0, give_up - time.monotonic())))
 
@@ -158,7 +159,7 @@ class Server:
 def _advice(path: str, body: dict[str, Any], status: int) -> str:
     """What a refusal means."""
     if status == 401:
-        return "Name the environment variable with its key in model.engine.init_args.api_key_env"
+        return f"Name the environment variable with its key in {KEY}.api_key_env"
     if path == "/v1/load_lora_adapter":
         if status == 404:
             return "Set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"

@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Generator
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
-from balcap.rollout.base import EngineFailed, OnGroupDone, Sampling
-from balcap.rollout.packing import group_texts, pack, stop_token_ids
-from balcap.rollout.vllm.requests import (
-    check_lengths,
-    check_prompt,
-    collapse,
-    draw_seed,
-    image_seeds,
-    rows_to_check,
-    sampling_settings,
-)
-from balcap.rollout.vllm.start import KEY, end, engine_arguments, logprobs_mode, start
-from balcap.rollout.vllm.weights import save_weights, trained_weights
+from balcap.rollout.base import EngineFailed
+from balcap.rollout.vllm.client import KEY
+from balcap.rollout.vllm.engine import Group, VLLMEngine, check_lengths
+from balcap.rollout.vllm.requests import prompt_request, token_settings
+from balcap.rollout.vllm.start import end, engine_arguments, logprobs_mode, start
+from balcap.rollout.vllm.weights import trained_weights, weight_files
 from balcap.rollout.vllm.worker import ADAPTER_ID
-from balcap.types import CaptionBatch, Rollouts
+from balcap.types import CaptionBatch
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
     from balcap.policy.prompts import Prompts
 
 
-@dataclass(frozen=True)
-class Request:
-    """One image to caption, as it travels between ranks.
-
-    Attributes:
-        sample_id: for messages.
-        prompt: token ids, with one image token.
-        image: what the policy sees.
-        settings: keyword arguments of ``SamplingParams``.
-    """
-
-    sample_id: str
-    prompt: Sequence[int]
-    image: Image.Image
-    settings: dict[str, Any]
+Request = tuple[dict[str, Any], dict[str, Any]]
+"""vLLM's input for one image, and keyword arguments of ``SamplingParams``."""
 
 
 class Ranks:
@@ -61,24 +38,15 @@ class Ranks:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def check(self) -> None:
-        """EngineFailed where the run's ranks do not come out even."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        if world % self.size:
-            raise EngineFailed(
-                f"{KEY}.tensor_parallel_size: {self.size} does not divide the run's ranks, {world}; change it or "
-                "trainer.devices, or spread the model over devices of its own with "
-                "balcap.rollout.VLLMServer"
-            )
-
     def union(self, mine: list[Request]) -> tuple[list[Request], int]:
         """The requests of all these ranks, and where among them this rank's own begin."""
         if self.size == 1:
             return mine, 0
-        group = self._group()
         everyone: list[list[Request]] = [[]] * self.size
-        dist.all_gather_object(everyone, mine, group=group.cpu_group)
-        return [one for part in everyone for one in part], sum(map(len, everyone[: group.rank_in_group]))
+        dist.all_gather_object(everyone, mine, group=self._group().cpu_group)
+        return [one for part in everyone for one in part], sum(
+            map(len, everyone[: self._group().rank_in_group])
+        )
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any of these ranks."""
@@ -88,13 +56,14 @@ class Ranks:
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group().cpu_group)
         return bool(most)
 
-    def _group(self) -> Any:
+    @staticmethod
+    def _group() -> Any:
         from vllm.distributed.parallel_state import get_tp_group
 
         return get_tp_group()
 
 
-class VLLMInProcess:
+class VLLMInProcess(VLLMEngine):
     """vLLM beside the policy: each rank has an engine on its own device, and weights move within the process.
 
     The engine starts with the first captions, because vLLM must be told when it starts which log-probs to return:
@@ -120,8 +89,6 @@ class VLLMInProcess:
             from the policy.
     """
 
-    on_policy = False
-
     def __init__(
         self,
         gpu_memory_utilization: float = 0.4,
@@ -144,6 +111,7 @@ class VLLMInProcess:
             problems.append(f"{KEY}.deadline_s: {deadline_s} must be above 0")
         if problems:
             raise ValueError("; ".join(problems))
+        super().__init__()
         self.settings: dict[str, Any] = {
             "gpu_memory_utilization": gpu_memory_utilization,
             "max_model_len": max_model_len,
@@ -152,13 +120,10 @@ class VLLMInProcess:
         }
         self.dtype, self.sleep, self.deadline_s, self.options = dtype, sleep, deadline_s, options or {}
         self._ranks = Ranks(tensor_parallel_size)
-        self._policy: Policy | None = None
-        self._version = -1  # last synced
         self._llm: Any = None
         self._mode = ""
         self._had_distributed = False
         self._asleep: set[str] = set()
-        self._calls = 0
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -183,7 +148,12 @@ class VLLMInProcess:
         if self._llm is not None and self._mode != mode:
             self.close()
         if self._llm is None:
-            self._ranks.check()
+            world = dist.get_world_size() if dist.is_initialized() else 1
+            if world % self._ranks.size:
+                raise EngineFailed(
+                    f"{KEY}.tensor_parallel_size: {self._ranks.size} does not divide the run's ranks, {world}; change "
+                    "it or trainer.devices, or spread the model over devices of its own with balcap.rollout.VLLMServer"
+                )
             settings = self.settings | {"enable_sleep_mode": self._sleeps(policy)}
             arguments = engine_arguments(policy, temperature, self.dtype, settings | self.options)
             self._had_distributed = dist.is_initialized()
@@ -213,9 +183,8 @@ class VLLMInProcess:
         self._wake("weights")
         try:
             if policy.has_adapter:
-                with tempfile.TemporaryDirectory(prefix="balcap-weights-") as folder:
-                    save_weights(policy, Path(folder) / "adapter")
-                    self._llm.collective_rpc("balcap_load_adapter", args=(f"{folder}/adapter", self._version))
+                with weight_files(policy, None) as folder:
+                    self._llm.collective_rpc("balcap_load_adapter", args=(folder, self._version))
             else:
                 self._llm.collective_rpc("balcap_load", args=(trained_weights(policy), self._version))
         # Names, shapes and memory all end here, in errors of many kinds.
@@ -238,80 +207,38 @@ class VLLMInProcess:
 
     # ── captions ─────────────────────────────────────────────────────────────────────────────────────
 
-    @torch.no_grad()
-    def generate(
+    def _draw(
         self,
+        policy: Policy,
         batch: CaptionBatch,
         prompts: Prompts,
-        num_captions: int,
-        sampling: Sampling,
-        on_group_done: OnGroupDone | None = None,
-    ) -> Rollouts:
-        """See `RolloutEngine.generate`; tensors come back on the CPU."""
-        policy = self._policy
-        if policy is None or self._version < 0:
-            raise RuntimeError("the rollout engine has no policy; call attach and sync first")
-        rows = zip(
-            batch.sample_ids, prompts.items, batch.images, image_seeds(draw_seed(), len(batch)), strict=True
-        )
+        settings: dict[str, Any],
+        seeds: list[int],
+    ) -> Generator[Group]:
+        rows = zip(prompts.items, batch.images, seeds, strict=True)
         requests = [
-            Request(
-                sample_id,
-                collapse(item["input_ids"], prompts.image_token_id),
-                image,
-                sampling_settings(policy, sampling, num_captions, seed),
-            )
-            for sample_id, item, image, seed in rows
+            (prompt_request(item, image, prompts.image_token_id), token_settings(policy, settings, seed))
+            for item, image, seed in rows
         ]
         with _own_precision(policy):
-            self._start(policy, sampling.temperature)
+            self._start(policy, settings["temperature"])
             self._check_version()
             limit = self._llm.llm_engine.model_config.max_model_len
             key = f"{KEY}.max_model_len (null: the model's own)"
-            check_lengths(batch.sample_ids, prompts, sampling.max_tokens, limit, "vLLM", key)
-            drawn = self._captions(policy, requests, prompts, on_group_done)
-            self._calls += 1
+            check_lengths(batch, prompts, settings, limit, "vLLM", key)
+            everyones, first = self._ranks.union(requests)
+            with closing(self._outputs(everyones, policy.has_adapter)) as outputs:
+                for index, output in outputs:
+                    if 0 <= index - first < len(requests):  # else another rank's
+                        captions = sorted(output.outputs, key=lambda caption: caption.index)
+                        tokens = [torch.tensor(caption.token_ids) for caption in captions]
+                        yield index - first, output.prompt_token_ids, tokens, [*map(_logps, captions)]
             self._sleep(policy)
-        tokens = [torch.tensor(one.token_ids) for group in drawn for one in group]
-        logps = [_sampled_logps(one) for group in drawn for one in group]
-        stop_ids = stop_token_ids(policy)
-        return pack(policy.encoder, batch, tokens, logps, stop_ids, sampling.max_tokens, self._version)
 
-    def _captions(
-        self,
-        policy: Policy,
-        requests: list[Request],
-        prompts: Prompts,
-        on_group_done: OnGroupDone | None,
-    ) -> list[list[Any]]:
-        """vLLM's ``CompletionOutput`` of every caption of this rank, ``[B][G]``."""
-        everyones, first = self._ranks.union(requests)
-        to_check = rows_to_check(self._calls, len(requests))
-        drawn: list[list[Any]] = [[] for _ in requests]
+    def _outputs(self, requests: list[Request], has_adapter: bool) -> Generator[tuple[int, Any]]:
+        """Index of a request and vLLM's ``RequestOutput``, when all its captions are complete.
 
-        def complete(index: int, output: Any) -> None:
-            row = index - first
-            if not 0 <= row < len(requests):
-                return  # another rank's
-            request = requests[row]
-            if row in to_check:
-                check_prompt(request.sample_id, output.prompt_token_ids, prompts.items[row]["input_ids"])
-            drawn[row] = sorted(output.outputs, key=lambda one: one.index)
-            if on_group_done is not None:
-                tokens = [torch.tensor(one.token_ids) for one in drawn[row]]
-                on_group_done(row, group_texts(policy.encoder, tokens, request.settings["stop_token_ids"]))
-
-        self._caption_all(everyones, policy.has_adapter, complete)
-        return drawn
-
-    def _caption_all(
-        self, requests: Sequence[Request], has_adapter: bool, complete: Callable[[int, Any], None]
-    ) -> None:
-        """Caption all requests; whatever happens, none of them is left in the engine.
-
-        Args:
-            has_adapter: with the adapter that the worker holds.
-            complete: called with the index of a request and vLLM's ``RequestOutput``, when its captions are complete.
+        Whatever happens, no request is left in the engine.
 
         Raises:
             EngineFailed: too slow, or vLLM failed.
@@ -319,22 +246,18 @@ class VLLMInProcess:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
-        deadline = time.monotonic() + self.deadline_s
-        prompts = [
-            {"prompt_token_ids": list(one.prompt), "multi_modal_data": {"image": one.image}}
-            for one in requests
-        ]
-        params = [SamplingParams(**one.settings) for one in requests]
+        deadline, engine = time.monotonic() + self.deadline_s, self._llm.llm_engine
+        prompts, params = [prompt for prompt, _ in requests], [SamplingParams(**how) for _, how in requests]
         adapter = LoRARequest("balcap", ADAPTER_ID, "in memory") if has_adapter else None
+        waiting: dict[str, int] = {}
         try:
             ids = self._llm.enqueue(prompts, params, lora_request=adapter, use_tqdm=False)
-        except Exception as error:
-            raise _failed(error) from error
-        # Newer versions append a random part to the id that outputs carry.
-        waiting = {str(request_id).split("-")[0]: index for index, request_id in enumerate(ids)}
-        try:
-            for output in self._steps(deadline):
-                complete(waiting.pop(output.request_id), output)
+            # Newer versions append a random part to the id that outputs carry.
+            waiting |= {str(request_id).split("-")[0]: index for index, request_id in enumerate(ids)}
+            while engine.has_unfinished_requests() and not self._ranks.any(time.monotonic() > deadline):
+                for output in _step(engine):
+                    if output.finished:
+                        yield waiting.pop(output.request_id), output
             if waiting:
                 raise EngineFailed(
                     f"vLLM has captioned {len(requests) - len(waiting)} of {len(requests)} images after "
@@ -343,30 +266,21 @@ class VLLMInProcess:
                 )
         finally:
             if waiting:
-                self._llm.llm_engine.abort_request(list(waiting))
-
-    def _steps(self, deadline: float) -> Iterator[Any]:
-        """Outputs, each as soon as all captions of its image are complete; no more after the deadline."""
-        engine = self._llm.llm_engine
-        while engine.has_unfinished_requests() and not self._ranks.any(time.monotonic() > deadline):
-            try:
-                outputs = engine.step()
-            # A step fails in as many ways as a model can; none of them leaves an engine to go on with.
-            except Exception as error:
-                raise _failed(error) from error
-            yield from (output for output in outputs if output.finished)
+                engine.abort_request(list(waiting))
 
 
-def _failed(error: Exception) -> EngineFailed:
-    if "does not use offset" in str(error):  # see balcap.rollout.vllm.start.whole_prompts
-        return EngineFailed(
-            f"vLLM on a CPU cannot split the prompts of a batch; set {KEY}.max_model_len to at most 32768, or lower "
-            "data.batch_size"
-        )
-    return EngineFailed(
-        f"vLLM failed while sampling: {type(error).__name__}: {error}. Out of memory: lower "
-        f"{KEY}.gpu_memory_utilization or data.batch_size; else see VLLM_LOGGING_LEVEL=INFO"
-    )
+def _step(engine: Any) -> list[Any]:
+    try:
+        return list(engine.step())
+    # A step fails in as many ways as a model can; none of them leaves an engine to go on with.
+    except Exception as error:
+        if "does not use offset" in str(error):  # see balcap.rollout.vllm.start.whole_prompts
+            advice = f"on a CPU it cannot split prompts: set {KEY}.max_model_len to at most 32768"
+        else:
+            advice = f"out of memory: lower {KEY}.gpu_memory_utilization or data.batch_size"
+        raise EngineFailed(
+            f"vLLM failed while sampling: {type(error).__name__}: {error}. {advice}; else see VLLM_LOGGING_LEVEL=INFO"
+        ) from error
 
 
 def _own_precision(policy: Policy) -> torch.autocast:
@@ -374,7 +288,7 @@ def _own_precision(policy: Policy) -> torch.autocast:
     return torch.autocast(policy.device.type, enabled=False)
 
 
-def _sampled_logps(one: Any) -> Tensor:
+def _logps(caption: Any) -> Tensor:
     """``[t]`` log-probs of a caption's tokens; vLLM gives a dict for each, with the sampled token in it."""
-    pairs = zip(one.token_ids, one.logprobs, strict=True)
+    pairs = zip(caption.token_ids, caption.logprobs, strict=True)
     return torch.tensor([step[token].logprob for token, step in pairs])

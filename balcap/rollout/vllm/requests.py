@@ -1,4 +1,4 @@
-"""What is asked of vLLM for an image, and the checks of what comes back. Nothing here imports vLLM.
+"""What is asked of vLLM for an image, in process and over HTTP. Nothing here imports vLLM.
 
 Servers are asked at ``/v1/chat/completions``: of vLLM's endpoints it is the one that takes an image and returns token
 ids in all of 0.22 to 0.33. The server renders the chat template itself; the prompt ids that it returns are compared
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +21,7 @@ from balcap.rollout.packing import stop_token_ids
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
-    from balcap.policy.prompts import PromptEncoder, Prompts
-
-_FOR_TOKENS_ONLY = (
-    "logit_bias",
-    "logprobs",
-    "detokenize",
-)  # mean something else to the chat endpoint, or nothing
+    from balcap.policy.prompts import PromptEncoder
 
 BAN = -1e30
 """Added to a logit, leaves no probability in float32, whatever the logit is; unlike -inf, JSON can carry it."""
@@ -36,75 +29,12 @@ BAN = -1e30
 COLDEST, HOTTEST = 0.01, 2.0
 """Temperatures that vLLM samples at; it would raise a lower one in silence."""
 
-CHECK_EVERY = 100
-"""Prompts are compared on the first call of generate, all of them, and then one on every call of this many."""
 
-
-def collapse(input_ids: Sequence[int] | Tensor, image_token_id: int) -> list[int]:
-    """Token ids ``[P]`` or ``[1, P]`` with each run of image tokens made one: what vLLM expands again."""
-    ids = input_ids.flatten().tolist() if isinstance(input_ids, Tensor) else list(input_ids)
-    out: list[int] = []
-    for token, run in groupby(ids):
-        out += [token] if token == image_token_id else list(run)
-    return out
-
-
-def rows_to_check(call: int, rows: int) -> range:
-    """Rows of the batch whose prompts are compared in the `call`-th call of generate, counted from 0."""
-    if call == 0:
-        return range(rows)
-    return range(min(1, rows)) if call % CHECK_EVERY == 0 else range(0)
-
-
-def check_prompt(sample_id: str, engine_ids: Sequence[int], trainer_ids: Tensor) -> None:
-    """EngineFailed where the engine saw another prompt than the trainer computes its log-probs for.
-
-    Args:
-        sample_id: named in the message.
-        engine_ids: ``[P]`` prompt tokens as the engine reports them, image tokens expanded.
-        trainer_ids: ``[P]`` or ``[1, P]`` of the trainer.
-    """
-    own, theirs = trainer_ids.flatten().tolist(), list(engine_ids)
-    if own == theirs:
-        return
-    pairs = enumerate(zip(theirs, own, strict=False))
-    at = next((i for i, (a, b) in pairs if a != b), min(len(own), len(theirs)))
-    raise EngineFailed(
-        f"sample {sample_id!r}: vLLM's prompt differs from the trainer's from token {at} on: vLLM has "
-        f"{theirs[at : at + 5]} ({len(theirs)} tokens in all), the trainer {own[at : at + 5]} ({len(own)}). "
-        "Where the lengths differ, the image was scaled to another size: give mm_processor_kwargs of the engine the "
-        "limits of model.policy.min_pixels and model.policy.max_pixels. Else the model folders differ: compare "
-        "model.policy.model and model.policy.revision with what the engine loaded"
-    )
-
-
-def check_lengths(
-    sample_ids: Sequence[str], prompts: Prompts, max_tokens: int, limit: int, engine: str, key: str
-) -> None:
-    """EngineFailed where vLLM would cut captions at its own limit, unnoticed.
-
-    Args:
-        max_tokens: longest caption.
-        limit: of prompt and caption together, in tokens.
-        engine: whose limit it is, for the message.
-        key: what raises the limit.
-    """
-    for sample_id, item in zip(sample_ids, prompts.items, strict=True):
-        needed = item["input_ids"].shape[1] + max_tokens
-        if needed > limit:
-            raise EngineFailed(
-                f"sample {sample_id!r}: its prompt and a caption of model.sampling.max_tokens: {max_tokens} make "
-                f"{needed} tokens, the limit of {engine} is {limit}; raise {key}, or lower model.policy.max_pixels or "
-                "model.sampling.max_tokens"
-            )
-
-
-def sampling_settings(policy: Policy, sampling: Sampling, num_captions: int, seed: int) -> dict[str, Any]:
-    """Keyword arguments of vLLM's ``SamplingParams``, and equally the JSON of its token-level endpoint.
+def sampling_settings(policy: Policy, sampling: Sampling, num_captions: int) -> dict[str, Any]:
+    """What vLLM's ``SamplingParams`` and its HTTP endpoints have in common.
 
     They draw from the policy's distribution at the temperature, and from nothing that the hub's generation config
-    adds. Token ids of the result end with the stop token. A ban by `BAN` holds where the values arrive as they are;
-    vLLM's OpenAI endpoints clip them to -100.
+    adds. Token ids of the result end with the stop token.
 
     Raises:
         EngineFailed: vLLM cannot sample at this temperature.
@@ -114,19 +44,37 @@ def sampling_settings(policy: Policy, sampling: Sampling, num_captions: int, see
             f"model.sampling.temperature: vLLM samples between {COLDEST} and {HOTTEST}, not at "
             f"{sampling.temperature}; change it, or sample with balcap.rollout.HFGenerate"
         )
-    return {
+    off = {"top_k": 0, "min_p": 0.0, "min_tokens": 0, "repetition_penalty": 1.0}
+    off |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    return off | {
         "n": num_captions,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
         "max_tokens": sampling.max_tokens,
-        "min_tokens": 0,
         "stop_token_ids": stop_token_ids(policy),
         "ignore_eos": True,  # those ids are all that ends a caption
+    }
+
+
+# ── in process ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def prompt_request(item: dict[str, Tensor], image: Image.Image, image_token_id: int) -> dict[str, Any]:
+    """vLLM's input for one image: its prompt ids, with each run of image tokens made one, which vLLM expands again.
+
+    Args:
+        item: of `Prompts.items`.
+        image: what the policy sees.
+        image_token_id: of the policy.
+    """
+    runs = groupby(item["input_ids"].flatten().tolist())
+    ids = [i for token, run in runs for i in ([token] if token == image_token_id else run)]
+    return {"prompt_token_ids": ids, "multi_modal_data": {"image": image}}
+
+
+def token_settings(policy: Policy, settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Keyword arguments of ``SamplingParams`` for one image, from `sampling_settings`."""
+    return settings | {
         "logit_bias": dict.fromkeys(policy.encoder.banned_token_ids, BAN),
         "logprobs": 0,  # of the sampled token alone
         "seed": seed,
@@ -134,28 +82,15 @@ def sampling_settings(policy: Policy, sampling: Sampling, num_captions: int, see
     }
 
 
-def draw_seed() -> int:
-    """The one seed of a call of generate, from torch's CPU generator."""
-    return int(torch.randint(2**62, (1,)))
+# ── over HTTP ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def image_seeds(seed: int, rows: int) -> list[int]:
-    """``[rows]`` seeds in [0, 2^62), one for each image: those of its G captions follow one another from there."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2**62, (rows,), generator=generator).tolist()
-
-
-# ── to a server  ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-def chat_settings(policy: Policy, sampling: Sampling, num_captions: int) -> dict[str, Any]:
-    """The part of a request that is the same for all images of a batch.
+def chat_settings(policy: Policy, settings: dict[str, Any]) -> dict[str, Any]:
+    """The part of a request that is the same for all images of a batch, from `sampling_settings`.
 
     Raises:
-        EngineFailed: a token cannot be banned, or the temperature not be sampled at.
+        EngineFailed: a token cannot be banned.
     """
-    settings = sampling_settings(policy, sampling, num_captions, seed=0)
-    settings = {key: value for key, value in settings.items() if key not in _FOR_TOKENS_ONLY}
     return settings | {
         # The endpoint cuts logit_bias off at -100, which a sure enough policy overcomes.
         "bad_words": banned_words(policy.encoder),
@@ -178,8 +113,10 @@ def chat_request(
     return settings | {"model": model, "messages": [{"role": "user", "content": content}], "seed": seed}
 
 
-def chat_answer(answer: dict[str, Any], num_captions: int, server: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Token ids and log-probs of G captions, ``[t]`` each, from the answer to a request.
+def chat_answer(
+    answer: dict[str, Any], num_captions: int, server: str
+) -> tuple[list[int], list[Tensor], list[Tensor]]:
+    """Prompt ids, and token ids and log-probs of G captions, ``[t]`` each, from the answer to a request.
 
     Raises:
         EngineFailed: they are not all there; names the server.
@@ -196,7 +133,7 @@ def chat_answer(answer: dict[str, Any], num_captions: int, server: str) -> tuple
             f"which ended by {sorted(map(str, ends))}; asked for were {num_captions} captions. Is its version one of "
             "0.22 to 0.33?"
         )
-    return tokens, logps
+    return answer["prompt_token_ids"], tokens, logps
 
 
 def data_url(image: Image.Image) -> str:

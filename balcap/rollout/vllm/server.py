@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import queue
-import shutil
-import tempfile
 import uuid
-from collections.abc import Coroutine, Sequence
-from pathlib import Path
+from collections.abc import Coroutine, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from balcap.rollout.base import EngineFailed, OnGroupDone, Sampling
-from balcap.rollout.packing import group_texts, pack, stop_token_ids
-from balcap.rollout.vllm.client import ADAPTER, START, Server, address_towards, all_of
-from balcap.rollout.vllm.requests import (
-    chat_answer,
-    chat_request,
-    chat_settings,
-    check_lengths,
-    check_prompt,
-    draw_seed,
-    image_seeds,
-    rows_to_check,
-)
-from balcap.rollout.vllm.start import NCCL_FLAG, check_fits, check_logprobs_mode
-from balcap.rollout.vllm.weights import FolderTransfer, NCCLTransfer
-from balcap.types import CaptionBatch, Rollouts
+from balcap.rollout.base import EngineFailed
+from balcap.rollout.vllm.client import ADAPTER, KEY, START, Server, address_towards, all_of
+from balcap.rollout.vllm.engine import Group, VLLMEngine, check_lengths
+from balcap.rollout.vllm.requests import chat_answer, chat_request, chat_settings
+from balcap.rollout.vllm.start import NCCL_FLAG, check_fits, logprobs_mode
+from balcap.rollout.vllm.weights import NCCLTransfer, push_files
+from balcap.types import CaptionBatch
 from balcap.utils.loop import BackgroundLoop
 from balcap.utils.redact import keep_secret
 
@@ -41,12 +26,9 @@ if TYPE_CHECKING:
     from balcap.policy.prompts import Prompts
 
 T = TypeVar("T")
-Group = tuple[int, list[Tensor], list[Tensor]]  # row, token ids and log-probs of its G captions
-
-_KEY = "model.engine.init_args"
 
 
-class VLLMServer:
+class VLLMServer(VLLMEngine):
     """vLLM servers sample; the trainer sends them its weights after every update.
 
     Start each with ``python main.py serve --config <the run's config>``; it belongs to one run at a time. With several
@@ -70,8 +52,6 @@ class VLLMServer:
         concurrency: images that each rank has under way at once, over all servers.
     """
 
-    on_policy = False
-
     def __init__(
         self,
         urls: list[str],
@@ -85,31 +65,28 @@ class VLLMServer:
     ) -> None:
         problems = []
         if not urls or len(set(urls)) < len(urls):
-            problems.append(f"{_KEY}.urls: {urls} must name at least one server, and each once")
+            problems.append(f"{KEY}.urls: {urls} must name at least one server, and each once")
         if bad := [url for url in urls if not url.startswith(("http://", "https://"))]:
-            problems.append(f"{_KEY}.urls: {bad} must begin with http:// or https://")
+            problems.append(f"{KEY}.urls: {bad} must begin with http:// or https://")
         problems += [
-            f"{_KEY}.{name}: {value} must be above 0"
+            f"{KEY}.{name}: {value} must be above 0"
             for name, value in (("deadline_s", deadline_s), ("start_timeout_s", start_timeout_s))
             if value <= 0
         ]
         if concurrency < 1:
-            problems.append(f"{_KEY}.concurrency: {concurrency} must be at least 1")
+            problems.append(f"{KEY}.concurrency: {concurrency} must be at least 1")
         if problems:
             raise ValueError("; ".join(problems))
         self.urls, self.transfer_backend, self.weights_folder = urls, transfer_backend, weights_folder
         self.deadline_s, self.start_timeout_s = deadline_s, start_timeout_s
         self.api_key_env, self.group_host, self.concurrency = api_key_env, group_host, concurrency
-        self._policy: Policy | None = None
+        super().__init__()
         self._loop: BackgroundLoop | None = None
         self._servers: list[Server] = []
         self._abouts: list[dict[str, Any]] = []
-        self._transfer: FolderTransfer | NCCLTransfer | None = None
-        self._temporary: Path | None = None
+        self._nccl: NCCLTransfer | None = None
         self._run_id = uuid.uuid4().hex
-        self._version = -1  # last synced
-        self._held = ""  # version that workers must report: the run's id and the number
-        self._calls = 0
+        self._held = ""  # what workers must report: the run's id and the version
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -122,7 +99,7 @@ class VLLMServer:
             key = os.environ.get(self.api_key_env)
             if not key:
                 raise EngineFailed(
-                    f"{_KEY}.api_key_env: the environment variable {self.api_key_env} is not set"
+                    f"{KEY}.api_key_env: the environment variable {self.api_key_env} is not set"
                 )
         self._loop = self._loop or BackgroundLoop()
         self._servers = [Server(url, key) for url in self.urls]
@@ -143,10 +120,7 @@ class VLLMServer:
 
     def close(self) -> None:
         """See `RolloutEngine.close`. The servers go on, for the next run."""
-        self._policy, self._transfer, self._held = None, None, ""
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary = None
+        self._policy, self._version, self._nccl = None, -1, None
         loop, self._loop = self._loop, None
         if loop is not None:
             for server in self._servers:
@@ -164,62 +138,48 @@ class VLLMServer:
         held, failure = f"{self._run_id}-{version}", None
         if _rank() == 0:
             try:
-                self._push(policy, held)
+                self._run(self._push(policy, held))
             except Exception as error:  # the other ranks wait to hear
                 failure = str(error) if isinstance(error, EngineFailed) else repr(error)
         held, failure = _of_all_ranks((held, failure))[0]
         _raise_first([failure])
         self._version, self._held = version, held
 
-    def _push(self, policy: Policy, version: str) -> None:
-        self._transfer = self._transfer or self._choose_transfer(policy)
-        if isinstance(self._transfer, NCCLTransfer):
-            self._transfer.push(policy, version, self.deadline_s)
-            self._run(self._finish_sync(policy, version))
-        else:
-            self._run(self._push_files(self._transfer, policy, version))
+    async def _push(self, policy: Policy, version: str) -> None:
+        try:
+            async with asyncio.timeout(self.deadline_s):
+                if self._uses_nccl(policy):
+                    self._nccl = self._nccl or self._new_nccl()
+                    await self._nccl.push(policy, version)
+                else:
+                    await push_files(self._servers, policy, version, self.weights_folder)
+                await all_of(self._check_version(server, version) for server in self._servers)
+                if policy.has_adapter:
+                    await all_of(server.add_adapter() for server in self._servers)
+                await all_of(server.reset_caches() for server in self._servers)
+        except TimeoutError:
+            names = ", ".join(server.name for server in self._servers)
+            raise EngineFailed(
+                f"weights did not reach the vLLM servers {names} within {KEY}.deadline_s: {self.deadline_s:g} s"
+            ) from None
 
-    def _choose_transfer(self, policy: Policy) -> FolderTransfer | NCCLTransfer:
+    def _uses_nccl(self, policy: Policy) -> bool:
         devices = {policy.device.type, *(about["device"] for about in self._abouts)}
         ready = devices == {"cuda"} and all(about["weight_transfer"] == "nccl" for about in self._abouts)
         if self.transfer_backend == "nccl" and not ready:
             raise EngineFailed(
-                f"{_KEY}.transfer_backend: NCCL needs CUDA devices on both sides, here are {sorted(devices)}, and "
+                f"{KEY}.transfer_backend: NCCL needs CUDA devices on both sides, here are {sorted(devices)}, and "
                 f"servers that were started with --weight-transfer-config '{NCCL_FLAG}'; use auto or folder"
             )
-        if ready and self.transfer_backend != "folder" and not policy.has_adapter:
-            assert self._loop is not None
-            return NCCLTransfer(self._servers, self._loop, self.group_host or self._own_address())
-        if self.weights_folder is None:
-            self._temporary = Path(tempfile.mkdtemp(prefix="balcap-weights-"))
-        return FolderTransfer(self._servers, Path(self.weights_folder or str(self._temporary)).absolute())
+        return ready and self.transfer_backend != "folder" and not policy.has_adapter
 
-    def _own_address(self) -> str:
-        """Of this machine, as seen from the servers: one that others can use where any of them is elsewhere."""
-        addresses = []
-        for server in self._servers:
-            try:
-                addresses.append(address_towards(server.host, server.port))
-            except OSError as error:
-                raise EngineFailed(f"there is no way to the vLLM server {server.name}: {error}") from None
-        return next((a for a in addresses if not ipaddress.ip_address(a).is_loopback), addresses[0])
-
-    async def _push_files(self, transfer: FolderTransfer, policy: Policy, version: str) -> None:
-        try:
-            async with asyncio.timeout(self.deadline_s):
-                await transfer.push(policy, version)
-                await self._finish_sync(policy, version)
-        except TimeoutError:
-            names = ", ".join(server.name for server in self._servers)
-            raise EngineFailed(
-                f"weights did not reach the vLLM servers {names} within {_KEY}.deadline_s: {self.deadline_s:g} s"
-            ) from None
-
-    async def _finish_sync(self, policy: Policy, version: str) -> None:
-        await all_of(self._check_version(server, version) for server in self._servers)
-        if policy.has_adapter:
-            await all_of(server.add_adapter() for server in self._servers)
-        await all_of(server.reset_caches() for server in self._servers)
+    def _new_nccl(self) -> NCCLTransfer:
+        assert self._loop is not None
+        # One that others can use where any of the servers is elsewhere.
+        own = sorted(
+            (address_towards(s.host, s.port) for s in self._servers), key=lambda a: a.startswith("127.")
+        )
+        return NCCLTransfer(self._servers, self._loop, self.group_host or own[0])
 
     async def _check_version(self, server: Server, version: str) -> None:
         """EngineFailed where a worker holds other weights than those last synced."""
@@ -241,87 +201,69 @@ class VLLMServer:
 
     # ── captions ─────────────────────────────────────────────────────────────────────────────────────
 
-    @torch.no_grad()
-    def generate(
-        self,
-        batch: CaptionBatch,
-        prompts: Prompts,
-        num_captions: int,
-        sampling: Sampling,
-        on_group_done: OnGroupDone | None = None,
-    ) -> Rollouts:
-        """See `RolloutEngine.generate`; tensors come back on the CPU."""
-        policy, loop = self._policy, self._loop
-        if policy is None or loop is None or not self._held:
-            raise RuntimeError("the rollout engine has no policy; call attach and sync first")
-        seeds = image_seeds(draw_seed(), len(batch))
-        stop_ids = stop_token_ids(policy)
-        for server, about in zip(self._servers, self._abouts, strict=True):
-            check_logprobs_mode(server.name, about, sampling)
-            name, limit = f"the vLLM server {server.name}", about["max_model_len"]
-            check_lengths(batch.sample_ids, prompts, sampling.max_tokens, limit, name, "its --max-model-len")
-        tokens: list[list[Tensor]] = [[] for _ in seeds]
-        logps: list[list[Tensor]] = [[] for _ in seeds]
-        arrived: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
-        work = self._sample(policy, batch, prompts, num_captions, sampling, seeds, arrived)
-        future = loop.submit(work)
-        future.add_done_callback(lambda _: arrived.put(None))
-        try:
-            while (group := arrived.get()) is not None:
-                row, tokens[row], logps[row] = group
-                if on_group_done is not None:
-                    on_group_done(row, group_texts(policy.encoder, tokens[row], stop_ids))
-            future.result()
-        finally:
-            future.cancel()
-        self._calls += 1
-        flat = [[one for group in groups for one in group] for groups in (tokens, logps)]
-        return pack(policy.encoder, batch, *flat, stop_ids, sampling.max_tokens, self._version)
-
-    async def _sample(
+    def _draw(
         self,
         policy: Policy,
         batch: CaptionBatch,
         prompts: Prompts,
-        num_captions: int,
-        sampling: Sampling,
+        settings: dict[str, Any],
+        seeds: list[int],
+    ) -> Generator[Group]:
+        assert self._loop is not None
+        mode = logprobs_mode(settings["temperature"])
+        for server, about in zip(self._servers, self._abouts, strict=True):
+            name = f"the vLLM server {server.name}"
+            if about["logprobs_mode"] != mode:
+                raise EngineFailed(
+                    f"{name} was started with --logprobs-mode {about['logprobs_mode']}; with "
+                    f"model.sampling.temperature: {settings['temperature']} it must be {mode}"
+                )
+            check_lengths(batch, prompts, settings, about["max_model_len"], name, "its --max-model-len")
+        arrived: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
+        future = self._loop.submit(self._ask_all(policy, batch, settings, seeds, arrived))
+        future.add_done_callback(lambda _: arrived.put(None))
+        try:
+            while (group := arrived.get()) is not None:
+                yield group
+            future.result()
+        finally:
+            future.cancel()
+
+    async def _ask_all(
+        self,
+        policy: Policy,
+        batch: CaptionBatch,
+        settings: dict[str, Any],
         seeds: Sequence[int],
         arrived: queue.SimpleQueue[Group | None],
     ) -> None:
         """Put every image's captions into `arrived` as they come."""
-        settings = chat_settings(policy, sampling, num_captions)
-        model = ADAPTER if policy.has_adapter else None
-        to_check = rows_to_check(self._calls, len(batch))
+        settings, model = chat_settings(policy, settings), ADAPTER if policy.has_adapter else None
         slots = asyncio.Semaphore(self.concurrency)
         first = _rank() % len(self._servers)
         turn = [*self._servers[first:], *self._servers[:first]]  # ranks begin at different ones
         waiting = {server.name: 0 for server in turn}
 
-        async def draw(row: int) -> None:
+        async def ask(row: int) -> None:
             async with slots:
-                request = await asyncio.to_thread(
-                    chat_request, settings, model, batch.images[row], batch.prompts[row], seeds[row]
-                )
+                image, prompt = batch.images[row], batch.prompts[row]
+                request = await asyncio.to_thread(chat_request, settings, model, image, prompt, seeds[row])
                 server = min(turn, key=lambda server: server.busy)
                 waiting[server.name] += 1
                 answer = await server.complete(request)
                 waiting[server.name] -= 1
-            if row in to_check:
-                check_prompt(
-                    batch.sample_ids[row], answer["prompt_token_ids"], prompts.items[row]["input_ids"]
-                )
-            arrived.put((row, *chat_answer(answer, num_captions, server.name)))
+            arrived.put((row, *chat_answer(answer, settings["n"], server.name)))
 
         try:
             async with asyncio.timeout(self.deadline_s):
                 # Before, lest stale captions are waited for; after, lest a server was started anew meanwhile.
                 await all_of(self._check_version(server, self._held) for server in turn)
-                await all_of(draw(row) for row in range(len(batch)))
+                await all_of(ask(row) for row in range(len(batch)))
                 await all_of(self._check_version(server, self._held) for server in turn)
         except TimeoutError:
             silent = ", ".join(f"{name} ({n})" for name, n in waiting.items() if n) or ", ".join(waiting)
             raise EngineFailed(
-                f"no answer within {_KEY}.deadline_s: {self.deadline_s:g} s from the vLLM servers (images) {silent}; "
+                f"no answer within {KEY}.deadline_s: {self.deadline_s:g} s from the vLLM servers (images) {silent}; "
                 "raise it, or lower model.sampling.max_tokens, model.num_captions or data.batch_size; a server that "
                 f"hangs: start it again with {START}"
             ) from None
@@ -335,12 +277,12 @@ def _raise_first(failures: Sequence[str | None]) -> None:
 
 
 def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _of_all_ranks(value: T) -> list[T]:
     """What each rank passed in, by rank; all must call it."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

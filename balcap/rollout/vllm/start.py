@@ -20,13 +20,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from balcap.rollout.base import EngineFailed, Sampling
-from balcap.rollout.vllm.client import EXTENSION, START, free_port
+from balcap.rollout.base import EngineFailed
+from balcap.rollout.vllm.client import EXTENSION, KEY, START, free_port
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
 
-KEY = "model.engine.init_args"
 NCCL_FLAG = '{"backend": "nccl"}'
 """Of ``--weight-transfer-config``: servers take weights from GPU to GPU."""
 
@@ -182,16 +181,6 @@ def check_fits(server: str, about: dict[str, Any], names: Sequence[str], policy:
         raise EngineFailed(
             f"{server} has no room for an adapter of rank {rank} (model.policy.lora.r); start it with --enable-lora "
             "--max-lora-rank of at least that"
-        )
-
-
-def check_logprobs_mode(server: str, about: dict[str, Any], sampling: Sampling) -> None:
-    """EngineFailed where a server would return other log-probs than those at the sampling temperature."""
-    mode = logprobs_mode(sampling.temperature)
-    if about["logprobs_mode"] != mode:
-        raise EngineFailed(
-            f"the vLLM server {server} was started with --logprobs-mode {about['logprobs_mode']}; with "
-            f"model.sampling.temperature: {sampling.temperature} it must be {mode}"
         )
 
 

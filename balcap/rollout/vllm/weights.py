@@ -6,27 +6,27 @@ or from GPU to GPU through vLLM's own NCCL transfer. The workers' end is `balcap
 
 from __future__ import annotations
 
+import asyncio
 import json
-import queue
-import shutil
+import os
+import re
+import tempfile
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm.client import Server, all_of, free_port
+from balcap.rollout.vllm.client import KEY, Server, all_of, free_port
 from balcap.utils.loop import BackgroundLoop
 from balcap.utils.redact import redact
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
-
-_KEY = "model.engine.init_args"
 
 
 def trained_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
@@ -45,73 +45,54 @@ def trained_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     yield from revert_weight_conversion(policy.model, trained).items()
 
 
-def save_weights(policy: Policy, folder: Path) -> None:
-    """Write what is trained into a new folder: the adapter as peft saves it, or ``model.safetensors``."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    if policy.has_adapter:
-        # Embeddings are never adapted here; to find that out by itself, peft would ask the hub.
-        policy.model.save_pretrained(folder, save_embedding_layers=False)
-    else:
-        weights = {name: tensor.contiguous() for name, tensor in trained_weights(policy)}
-        save_file(weights, folder / "model.safetensors")
-
-
-class FolderTransfer:
-    """Weights as files: the trainer writes them, all servers read them, the trainer removes them.
+@contextmanager
+def weight_files(policy: Policy, root: str | None) -> Iterator[str]:
+    """A folder with what is trained, for as long as the context lasts: the adapter as peft saves it, or else
+    ``model.safetensors``.
 
     Args:
-        servers: to load them.
-        root: a folder that trainer and servers share, under the same path.
+        root: the folder to make it in; None: the system's for temporary files.
     """
+    from safetensors.torch import save_file
 
-    def __init__(self, servers: Sequence[Server], root: Path) -> None:
-        self.servers, self.root = servers, root
-
-    async def push(self, policy: Policy, version: str) -> None:
-        """Return when every worker has loaded the weights.
-
-        Raises:
-            EngineFailed: a server cannot read or use them, or is gone.
-        """
-        folder = self.root / version
-        method = "balcap_load_adapter" if policy.has_adapter else "balcap_load_folder"
-        try:
-            save_weights(policy, folder)
-            await all_of(s.rpc(method, folder=str(folder), version=version) for s in self.servers)
-        except OSError as error:
-            raise EngineFailed(f"{_KEY}.weights_folder: weights cannot be written: {error}") from None
-        except EngineFailed as error:
-            if "no such file" not in str(error).lower():
-                raise
-            raise EngineFailed(
-                f"{error}. Servers on other hosts, or in containers, need a folder that they and the trainer see "
-                f"under the same path: {_KEY}.weights_folder"
-            ) from None
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix="balcap-weights-", dir=root, ignore_cleanup_errors=True
+    ) as folder:
+        os.chmod(folder, 0o755)  # servers may run under another name
+        if policy.has_adapter:
+            # Embeddings are never adapted here; to find that out by itself, peft would ask the hub.
+            policy.model.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            weights = {name: tensor.contiguous() for name, tensor in trained_weights(policy)}
+            save_file(weights, f"{folder}/model.safetensors")
+        yield folder
 
 
-@dataclass
-class _Weights:
-    """A policy's trained weights as a ``WeightSource`` of vLLM."""
+async def push_files(servers: Sequence[Server], policy: Policy, version: str, root: str | None) -> None:
+    """Weights as files, which all servers read; return when every worker has loaded them.
 
-    policy: Policy
-
-    def metadata(self) -> list[Any]:
-        from vllm.distributed.weight_transfer.base import ParamMeta
-
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return trained_weights(self.policy)
+    Raises:
+        EngineFailed: they cannot be written, or a server cannot read or use them, or is gone.
+    """
+    method = "balcap_load_adapter" if policy.has_adapter else "balcap_load_folder"
+    try:
+        with weight_files(policy, root) as folder:
+            await all_of(server.rpc(method, folder=folder, version=version) for server in servers)
+    except OSError as error:
+        raise EngineFailed(f"{KEY}.weights_folder: weights cannot be written: {error}") from None
+    except EngineFailed as error:
+        if not re.search("no such file|no adapter found|permission denied", str(error), re.IGNORECASE):
+            raise
+        raise EngineFailed(
+            f"{error}. Servers on other hosts, or in containers, need a folder that they and the trainer see under "
+            f"the same path: {KEY}.weights_folder"
+        ) from None
 
 
 class NCCLTransfer:
-    """Weights from GPU to GPU, by vLLM's own transfer engine. Needs vLLM in the trainer's environment, too.
+    """Weights of full tuning from GPU to GPU, by vLLM's own transfer. Needs vLLM in the trainer's environment, too.
 
-    vLLM drives it by the methods of a ``VLLMWeightSyncClient``, which are called in a thread of their own.
+    vLLM's engine takes it for its ``VLLMWeightSyncClient`` and its ``WeightSource``; it runs in a thread of its own.
 
     Args:
         servers: their ``workers`` counted; started with ``--weight-transfer-config '{"backend": "nccl"}'``.
@@ -122,59 +103,68 @@ class NCCLTransfer:
     def __init__(self, servers: Sequence[Server], loop: BackgroundLoop, address: str) -> None:
         self.servers, self.loop, self.address = servers, loop, address
         self._engine: Any = None
-        self._version = ""
-        self._ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
-    def push(self, policy: Policy, version: str, deadline_s: float) -> None:
+    async def push(self, policy: Policy, version: str) -> None:
         """Return when every worker has loaded the weights.
 
         A broadcast that misses a member never ends. It is therefore left behind in its thread as soon as a server
-        reports an error, or the time is up; the run cannot go on with these servers.
+        reports an error, or the caller gives up; the run cannot go on with these servers.
 
         Raises:
-            EngineFailed: a server is gone or refuses, the group cannot be made, or the time is up.
+            EngineFailed: a server is gone or refuses, or the group cannot be made.
         """
-        self._version, self._ended = version, queue.SimpleQueue()
-        if policy.device.type == "cuda":
-            torch.cuda.synchronize(policy.device)
-        threading.Thread(target=self._send, args=(policy,), name="balcap-weights", daemon=True).start()
+        self._policy, self._version, self._outcome = policy, version, Future[None]()
+        threading.Thread(target=self._send, name="balcap-weights", daemon=True).start()
         try:
-            error = self._ended.get(timeout=deadline_s)
-        except queue.Empty:
-            error = TimeoutError(f"nothing arrived within {_KEY}.deadline_s: {deadline_s:g} s")
-        if error is None:
-            return
-        self._engine = None
-        if isinstance(error, EngineFailed):
-            raise error
-        raise EngineFailed(
-            f"weights did not reach the vLLM servers {', '.join(s.name for s in self.servers)} by NCCL: "
-            f"{redact(str(error))}. The servers must reach this machine at {self.address}, on any port: set "
-            f"{_KEY}.group_host to another address. NCCL needs a GPU for each member and the same vLLM on both sides: "
-            f"{_KEY}.transfer_backend: folder does without"
-        ) from error
+            await asyncio.wrap_future(self._outcome)
+        except EngineFailed:
+            raise
+        except Exception as error:
+            raise EngineFailed(
+                f"weights did not reach the vLLM servers by NCCL: {redact(str(error))}. They must reach this machine "
+                f"at {self.address}, on any port: set {KEY}.group_host to another address. NCCL needs a GPU for each "
+                f"member and the same vLLM on both sides: {KEY}.transfer_backend: folder does without"
+            ) from error
 
-    def _send(self, policy: Policy) -> None:
-        ended = self._ended
+    def _send(self) -> None:
         try:
-            if policy.device.type == "cuda":
-                torch.cuda.set_device(policy.device)
+            if self._policy.device.type == "cuda":
+                torch.cuda.set_device(self._policy.device)
+                torch.cuda.synchronize()
                 # a broadcast that hangs must not hold up the stream that the checkpoint is written from
                 torch.cuda.set_stream(torch.cuda.Stream())
-            if self._engine is None:
-                self._engine = self._join(policy)
+            self._engine = self._engine or self._join()
             self._engine.send_weights()
-            ended.put(None)
         except BaseException as error:
-            ended.put(error)
+            self._end(error)
+        else:
+            self._end(None)
 
-    def _join(self, policy: Policy) -> Any:
+    def _end(self, error: BaseException | None) -> None:
+        if self._outcome.done():
+            return
+        if error is None:
+            self._outcome.set_result(None)
+        else:
+            self._outcome.set_exception(error)
+
+    def _join(self) -> Any:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         size = 1 + sum(server.workers for server in self.servers)
         info = NCCLTrainerInitInfo(self.address, free_port(), size, rank=0)
-        return WeightTransferTrainerFactory.trainer_init(info, client=self, source=_Weights(policy))
+        return WeightTransferTrainerFactory.trainer_init(info, client=self, source=self)
+
+    # what vLLM calls
+
+    def metadata(self) -> list[Any]:
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return trained_weights(self._policy)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         first, calls = init_info["rank_offset"], []
@@ -182,24 +172,21 @@ class NCCLTransfer:
             own = json.dumps(init_info | {"rank_offset": first})
             calls.append(server.rpc("balcap_join", init_info=own))
             first += server.workers
-        self._run(all_of(calls))
+        self._run(calls)
 
     def start_weight_update(self) -> None:
         """`update_weights` does it."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         info = json.dumps(update_info)
-        calls = [s.rpc("balcap_receive", update_info=info, version=self._version) for s in self.servers]
-        self._run(all_of(calls))
+        self._run([s.rpc("balcap_receive", update_info=info, version=self._version) for s in self.servers])
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """`update_weights` has done it."""
 
-    def _run(self, work: Coroutine[Any, Any, Any]) -> None:
+    def _run(self, calls: Sequence[Coroutine[Any, Any, Any]]) -> None:
         try:
-            self.loop.run(work)
+            self.loop.run(all_of(calls))
         except BaseException as error:
-            self._ended.put(
-                error
-            )  # vLLM's own thread would find out after the broadcast, which may never end
+            self._end(error)  # vLLM's engine would find out after the broadcast, which may never end
             raise

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,9 @@ from torch import Tensor
 
 ADAPTER_ID = 1
 """The one adapter of the engine: requests carry ``LoRARequest(lora_int_id=ADAPTER_ID, ...)``."""
+
+# It warns of every layer that a reload does not touch; here these are the frozen ones.
+logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
 
 
 class WeightSync:
@@ -58,7 +60,7 @@ class WeightSync:
         """
         self._balcap_version = None
         worker: Any = self
-        with torch.no_grad(), _silent_about_weights_left_out():
+        with torch.no_grad():
             worker.reload_weights(weights_iterator=iter(weights), is_checkpoint_format=True)
             _pack_tied_heads_again(worker.model_runner.model)
         self._balcap_version = version
@@ -96,10 +98,9 @@ class WeightSync:
         """Take the weights of the base model that the trainer sends through that group."""
         self._balcap_version = None
         worker: Any = self
-        with _silent_about_weights_left_out():
-            worker.start_weight_update()
-            worker.update_weights(json.loads(update_info))
-            worker.finish_weight_update()
+        worker.start_weight_update()
+        worker.update_weights(json.loads(update_info))
+        worker.finish_weight_update()
         self._balcap_version = version
 
 
@@ -123,23 +124,3 @@ def _check_all_adapted(adapters: Any) -> None:
             f"vLLM cannot adapt {', '.join(missing[:3])}{more} of {type(adapters.model).__name__}; leave it out of "
             "model.policy.lora.target_modules, or sample with balcap.rollout.HFGenerate"
         )
-
-
-@contextmanager
-def _silent_about_weights_left_out() -> Iterator[None]:
-    """vLLM warns of every layer that a reload does not touch; here these are the frozen ones."""
-    expected = ("Failed to load weights", "Following weights were not loaded")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not any(text in str(record.msg) for text in expected)
-
-    names = ("model_executor.model_loader.reload.layerwise", "model_executor.model_loader.reload.inplace")
-    # Before 0.30 or so the runner itself reloaded.
-    loggers = [logging.getLogger(f"vllm.{name}") for name in (*names, "v1.worker.gpu_model_runner")]
-    for logger in loggers:
-        logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(keep)

@@ -52,6 +52,7 @@ def test_the_flags_follow_from_the_run(capsys: pytest.CaptureFixture[str]):
     ]
     assert json.loads(flags["--mm-processor-kwargs"] or "") == {"size": own}
     assert "--enable-lora" not in flags
+    assert json.loads(flags["--weight-transfer-config"] or "") == {"backend": "nccl"}
     assert "--revision" not in flags
     engine = config["model"]["engine"]
     assert engine == {
@@ -79,6 +80,7 @@ def test_settings_of_the_run_change_them(capsys: pytest.CaptureFixture[str]):
     assert words[:2] == ["VLLM_SERVER_DEV_MODE=1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"]
     assert (flags["--max-lora-rank"], flags["--max-loras"]) == ("16", "1"), "the next rank that vLLM has"
     assert {"--enable-lora", "--enable-tower-connector-lora"} <= flags.keys()
+    assert "--weight-transfer-config" not in flags, "adapters travel as files"
     assert (flags["--dtype"], flags["--revision"], flags["--tokenizer-revision"]) == ("bfloat16", "v1", "v1")
     assert flags["--logprobs-mode"] == "processed_logprobs"
     assert json.loads(flags["--mm-processor-kwargs"] or "")["size"]["longest_edge"] == 12544
@@ -93,11 +95,10 @@ def test_the_process_becomes_the_server(monkeypatch: pytest.MonkeyPatch):
     calls = []
     monkeypatch.setattr(os, "execve", lambda *args: calls.append(args))
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: object())
-    versions = {"vllm": "0.33.0"}
-    monkeypatch.setattr(serve.importlib.metadata, "version", versions.__getitem__)
     main(["serve", *SHAPES])
     ((_, command, environment),) = calls
-    assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", str(ROOT / "assets/shapes-base")]
+    module = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+    assert command[1:5] == [*module, str(ROOT / "assets/shapes-base")]
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert environment["PATH"] == os.environ["PATH"]
 

@@ -21,8 +21,8 @@ pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vll
 
 from balcap.policy import LoraSettings
 from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm.inprocess import VLLMInProcess
 from balcap.rollout.vllm.client import free_port
+from balcap.rollout.vllm.inprocess import VLLMInProcess
 from tests.rollout.with_vllm.support import Load, Shared, draw, likeliest, own_logps, update
 from tests.tiny_models import mixed_batch, own_logits
 
