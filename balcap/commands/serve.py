@@ -120,8 +120,8 @@ def server_flags(policy: PolicyConfig, sampling: Sampling) -> list[str]:
     for name, value in arguments.items():
         if value is not None:
             words.append(f"--{name.replace('_', '-')}")
-        if value not in (None, True):
-            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
+            if value is not True:
+                words.append(json.dumps(value) if isinstance(value, dict) else str(value))
     return words
 
 
