@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,7 +24,6 @@ from balcap.types import CaptionBatch
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
     from balcap.policy.prompts import Prompts
-
 
 Request = tuple[dict[str, Any], dict[str, Any]]
 """vLLM's input for one image, and keyword arguments of ``SamplingParams``."""
@@ -44,9 +44,8 @@ class Ranks:
             return mine, 0
         everyone: list[list[Request]] = [[]] * self.size
         dist.all_gather_object(everyone, mine, group=self._group().cpu_group)
-        return [one for part in everyone for one in part], sum(
-            map(len, everyone[: self._group().rank_in_group])
-        )
+        before = everyone[: self._group().rank_in_group]
+        return list(chain(*everyone)), sum(map(len, before))
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any of these ranks."""
@@ -251,13 +250,15 @@ class VLLMInProcess(VLLMEngine):
         adapter = LoRARequest("balcap", ADAPTER_ID, "in memory") if has_adapter else None
         waiting: dict[str, int] = {}
         try:
-            ids = self._llm.enqueue(prompts, params, lora_request=adapter, use_tqdm=False)
+            with _failures_explained():
+                ids = self._llm.enqueue(prompts, params, lora_request=adapter, use_tqdm=False)
             # Newer versions append a random part to the id that outputs carry.
             waiting |= {str(request_id).split("-")[0]: index for index, request_id in enumerate(ids)}
             while engine.has_unfinished_requests() and not self._ranks.any(time.monotonic() > deadline):
-                for output in _step(engine):
-                    if output.finished:
-                        yield waiting.pop(output.request_id), output
+                with _failures_explained():
+                    outputs = engine.step()
+                for output in (output for output in outputs if output.finished):
+                    yield waiting.pop(output.request_id), output
             if waiting:
                 raise EngineFailed(
                     f"vLLM has captioned {len(requests) - len(waiting)} of {len(requests)} images after "
@@ -269,15 +270,16 @@ class VLLMInProcess(VLLMEngine):
                 engine.abort_request(list(waiting))
 
 
-def _step(engine: Any) -> list[Any]:
+@contextmanager
+def _failures_explained() -> Iterator[None]:
+    """EngineFailed where vLLM fails, in as many ways as a model can; none of them leaves an engine to go on with."""
     try:
-        return list(engine.step())
-    # A step fails in as many ways as a model can; none of them leaves an engine to go on with.
+        yield
     except Exception as error:
         if "does not use offset" in str(error):  # see balcap.rollout.vllm.start.whole_prompts
-            advice = f"on a CPU it cannot split prompts: set {KEY}.max_model_len to at most 32768"
+            advice = f"On a CPU it cannot split prompts: set {KEY}.max_model_len to at most 32768"
         else:
-            advice = f"out of memory: lower {KEY}.gpu_memory_utilization or data.batch_size"
+            advice = f"Out of memory: lower {KEY}.gpu_memory_utilization or data.batch_size"
         raise EngineFailed(
             f"vLLM failed while sampling: {type(error).__name__}: {error}. {advice}; else see VLLM_LOGGING_LEVEL=INFO"
         ) from error

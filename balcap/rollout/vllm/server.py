@@ -108,7 +108,7 @@ class VLLMServer(VLLMEngine):
             self._abouts = self._run(all_of(self._meet(server, policy) for server in self._servers))
         except EngineFailed as error:
             failure = str(error)
-        _raise_first(_of_all_ranks(failure))
+        _raise_together(failure)
 
     async def _meet(self, server: Server, policy: Policy) -> dict[str, Any]:
         await server.wait_until_up(self.start_timeout_s)
@@ -141,9 +141,8 @@ class VLLMServer(VLLMEngine):
                 self._run(self._push(policy, held))
             except Exception as error:  # the other ranks wait to hear
                 failure = str(error) if isinstance(error, EngineFailed) else repr(error)
-        held, failure = _of_all_ranks((held, failure))[0]
-        _raise_first([failure])
-        self._version, self._held = version, held
+        _raise_together(failure)
+        self._version, self._held = version, _of_all_ranks(held)[0]
 
     async def _push(self, policy: Policy, version: str) -> None:
         try:
@@ -269,11 +268,10 @@ class VLLMServer(VLLMEngine):
             ) from None
 
 
-def _raise_first(failures: Sequence[str | None]) -> None:
-    """EngineFailed with the first of these messages, where there is one."""
-    for failure in failures:
-        if failure is not None:
-            raise EngineFailed(failure)
+def _raise_together(failure: str | None) -> None:
+    """EngineFailed on all ranks where any has a failure; all must call it."""
+    if message := next(filter(None, _of_all_ranks(failure)), None):
+        raise EngineFailed(message)
 
 
 def _rank() -> int:

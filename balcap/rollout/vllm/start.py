@@ -11,14 +11,13 @@ from __future__ import annotations
 import gc
 import json
 import os
-import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from balcap.rollout.base import EngineFailed
 from balcap.rollout.vllm.client import EXTENSION, KEY, START, free_port
@@ -200,7 +199,7 @@ def start(policy: Policy, arguments: dict[str, Any]) -> Any:
         here |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
     else:
         here |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with _process_as_it_was(device), _environment(here):
+    with isolate_rng(include_cuda=device.type == "cuda"), _process_kept(here):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it says much, and most at every start
         try:
             from vllm import LLM
@@ -235,9 +234,7 @@ def end(llm: Any, had_distributed: bool) -> None:
         llm: the ``vllm.LLM``; the caller must drop its own reference.
         had_distributed: torch.distributed was initialised before the engine, and stays.
     """
-    with _groups_kept() if had_distributed else nullcontext():
-        llm.llm_engine.engine_core.shutdown()
-    _end_groups(had_distributed)
+    _end_groups(had_distributed, llm)
     del llm
     gc.unfreeze()  # vLLM froze what was alive when it started: its own model, too
     gc.collect()
@@ -245,56 +242,40 @@ def end(llm: Any, had_distributed: bool) -> None:
         torch.cuda.empty_cache()
 
 
-def _end_groups(had_distributed: bool) -> None:
-    """The groups of torch.distributed that vLLM made, however far it came."""
+def _end_groups(had_distributed: bool, llm: Any = None) -> None:
+    """End the groups of torch.distributed that vLLM made, however far it came, and none but these: vLLM itself ends all
+    of torch.distributed (0.32)."""
     from vllm.distributed import parallel_state
 
-    with _groups_kept() if had_distributed else nullcontext():
-        parallel_state.destroy_model_parallel()
-        parallel_state.destroy_distributed_environment()
-
-
-@contextmanager
-def _groups_kept() -> Iterator[None]:
-    """vLLM ends all of torch.distributed when it ends (0.32); here only the groups that it made."""
     destroy = dist.destroy_process_group
 
     def only_a_part(group: Any = None) -> None:
-        if group is not None:
+        if group is not None or not had_distributed:
             destroy(group)
 
     dist.destroy_process_group = only_a_part
     try:
-        yield
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_distributed_environment()
     finally:
         dist.destroy_process_group = destroy
 
 
 @contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set these; afterwards everything is as before, but for vLLM's own variables, which it may read again."""
-    before = dict(os.environ)
+def _process_kept(variables: dict[str, str]) -> Iterator[None]:
+    """Set these environment variables; afterwards the environment and torch's threads are as before, but for vLLM's own
+    variables, which it may read again."""
+    before, threads, set_threads = dict(os.environ), torch.get_num_threads(), torch.set_num_threads
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name in set(os.environ) - set(before):
+        for name in set(os.environ) | set(before):
             if not name.startswith("VLLM_") or name in variables:
-                del os.environ[name]
-        os.environ.update({k: v for k, v in before.items() if not k.startswith("VLLM_") or k in variables})
-
-
-@contextmanager
-def _process_as_it_was(device: torch.device) -> Iterator[None]:
-    """Random numbers of Python, NumPy and torch, and torch's threads, are as before."""
-    python, numpy = random.getstate(), np.random.get_state()
-    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+                os.environ.pop(name, None)
+                os.environ |= {name: before[name]} if name in before else {}
         torch.set_num_threads = set_threads
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
