@@ -68,13 +68,8 @@ class VLLMServer(VLLMEngine):
             problems.append(f"{KEY}.urls: {urls} must name at least one server, and each once")
         if bad := [url for url in urls if not url.startswith(("http://", "https://"))]:
             problems.append(f"{KEY}.urls: {bad} must begin with http:// or https://")
-        problems += [
-            f"{KEY}.{name}: {value} must be above 0"
-            for name, value in (("deadline_s", deadline_s), ("start_timeout_s", start_timeout_s))
-            if value <= 0
-        ]
-        if concurrency < 1:
-            problems.append(f"{KEY}.concurrency: {concurrency} must be at least 1")
+        limits = {"deadline_s": deadline_s, "start_timeout_s": start_timeout_s, "concurrency": concurrency}
+        problems += [f"{KEY}.{name}: {value} must be above 0" for name, value in limits.items() if value <= 0]
         if problems:
             raise ValueError("; ".join(problems))
         self.urls, self.transfer_backend, self.weights_folder = urls, transfer_backend, weights_folder

@@ -148,35 +148,25 @@ def test_the_trainers_own_process_group_is_used_and_kept(load: Load, shared: Sha
     policy = load()
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     try:
-        for _ in range(2):
-            engine = VLLMInProcess(enforce_eager=True)
-            engine.attach(policy)
-            engine.sync(policy, 1)
-            draw(engine, policy, 1)
-            engine.close()
-            assert dist.is_initialized()
-            dist.barrier()
+        engine = VLLMInProcess(enforce_eager=True)
+        engine.attach(policy)
+        engine.sync(policy, 1)
+        draw(engine, policy, 1)
+        engine.close()
+        assert dist.is_initialized()
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("limits", [{"max_pixels": 56**2}, {"min_pixels": 100**2}])
-def test_image_area_limits_of_the_config_reach_the_engine(load: Load, shared: Shared, limits: dict[str, int]):
-    policy = load(**limits)
+def test_image_area_limits_of_the_config_reach_the_engine(load: Load, shared: Shared):
+    policy = load(max_pixels=56**2)
     rollouts = draw(shared.get(policy), policy, 2)  # compares the prompts of all images
     torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=0)
-    usual = load()
     lengths = [
-        [p["input_ids"].shape[1] for p in each.encode(rollouts.batch).items] for each in (policy, usual)
+        [p["input_ids"].shape[1] for p in each.encode(rollouts.batch).items] for each in (policy, load())
     ]
     assert lengths[0] != lengths[1], "the limits change the prompts"
-
-
-def test_without_the_limits_the_engine_is_caught(load: Load, shared: Shared):
-    policy = load(max_pixels=56**2)
-    engine = shared.get(policy, options={"mm_processor_kwargs": None})
-    with pytest.raises(EngineFailed, match=r"sample 'img\d\.png': vLLM's prompt differs from the trainer's"):
-        draw(engine, policy, 2)
 
 
 # ── why it would not start ───────────────────────────────────────────────────────────────────────────
