@@ -54,14 +54,13 @@ test-newest:
 	$(NEWEST_BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]"
 	$(NEWEST_BIN)/python -m pytest; status=$$?; $(NEWEST_BIN)/python .ci/newer_than_lock.py; exit $$status
 
-# vLLM pins its own torch: an environment of its own. Both torch packages that it asks for beside
-# torchvision fail to load without CUDA, and captions need neither.
-VLLM_INSTALL = $(VLLM_BIN)/python -m pip install --quiet -r .ci/vllm.txt -e ".[dev]"
+# vLLM pins its own torch: an environment of its own, every package at the version in .ci/vllm.txt.
+VLLM_INSTALL = $(VLLM_BIN)/python -m pip install --quiet --no-deps -r .ci/vllm.txt
 $(VLLM_VENV)/.installed: pyproject.toml .ci/vllm.txt .ci/torchvision_operators.py
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
 	$(VLLM_INSTALL) || $(VLLM_INSTALL) --extra-index-url https://download.pytorch.org/whl/cpu
-	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps -e .
 	site=$$($(VLLM_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
 	  cp .ci/torchvision_operators.py $$site/ && echo "import torchvision_operators" > $$site/torchvision_operators.pth
 	touch $@

@@ -15,7 +15,7 @@ COMMANDS = {
     "recaption": ("balcap.recaption.cli", "main"),
     "cache": ("balcap.commands.ledger", "run_cache"),
     "ledger": ("balcap.commands.ledger", "run_ledger"),
-    "serve": ("balcap.rollout.serve", "main"),
+    "serve": ("balcap.commands.serve", "main"),
 }
 """Commands beside Lightning's own -> module and function that run them."""
 

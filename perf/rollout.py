@@ -149,9 +149,7 @@ def engines(case: Case, model: Path, data: Path) -> dict[str, Any]:
         RuntimeError: the engine's captions are not the policy's.
     """
     from balcap.data import CaptionDataModule
-    from balcap.rollout import Sampling
-    from balcap.rollout.hf import HFGenerate
-    from balcap.rollout.vllm_inprocess import VLLMInProcess
+    from balcap.rollout import HFGenerate, Sampling, VLLMInProcess
 
     policy = policy_of(case, model)
     module = CaptionDataModule(
@@ -217,19 +215,14 @@ def mismatch(case: Case, policy: Any, rollouts: Any) -> float:
 
 def weights(case: Case, policy: Any, vllm: Any) -> dict[str, float | None]:
     """Medians of seconds, and megabytes of one sync; sleeping and waking are None on a CPU."""
-    from balcap.rollout.weights import adapter_weights, trained_weights
-
-    tensors = (
-        adapter_weights(policy)[1].values() if policy.has_adapter else (t for _, t in trained_weights(policy))
-    )
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    size = sum(p.numel() * p.element_size() for p in policy.model.parameters() if p.requires_grad)
     seconds: dict[str, list[float]] = {"sync_s": [], "sleep_s": [], "wake_s": []}
     for version in range(1, case.runs + 1):
         wake = _timed(lambda: vllm._wake("weights"))
         seconds["sync_s"].append(_timed(lambda version=version: vllm.sync(policy, version)))
         if case.device == "cuda":
             seconds["wake_s"].append(wake + _timed(lambda: vllm._wake("kv_cache")))
-            seconds["sleep_s"].append(_timed(lambda: vllm._rest(policy)))
+            seconds["sleep_s"].append(_timed(lambda: vllm._sleep(policy)))
     return {"sync_mb": size / 1e6} | {key: median(each) if each else None for key, each in seconds.items()}
 
 
@@ -297,10 +290,10 @@ def fit(case: Case, engine: str, seed: int, model: Path, data: Path, out: Path) 
     if case.lora:
         options["model.policy.lora"] = json.dumps({"target_modules": LORA, "r": 16})
     if engine == VLLM:
-        options["model.engine"] = "balcap.rollout.vllm_inprocess.VLLMInProcess"
+        options["model.engine"] = "balcap.rollout.VLLMInProcess"
         options["model.engine.init_args.enforce_eager"] = str(case.device == "cpu").lower()
     else:
-        options["model.engine"] = "balcap.rollout.hf.HFGenerate"
+        options["model.engine"] = "balcap.rollout.HFGenerate"
         options["model.engine.init_args.max_sequences"] = case.at_once
     flags = [f"--{key}={value}" for key, value in options.items()]
     command = [sys.executable, "main.py", "fit", "--config", "configs/shapes.yaml", *flags]

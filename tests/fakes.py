@@ -10,7 +10,7 @@ import torch
 
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import Prompts
-from balcap.rollout import Finished, Sampling
+from balcap.rollout import OnGroupDone, Sampling
 from balcap.types import CaptionBatch, Rollouts
 from examples.shapes.oracle import Oracle
 
@@ -18,7 +18,7 @@ from examples.shapes.oracle import Oracle
 class FixedEngine:
     """Captions made from the reference, the same for the same image wherever and whenever it is sampled."""
 
-    exact = True
+    on_policy = True
 
     def __init__(self) -> None:
         self.policy: Policy | None = None
@@ -39,12 +39,12 @@ class FixedEngine:
         prompts: Prompts,
         num_captions: int,
         sampling: Sampling,
-        finished: Finished | None = None,
+        on_group_done: OnGroupDone | None = None,
     ) -> Rollouts:
         tokenizer = self.policy.encoder.tokenizer
         texts = [[self._caption(r, g) for g in range(num_captions)] for r in batch.references]
-        for row, captions in enumerate(texts if finished else []):
-            finished(row, captions)
+        for row, captions in enumerate(texts if on_group_done else []):
+            on_group_done(row, captions)
         ids = [[tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in group] for group in texts]
         width = max(len(row) for group in ids for row in group)
         tokens = torch.full((len(ids), num_captions, width), tokenizer.pad_token_id)

@@ -30,18 +30,20 @@ class Sampling:
 
     def problems(self, key: str = "model.sampling") -> Sequence[str]:
         """What is out of range, each with the key to change."""
-        found = []
+        problems = []
         if self.temperature <= 0:
-            found.append(f"{key}.temperature: {self.temperature} must be above 0; exploration needs sampling")
+            problems.append(
+                f"{key}.temperature: {self.temperature} must be above 0; exploration needs sampling"
+            )
         if not 0 < self.top_p <= 1:
-            found.append(f"{key}.top_p: {self.top_p} is outside (0, 1]")
+            problems.append(f"{key}.top_p: {self.top_p} is outside (0, 1]")
         if self.max_tokens < 1:
-            found.append(f"{key}.max_tokens: {self.max_tokens} must be at least 1")
-        return found
+            problems.append(f"{key}.max_tokens: {self.max_tokens} must be at least 1")
+        return problems
 
 
-Finished = Callable[[int, Sequence[str]], None]
-"""Told of an image as soon as its captions are complete: its row in the batch, and the ``[G]`` captions."""
+OnGroupDone = Callable[[int, Sequence[str]], None]
+"""Called with a row of the batch and its ``[G]`` captions, as soon as they are complete."""
 
 
 class EngineFailed(RunStopped):
@@ -56,11 +58,11 @@ class RolloutEngine(Protocol):
     """Samples captions. Image, video and vision tokens are banned while sampling.
 
     Attributes:
-        exact: True where the sampler's log-probs are the policy's own computation; else the two differ
+        on_policy: True where the sampler's log-probs are the policy's own computation; else the two differ
             by more than rounding, which training corrects (``model.importance_cap``).
     """
 
-    exact: bool
+    on_policy: bool
 
     def attach(self, policy: Policy) -> None:
         """Called once, when the policy is on its device."""
@@ -71,12 +73,12 @@ class RolloutEngine(Protocol):
         prompts: Prompts,
         num_captions: int,
         sampling: Sampling,
-        finished: Finished | None = None,
+        on_group_done: OnGroupDone | None = None,
     ) -> Rollouts:
         """`num_captions` captions for each image of the batch.
 
         Args:
-            finished: called once for every image, in any order, from the calling thread.
+            on_group_done: called once for every image, in any order, from the calling thread.
 
         Raises:
             EngineFailed: see there.

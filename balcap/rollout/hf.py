@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from balcap.rollout.base import Finished, Sampling
-from balcap.rollout.packing import pack, stop_token_ids, until_stop
+from balcap.rollout.base import OnGroupDone, Sampling
+from balcap.rollout.packing import group_texts, pack, stop_token_ids
 from balcap.types import CaptionBatch, Rollouts
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class _Recorder:
         return scores
 
     def finish(self, input_ids: Tensor) -> None:
-        """Book the token that was drawn from the scores seen last."""
+        """Record the log-prob of the token that was drawn from the scores seen last."""
         if self._last is not None:
             self.logps.append(self._last.gather(1, input_ids[:, -1:]))
             self._last = None
@@ -52,9 +52,8 @@ def _for_sampling(model: Any) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    inner = (
-        model.get_base_model() if hasattr(model, "get_base_model") else model
-    )  # peft's wrapper holds no settings
+    # peft's wrapper holds no settings
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     was_training, own = model.training, inner.generation_config
     model.eval()
     inner.generation_config = GenerationConfig()
@@ -72,7 +71,7 @@ class HFGenerate:
         max_sequences: captions per call of ``generate``; more are sampled in turns.
     """
 
-    exact = True
+    on_policy = True
 
     def __init__(self, max_sequences: int = 256) -> None:
         if max_sequences < 1:
@@ -97,7 +96,7 @@ class HFGenerate:
         prompts: Prompts,
         num_captions: int,
         sampling: Sampling,
-        finished: Finished | None = None,
+        on_group_done: OnGroupDone | None = None,
     ) -> Rollouts:
         """See `RolloutEngine.generate`; tensors come back on the CPU."""
         policy = self._policy
@@ -107,17 +106,17 @@ class HFGenerate:
         rows = [b for b in range(len(batch)) for _ in range(G)]
         tokens: list[Tensor] = []
         logps: list[Tensor] = []
-        told = 0
+        num_reported = 0
         with _for_sampling(policy.model):
             for start in range(0, len(rows), self.max_sequences):
                 turn = rows[start : start + self.max_sequences]
                 new_tokens, new_logps = self._turn(policy, prompts, turn, stop_ids, sampling)
                 tokens += new_tokens
                 logps += new_logps
-                while finished is not None and told < len(tokens) // G:
-                    done = [until_stop(t, stop_ids) for t in tokens[told * G : (told + 1) * G]]
-                    finished(told, encoder.texts(done))
-                    told += 1
+                while on_group_done is not None and num_reported < len(tokens) // G:
+                    group = tokens[num_reported * G : (num_reported + 1) * G]
+                    on_group_done(num_reported, group_texts(encoder, group, stop_ids))
+                    num_reported += 1
         return pack(encoder, batch, tokens, logps, stop_ids, sampling.max_tokens, self.version)
 
     def _turn(

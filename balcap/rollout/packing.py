@@ -28,6 +28,11 @@ def until_stop(tokens: Tensor, stop_ids: Sequence[int]) -> Tensor:
     return tokens[: int(stops[0]) + 1] if len(stops) else tokens
 
 
+def group_texts(encoder: PromptEncoder, tokens: Sequence[Tensor], stop_ids: Sequence[int]) -> list[str]:
+    """``[G]`` captions from the sampled tokens of one image, each ``[t]``; what follows an end token is left out."""
+    return encoder.texts([until_stop(one, stop_ids) for one in tokens])
+
+
 def pack(
     encoder: PromptEncoder,
     batch: CaptionBatch,

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from balcap.judge import Judge, JudgeStats, Judgments
 from balcap.rewards.suite import RewardSuite, merge
-from balcap.rollout import EngineFailed, Finished, RolloutEngine, Sampling
+from balcap.rollout import EngineFailed, OnGroupDone, RolloutEngine, Sampling
 from balcap.rollout.hf import HFGenerate
 from balcap.trainer.distributed import gather_objects, stop_together
 from balcap.trainer.timeline import Timeline
@@ -166,7 +166,7 @@ class RolloutPipeline:
     @property
     def needs_importance_correction(self) -> bool:
         """Whether the sampler's distribution is another than the trainer's at the start of an update."""
-        return self.lag > 0 or not self.engine.exact
+        return self.lag > 0 or not self.engine.on_policy
 
     def judge_stats(self) -> JudgeStats:
         """Of this process."""
@@ -215,7 +215,7 @@ class RolloutPipeline:
         batch: CaptionBatch,
         prompts: Prompts,
         num_captions: int,
-        finished: Finished | None = None,
+        on_group_done: OnGroupDone | None = None,
         resumed: Rollouts | None = None,
     ) -> Rollouts:
         """Captions from the engine, unless there are some already; an engine that fails ends the run on all ranks."""
@@ -223,7 +223,7 @@ class RolloutPipeline:
         try:
             if rollouts is None:
                 engine = self.started_engine()
-                rollouts = engine.generate(batch, prompts, num_captions, self.sampling, finished)
+                rollouts = engine.generate(batch, prompts, num_captions, self.sampling, on_group_done)
         except EngineFailed as error:
             failure = error
         stop_together(self.trainer, failure)

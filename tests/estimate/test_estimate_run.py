@@ -60,7 +60,7 @@ def test_the_estimate_is_within_a_fifth_of_what_the_run_spends(run: Run, paid: P
 
 
 def test_the_policy_is_sampled_without_the_runs_servers(run: Run, paid: Paid, tmp_path: Path) -> None:
-    server = ["--model.engine", "balcap.rollout.vllm_server.VLLMServer"]
+    server = ["--model.engine", "balcap.rollout.VLLMServer"]
     server += ["--model.engine.init_args.urls", '["http://127.0.0.1:9"]']
     data = _estimate(run, paid, tmp_path, "--sample_policy", "true", *server)
     assert _sums(_figures(data)) == pytest.approx(_sums(paid.tasks), rel=0.2)

@@ -28,7 +28,7 @@ def test_every_engine_goes_with_every_run(
     cli = ParsedCLI(args=["fit", "--config", str(config), "--config", str(overlay), *local])
     assert isinstance(cli.model.engine, RolloutEngine)
     wanted = yaml.safe_load(overlay.read_text())["model"]["engine"]["class_path"]
-    assert f"{type(cli.model.engine).__module__}.{type(cli.model.engine).__name__}" == wanted
+    assert f"balcap.rollout.{type(cli.model.engine).__name__}" == wanted
 
 
 def test_overlays_name_their_command():

@@ -6,13 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
-from balcap.rollout.weights import adapter_weights, trained_weights
+from balcap.rollout.vllm.weights import trained_weights, weight_files
 
 Load = Callable[..., Policy]
 
@@ -51,33 +50,35 @@ def test_tied_weights_are_named_once():
     assert names.count("model.embed_tokens.weight") == 1
 
 
-def test_an_adapter_is_what_peft_saves(load: Load, tmp_path: Path):
+def test_an_adapter_is_written_as_peft_saves_it(load: Load):
     policy = load(lora=LoraSettings(target_modules=["q_proj", "down_proj"], r=4, alpha=12))
-    for parameter in policy.model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter)
-    policy.model.save_pretrained(tmp_path)
-    config, tensors = adapter_weights(policy)
-    disk = load_file(tmp_path / "adapter_model.safetensors")
-    assert tensors.keys() == disk.keys()
-    assert all(torch.equal(tensors[name], disk[name]) for name in disk)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert json.loads(json.dumps(config)).keys() >= {"r", "lora_alpha", "target_modules", "bias"}
-    assert {k: config[k] for k in ("r", "lora_alpha", "bias")} == {
-        k: saved[k] for k in ("r", "lora_alpha", "bias")
-    }
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter)
+    with weight_files(policy, None) as folder:
+        disk = load_file(f"{folder}/adapter_model.safetensors")
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+    assert sorted(float(t.sum()) for t in disk.values()) == sorted(float(p.detach().sum()) for p in trained)
     assert (config["r"], config["lora_alpha"]) == (4, 12)
+    assert not Path(folder).exists()
 
 
-@pytest.mark.parametrize("lora", [None, LoraSettings(target_modules=["q_proj"], r=2)])
-def test_values_follow_the_policy(load: Load, lora: LoraSettings | None):
-    policy = load(lora=lora)
-    first = {
-        p: v.clone()
-        for p, v in (adapter_weights(policy)[1] if lora else dict(trained_weights(policy))).items()
-    }
+def test_weights_are_written_into_the_folder_that_servers_share(load: Load, tmp_path: Path):
+    policy = load()
+    with weight_files(policy, str(tmp_path)) as folder:
+        assert Path(folder).parent == tmp_path
+        assert Path(folder).stat().st_mode & 0o055 == 0o055, "servers may run under another name"
+        disk = load_file(f"{folder}/model.safetensors")
+    sent = dict(trained_weights(policy))
+    assert disk.keys() == sent.keys()
+    assert all(torch.equal(disk[name], sent[name]) for name in disk)
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_follow_the_policy(load: Load):
+    policy = load()
+    first = {name: tensor.clone() for name, tensor in trained_weights(policy)}
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter += 1
-    again = adapter_weights(policy)[1] if lora else dict(trained_weights(policy))
-    assert all(torch.equal(again[name], first[name] + 1) for name in first)
+    assert all(torch.equal(tensor, first[name] + 1) for name, tensor in trained_weights(policy))

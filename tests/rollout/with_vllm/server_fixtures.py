@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -19,8 +20,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from balcap.rollout.transfer import RemoteWeightSync
+from balcap.rollout.vllm.worker import WeightSync
 from tests.support import ROOT
 
 SCALED = {"shortest_edge": 56**2, "longest_edge": 112**2}  # by the tiny Qwen2.5-VL
@@ -126,19 +128,27 @@ def pool(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]) -> 
 # ── a server that only speaks like one ───────────────────────────────────────────────────────────────
 
 
-class FakeWorker(RemoteWeightSync):
-    """A worker without a model: it keeps what it is sent. The transfer itself is the real one."""
+class FakeWorker(WeightSync):
+    """A worker without a model: it keeps what it is sent.
 
-    def __init__(self, rank: int, workers: int, model: str) -> None:
-        self.rank, self.device = rank, torch.device("cpu")
+    Attributes:
+        weights: of the last load, by name.
+        adapter: config and tensors of the adapter last loaded.
+        fails: message of the error that the next load raises.
+        group: what it was asked to join, and the tensors that others broadcast to it (NCCL).
+    """
+
+    def __init__(self, model: str, workers: int = 1) -> None:
+        self.device = torch.device("cpu")
         self.weights: dict[str, torch.Tensor] = {}
         self.adapter: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
-        self.fails_after: int | None = None  # tensors
+        self.fails: str | None = None
+        self.group: dict[str, Any] = {}
+        self.incoming: queue.SimpleQueue[tuple[str, torch.Tensor]] = queue.SimpleQueue()
         self.vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(
                 model=model,
                 revision=None,
-                dtype=torch.float32,
                 logprobs_mode="raw_logprobs",
                 max_model_len=2048,
                 multimodal_config=SimpleNamespace(mm_processor_kwargs={"size": SCALED}),
@@ -147,18 +157,41 @@ class FakeWorker(RemoteWeightSync):
             parallel_config=SimpleNamespace(world_size=workers, data_parallel_size=1),
         )
 
-    def balcap_load(self, weights: Any, version: int) -> int:
-        self._balcap_version = -1
-        for count, (name, tensor) in enumerate(weights):
-            if count == self.fails_after:
-                raise KeyError(f"no parameter is called {name}")
-            self.weights[name] = tensor.clone()
+    def balcap_load(self, weights: Any, version: int | str) -> None:
+        self._fail_if_asked()
+        self.weights = {name: tensor.clone() for name, tensor in weights}
         self._balcap_version = version
-        return version
 
-    def balcap_adapter(self, config: dict[str, Any], weights: dict[str, torch.Tensor], version: int) -> int:
-        self.adapter, self._balcap_version = (config, {k: v.clone() for k, v in weights.items()}), version
-        return version
+    def balcap_load_adapter(self, folder: str, version: int | str) -> None:
+        self._fail_if_asked()
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+        self.adapter = config, load_file(f"{folder}/adapter_model.safetensors")
+        self._balcap_version = version
+
+    def _fail_if_asked(self) -> None:
+        self._balcap_version = None
+        if self.fails is not None:
+            raise KeyError(self.fails)
+
+    # what vLLM's own worker does for a transfer by NCCL
+
+    def shutdown_weight_transfer_engine(self) -> None: ...
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.group = init_info
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._fail_if_asked()
+        for name, dtype, shape in zip(
+            *(update_info[k] for k in ("names", "dtype_names", "shapes")), strict=True
+        ):
+            sent, tensor = self.incoming.get(timeout=10)
+            assert (sent, str(tensor.dtype), list(tensor.shape)) == (name, f"torch.{dtype}", shape)
+            self.weights[name] = tensor.clone()
+
+    def finish_weight_update(self) -> None: ...
 
 
 class FakeServer:
@@ -175,7 +208,7 @@ class FakeServer:
     """
 
     def __init__(self, model: str, workers: int = 1, tokens: tuple[int, ...] = (20, 21, 3)) -> None:
-        self.workers = [FakeWorker(rank, workers, model) for rank in range(workers)]
+        self.workers = [FakeWorker(model, workers) for _ in range(workers)]
         self.model, self.tokens = model, tokens
         self.replies: dict[str, tuple[int, Any]] = {}
         self.hangs: set[str] = set()
@@ -223,7 +256,10 @@ class FakeServer:
             self.most_at_once = max(self.most_at_once, self._at_once)
             time.sleep(self.delay_s)
             self._at_once -= 1
-        status, reply = self.replies.get(request.path) or (200, self._reply(request.path, body))
+        try:
+            status, reply = self.replies.get(request.path) or (200, self._reply(request.path, body))
+        except Exception as error:  # as vLLM does
+            status, reply = 500, {"error": {"message": f"Call to collective_rpc method failed: {error}"}}
         data = json.dumps(reply).encode() if reply is not None else b""
         try:
             request.send_response(status)
@@ -239,17 +275,8 @@ class FakeServer:
             adapters = [{"id": name, "parent": self.model} for name in self.adapters]
             return {"data": [{"id": self.model, "parent": None}, *adapters]}
         if path == "/collective_rpc":
-            results: list[Any] = [None] * len(self.workers)
-
-            def call(i: int) -> None:
-                results[i] = getattr(self.workers[i], body["method"])(**body.get("kwargs", {}))
-
-            threads = [threading.Thread(target=call, args=(i,)) for i in range(len(self.workers))]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            return {"results": results}
+            method, arguments = body["method"], body["kwargs"]
+            return {"results": [getattr(worker, method)(**arguments) for worker in self.workers]}
         if path == "/v1/load_lora_adapter":
             self.adapters.append(body["lora_name"])
         if path == "/v1/chat/completions":

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from balcap.policy.policy import Policy
-from balcap.rollout import Sampling
+from balcap.rollout import RolloutEngine, Sampling
 from balcap.rollout.hf import HFGenerate
-from balcap.rollout.vllm_inprocess import VLLMInProcess
+from balcap.rollout.vllm.inprocess import VLLMInProcess
 from balcap.types import CaptionBatch, Rollouts
 from tests.tiny_models import _loud as loud
 from tests.tiny_models import mixed_batch
@@ -85,19 +85,19 @@ def everything_trained(policy: Policy) -> Iterator[None]:
 
 
 def draw(
-    engine: VLLMInProcess | HFGenerate,
+    engine: RolloutEngine,
     policy: Policy,
     num_captions: int = 3,
     batch: CaptionBatch | None = None,
     seed: int = 0,
-    finished: Any = None,
+    on_group_done: Any = None,
     **how: Any,
 ) -> Rollouts:
     """Captions of three images of different sizes, or of `batch`."""
     batch = batch or mixed_batch()
     torch.manual_seed(seed)
     sampling = Sampling(**({"max_tokens": 8} | how))
-    return engine.generate(batch, policy.encode(batch), num_captions, sampling, finished)
+    return engine.generate(batch, policy.encode(batch), num_captions, sampling, on_group_done)
 
 
 def likeliest(policy: Policy, **how: Any) -> Rollouts:

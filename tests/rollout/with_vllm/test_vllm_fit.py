@@ -20,7 +20,7 @@ from tests.support import ROOT, metrics
 Arguments = Callable[..., list[str]]
 
 ENGINE = {
-    "model.engine": "balcap.rollout.vllm_inprocess.VLLMInProcess",
+    "model.engine": "balcap.rollout.VLLMInProcess",
     "model.engine.enforce_eager": True,
 }
 LORA = {"model.policy.lora": "{r: 4, target_modules: [q_proj, v_proj, down_proj]}"}
@@ -56,20 +56,20 @@ def test_a_run_learns_from_vllms_captions_and_resumes(
         **ENGINE,
         **tuning,
         "model.policy.model": base,
-        "trainer.max_steps": 3,
+        "trainer.max_steps": 2,
         "trainer.precision": "bf16-mixed",
     }
     cli(fit_arguments(**options))
     first = steps(tmp_path / "run")
-    assert len(first) == 3
+    assert len(first) == 2
     for row in first:
         assert float(row["train/staleness"]) == 0
         # bfloat16 against float32; another prompt, image or set of weights would be off by far more
         assert float(row["train/mismatch_mean"]) < 0.1
         assert float(row["train/caption_tokens"]) > 1
-    cli([*fit_arguments(**{**options, "trainer.max_steps": 5}), "--ckpt_path", "last"])
+    cli([*fit_arguments(**{**options, "trainer.max_steps": 3}), "--ckpt_path", "last"])
     rows = steps(tmp_path / "run")
-    assert [int(row["step"]) for row in rows[-2:]] == [3, 4]
+    assert [int(row["step"]) for row in rows] == [0, 1, 2]
     assert float(rows[-1]["train/mismatch_mean"]) < 0.1
     assert not torch.distributed.is_initialized()
 

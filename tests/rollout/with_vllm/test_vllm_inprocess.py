@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vllm")
 
@@ -11,7 +15,8 @@ from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout import RolloutEngine
 from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm_inprocess import VLLMInProcess
+from balcap.rollout.vllm.inprocess import VLLMInProcess
+from balcap.rollout.vllm.weights import weight_files
 from tests.rollout.test_hf_generate import check_ends
 from tests.rollout.with_vllm.support import Load, Shared, draw, likeliest, louder, own_logps, update
 from tests.tiny_models import batch_of, mixed_batch, picture
@@ -33,7 +38,7 @@ def policy(load: Load) -> Policy:
 def test_captions_end_where_they_must_and_log_probs_are_the_policys(policy: Policy, shared: Shared):
     engine = shared.get(policy)
     assert isinstance(engine, RolloutEngine)
-    assert not engine.exact
+    assert not engine.on_policy
     rollouts = draw(engine, policy, 8, max_tokens=10)
     assert rollouts.token_ids.shape[:2] == (3, 8)
     assert rollouts.truncated.any()
@@ -87,15 +92,15 @@ def test_mixed_precision_of_the_trainer_does_not_reach_the_engine(policy: Policy
     assert torch.equal(rollouts.sampler_logps, expected.sampler_logps)
 
 
-def test_images_are_told_once_when_their_captions_are_complete(policy: Policy, shared: Shared):
-    told: dict[int, list[str]] = {}
+def test_each_group_is_reported_once_when_its_captions_are_complete(policy: Policy, shared: Shared):
+    reported: dict[int, list[str]] = {}
 
-    def finished(row: int, captions: list[str]) -> None:
-        assert row not in told
-        told[row] = list(captions)
+    def on_group_done(row: int, captions: list[str]) -> None:
+        assert row not in reported
+        reported[row] = list(captions)
 
-    rollouts = draw(shared.get(policy), policy, finished=finished)
-    assert told == dict(enumerate(rollouts.captions))
+    rollouts = draw(shared.get(policy), policy, on_group_done=on_group_done)
+    assert reported == dict(enumerate(rollouts.captions))
 
 
 def test_sampling_defaults_of_the_hub_do_not_leak(policy: Policy, shared: Shared):
@@ -160,10 +165,10 @@ def test_a_prompt_that_differs_names_the_sample(policy: Policy, shared: Shared):
     )  # one image token less
     from balcap.rollout import Sampling
 
-    told: list[int] = []
+    reported: list[int] = []
     with pytest.raises(EngineFailed, match=r"sample 'img1\.png': vLLM's prompt differs.*min_pixels"):
-        engine.generate(batch, prompts, 2, Sampling(max_tokens=4), lambda row, captions: told.append(row))
-    assert 1 not in told, "its captions are not judged"
+        engine.generate(batch, prompts, 2, Sampling(max_tokens=4), lambda row, captions: reported.append(row))
+    assert 1 not in reported, "its captions are not judged"
     assert draw(engine, policy).token_ids.shape[0] == 3, "what was under way is aborted"
 
 
@@ -193,7 +198,7 @@ def test_a_step_that_fails_ends_the_run(policy: Policy, shared: Shared, monkeypa
 
 
 def test_captions_that_vllm_would_cut_are_refused(policy: Policy, shared: Shared):
-    with pytest.raises(EngineFailed, match=r"sample 'img0\.png'.*make \d+ tokens, vLLM's limit is 2048"):
+    with pytest.raises(EngineFailed, match=r"sample 'img0\.png'.*make \d+ tokens, the limit of vLLM is 2048"):
         draw(shared.get(policy), policy, max_tokens=2048)
 
 
@@ -250,15 +255,17 @@ def test_a_module_that_vllm_cannot_adapt_is_named(
     policy = load(lora=ADAPTER)
     engine = shared.get(policy)
     draw(engine, policy, 1)
-    from balcap.rollout import vllm_inprocess
 
-    def renamed(policy: Policy):
-        config, tensors = real(policy)
-        return config, {name.replace("v_proj", "w_proj"): tensor for name, tensor in tensors.items()}
+    @contextmanager
+    def of_another_layer(policy: Policy, root: str | None) -> Iterator[str]:
+        with weight_files(policy, root) as folder:
+            tensors = load_file(f"{folder}/adapter_model.safetensors")
+            tensors = {name.replace("layers.1.", "layers.9."): tensor for name, tensor in tensors.items()}
+            save_file(tensors, f"{folder}/adapter_model.safetensors")
+            yield folder
 
-    real = vllm_inprocess.adapter_weights
-    monkeypatch.setattr(vllm_inprocess, "adapter_weights", renamed)
-    with pytest.raises(EngineFailed, match=r"vLLM cannot adapt .*w_proj.*target_modules"):
+    monkeypatch.setattr("balcap.rollout.vllm.inprocess.weight_files", of_another_layer)
+    with pytest.raises(EngineFailed, match=r"vLLM cannot adapt .*layers\.9.*target_modules"):
         engine.sync(policy, 1)
-    with pytest.raises(EngineFailed, match="holds weights of version -1, the policy is at 1"):
+    with pytest.raises(EngineFailed, match="holds weights of version None, the policy is at 1"):
         draw(engine, policy, 1)

@@ -13,8 +13,9 @@ pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vll
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm_http import Server
-from balcap.rollout.vllm_server import VLLMServer
+from balcap.rollout.vllm.client import Server
+from balcap.rollout.vllm.requests import chat_settings
+from balcap.rollout.vllm.server import VLLMServer
 from tests.rollout.test_hf_generate import check_ends
 from tests.rollout.with_vllm.server_fixtures import LORA, LORA_PIXELS, Pool, pool  # noqa: F401
 from tests.rollout.with_vllm.support import (
@@ -70,16 +71,20 @@ def with_adapter(load: Load) -> Policy:
 
 
 def test_captions_end_where_they_must_and_log_probs_are_the_policys(policy: Policy, connect: Connect):
-    told: list[tuple[int, list[str]]] = []
+    reported: list[tuple[int, list[str]]] = []
     rollouts = draw(
-        connect(policy), policy, 8, max_tokens=10, finished=lambda row, texts: told.append((row, list(texts)))
+        connect(policy),
+        policy,
+        8,
+        max_tokens=10,
+        on_group_done=lambda row, texts: reported.append((row, list(texts))),
     )
     assert rollouts.token_ids.shape[:2] == (3, 8)
     assert rollouts.truncated.any()
     assert not rollouts.truncated.all()
     check_ends(policy, rollouts, 10)
     assert len(set(rollouts.captions[0])) > 4, "the captions of an image are drawn apart"
-    assert dict(told) == dict(enumerate(rollouts.captions))
+    assert dict(reported) == dict(enumerate(rollouts.captions))
     torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=0)
 
 
@@ -123,7 +128,7 @@ def test_banned_tokens_are_never_sampled(policy: Policy, connect: Connect, monke
         # log-probs are those before the ban, as in training
         torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=1e-4)
     assert rollouts.sampler_logps.min() < -100
-    monkeypatch.setattr("balcap.rollout.vllm_chat.banned_words", lambda encoder: [])
+    monkeypatch.setattr("balcap.rollout.vllm.requests.banned_words", lambda encoder: [])
     unbanned = draw(engine, policy, 8, max_tokens=1).token_ids
     assert torch.isin(unbanned, torch.tensor(banned)).float().mean() > 0.3, "the ban did it"
 
@@ -175,9 +180,7 @@ def test_a_server_that_another_run_took_is_caught_and_can_be_taken_back(policy: 
     with pytest.raises(EngineFailed, match=f"{second.urls[0]} does not hold .*another run"):
         draw(first, policy)
     assert draw(second, policy).weights_version == 0
-    with pytest.raises(EngineFailed, match=f"{second.urls[0]} could not run .* has joined another run"):
-        first.sync(policy, 3)
-    first.sync(policy, 3)  # its group broke as a member left it; this makes another
+    first.sync(policy, 3)
     assert draw(first, policy).weights_version == 3
 
 
@@ -206,9 +209,9 @@ def test_the_servers_own_words_are_passed_on(
     policy: Policy, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ):
     engine = connect(policy, servers=1)
-    real = __import__("balcap.rollout.vllm_server", fromlist=["chat_settings"]).chat_settings
     monkeypatch.setattr(
-        "balcap.rollout.vllm_server.chat_settings", lambda *args: real(*args) | {"max_tokens": -1}
+        "balcap.rollout.vllm.server.chat_settings",
+        lambda *args: chat_settings(*args) | {"max_tokens": -1},
     )
     with pytest.raises(
         EngineFailed, match=r"/v1/chat/completions with HTTP 400: max_tokens must be at least 1"

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from balcap.cli import ConfigError
-from balcap.rollout import serve
+from balcap.commands import serve
 from main import main
 from tests.support import ROOT
 
@@ -42,7 +42,7 @@ def shown(
 def test_the_flags_follow_from_the_run(capsys: pytest.CaptureFixture[str]):
     config, words, flags = shown(capsys, "--show", "--port", "8123")
     assert words[:4] == ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", str(ROOT / "assets/shapes-base")]
-    assert flags["--worker-extension-cls"] == "balcap.rollout.transfer.RemoteWeightSync"
+    assert flags["--worker-extension-cls"] == "balcap.rollout.vllm.worker.WeightSync"
     assert flags["--dtype"] == "float32"
     assert flags["--logprobs-mode"] == "raw_logprobs"
     assert flags["--generation-config"] == "vllm"
@@ -52,10 +52,11 @@ def test_the_flags_follow_from_the_run(capsys: pytest.CaptureFixture[str]):
     ]
     assert json.loads(flags["--mm-processor-kwargs"] or "") == {"size": own}
     assert "--enable-lora" not in flags
+    assert json.loads(flags["--weight-transfer-config"] or "") == {"backend": "nccl"}
     assert "--revision" not in flags
     engine = config["model"]["engine"]
     assert engine == {
-        "class_path": "balcap.rollout.vllm_server.VLLMServer",
+        "class_path": "balcap.rollout.VLLMServer",
         "init_args": {"urls": ["http://127.0.0.1:8123"]},
     }
 
@@ -79,6 +80,7 @@ def test_settings_of_the_run_change_them(capsys: pytest.CaptureFixture[str]):
     assert words[:2] == ["VLLM_SERVER_DEV_MODE=1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"]
     assert (flags["--max-lora-rank"], flags["--max-loras"]) == ("16", "1"), "the next rank that vLLM has"
     assert {"--enable-lora", "--enable-tower-connector-lora"} <= flags.keys()
+    assert "--weight-transfer-config" not in flags, "adapters travel as files"
     assert (flags["--dtype"], flags["--revision"], flags["--tokenizer-revision"]) == ("bfloat16", "v1", "v1")
     assert flags["--logprobs-mode"] == "processed_logprobs"
     assert json.loads(flags["--mm-processor-kwargs"] or "")["size"]["longest_edge"] == 12544
@@ -93,11 +95,10 @@ def test_the_process_becomes_the_server(monkeypatch: pytest.MonkeyPatch):
     calls = []
     monkeypatch.setattr(os, "execve", lambda *args: calls.append(args))
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: object())
-    versions = {"vllm": "0.33.0"}
-    monkeypatch.setattr(serve.importlib.metadata, "version", versions.__getitem__)
     main(["serve", *SHAPES])
     ((_, command, environment),) = calls
-    assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", str(ROOT / "assets/shapes-base")]
+    module = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+    assert command[1:5] == [*module, str(ROOT / "assets/shapes-base")]
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert environment["PATH"] == os.environ["PATH"]
 
@@ -127,7 +128,7 @@ def test_the_overlay_replaces_the_engine_of_a_run(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit, match="0"):
         main([*args, "--print_config"])
     engine = yaml.safe_load(capsys.readouterr().out)["model"]["engine"]
-    assert engine["class_path"] == "balcap.rollout.vllm_server.VLLMServer"
+    assert engine["class_path"] == "balcap.rollout.VLLMServer"
     assert engine["init_args"]["urls"] == ["http://a:1", "http://b:2"]
     assert "max_sequences" not in engine["init_args"]
 

@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vllm")
 
-from balcap.rollout.vllm_server import VLLMServer
+from balcap.rollout.vllm.server import VLLMServer
 from tests.rollout.with_vllm.server_fixtures import LORA, LORA_PIXELS, Pool, VLLMProcess, pool  # noqa: F401
 from tests.support import ROOT, metrics
 
@@ -32,7 +32,7 @@ def served(fit_arguments: Arguments, folders: dict[str, Path]) -> Arguments:
     def arguments(servers: list[VLLMProcess], **options: Any) -> list[str]:
         engine = {
             "model.policy.model": folders["qwen"],
-            "model.engine": "balcap.rollout.vllm_server.VLLMServer",
+            "model.engine": "balcap.rollout.VLLMServer",
             "model.engine.urls": f"[{','.join(server.url for server in servers)}]",
             "model.engine.start_timeout_s": 20,
             "model.engine.deadline_s": 60,
@@ -48,8 +48,8 @@ def steps(run: Path) -> list[dict[str, str]]:
 
 def held(server: VLLMProcess) -> int:
     """The version of the weights that the server reports."""
-    reply = httpx.post(f"{server.url}/collective_rpc", json={"method": "balcap_about"}, trust_env=False)
-    return int(reply.json()["results"][0]["version"])
+    reply = httpx.post(f"{server.url}/collective_rpc", json={"method": "balcap_version"}, trust_env=False)
+    return int(reply.json()["results"][0].rpartition("-")[2])
 
 
 def test_a_server_that_is_killed_ends_the_run_with_a_checkpoint_and_a_new_one_goes_on(

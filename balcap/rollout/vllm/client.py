@@ -1,11 +1,13 @@
-"""One vLLM server over HTTP: what is asked of it, and what its refusals mean for the person who started it."""
+"""One vLLM server over HTTP, and what its refusals mean for the person who started it."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from balcap.rollout.base import EngineFailed
@@ -14,26 +16,20 @@ from balcap.utils.redact import redact
 if TYPE_CHECKING:
     import httpx
 
+T = TypeVar("T")
+
+KEY = "model.engine.init_args"
 START = "python main.py serve --config <the run's config>"
+EXTENSION = "balcap.rollout.vllm.worker.WeightSync"
+"""Class that vLLM mixes into its workers."""
+
 ADAPTER = "balcap"
 """Name under which requests ask for the adapter."""
 
 _POLL_S = 1.0
 _CONNECT_S = 20.0
 _RESET_S = 30.0
-
-
-class WorkerFailed(EngineFailed):
-    """A method of the worker extension says that it could not do its work.
-
-    Args:
-        message: as of any EngineFailed.
-        kind: name of the worker's exception.
-    """
-
-    def __init__(self, message: str, kind: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+_CHAT = "/v1/chat/completions"
 
 
 class Server:
@@ -63,47 +59,43 @@ class Server:
 
     async def wait_until_up(self, timeout_s: float) -> None:
         """Return when the server is ready to sample."""
+        import httpx
+
         give_up = time.monotonic() + timeout_s
         while True:
             try:
                 reply = await self._client().get("/health", timeout=_CONNECT_S)
                 if reply.status_code == 200:
                     return
-                last = f"it answers HTTP {reply.status_code}"
-            except self._errors() as error:
-                last = _words(error)
+                reason = f"it answers HTTP {reply.status_code}"
+            except httpx.TransportError as error:
+                reason = _describe(error)
             if time.monotonic() >= give_up:
                 raise EngineFailed(
-                    f"no vLLM server is up at {self.name} after {timeout_s:g} s ({last}). Start it with: {START}; or "
-                    "change model.engine.init_args.urls. A server that takes longer to load: "
-                    "model.engine.init_args.start_timeout_s"
+                    f"no vLLM server is up at {self.name} after {timeout_s:g} s ({reason}). Start it with: {START}; or "
+                    f"change {KEY}.urls. A server that takes longer to load: "
+                    f"{KEY}.start_timeout_s"
                 )
             await asyncio.sleep(min(_POLL_S, max(0.0, give_up - time.monotonic())))
 
     async def models(self) -> list[dict[str, Any]]:
         """Models and adapters that the server knows, as ``/v1/models`` lists them."""
-        found: list[dict[str, Any]] = (await self._ask("GET", "/v1/models"))["data"]
-        return found
+        models: list[dict[str, Any]] = (await self._ask("GET", "/v1/models"))["data"]
+        return models
 
     async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer of ``/v1/chat/completions``."""
+        """The answer to a request for captions."""
         self.busy += 1
         try:
-            answer: dict[str, Any] = await self._ask("POST", "/v1/chat/completions", body)
+            answer: dict[str, Any] = await self._ask("POST", _CHAT, body)
         finally:
             self.busy -= 1
         return answer
 
-    async def rpc(self, method: str, request: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    async def rpc(self, method: str, **arguments: str) -> list[Any]:
         """Run a method of the worker extension in every worker; their results."""
-        body: dict[str, Any] = {"method": method}
-        if request is not None:
-            body["kwargs"] = {"request": json.dumps(request)}
-        results: list[dict[str, Any]] = (await self._ask("POST", "/collective_rpc", body))["results"]
-        for result in results:
-            if error := result.get("error"):
-                said = f"the vLLM server {self.name} could not run {method}: {redact(error)}"
-                raise WorkerFailed(said, result["kind"])
+        body = {"method": method, "kwargs": arguments}
+        results: list[Any] = (await self._ask("POST", "/collective_rpc", body))["results"]
         return results
 
     async def add_adapter(self) -> None:
@@ -115,7 +107,7 @@ class Server:
     async def reset_caches(self) -> None:
         """Forget what older weights computed: keys and values of prefixes, and images through the vision tower."""
         give_up = time.monotonic() + _RESET_S
-        # A reset fails while blocks are in use. vLLM 0.22 does not tell; 0.32 does, and another try is worth it.
+        # A reset fails while blocks are in use. vLLM 0.22 does not say so; 0.32 does, and another try is worth it.
         while not ((await self._ask("POST", "/reset_prefix_cache")) or {}).get("success", True):
             if time.monotonic() > give_up:
                 raise EngineFailed(
@@ -145,56 +137,88 @@ class Server:
             )
         return self._http
 
-    @staticmethod
-    def _errors() -> tuple[type[Exception], ...]:
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         import httpx
 
-        return (httpx.TransportError,)
-
-    async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         try:
             reply = await self._client().request(method, path, json=body)
-        except self._errors() as error:
+        except httpx.TransportError as error:
             raise EngineFailed(
-                f"the vLLM server {self.name} is gone ({_words(error)}); its own log says why. Start it again "
+                f"the vLLM server {self.name} is gone ({_describe(error)}); its own log says why. Start it again "
                 f"with: {START}"
             ) from None
         if reply.status_code >= 400:
-            raise EngineFailed(self._refused(path, body, reply.status_code, _their_words(reply.text)))
+            what = f"{path} ({body['method']})" if path == "/collective_rpc" and body else path
+            said = f"the vLLM server {self.name} answers {what} with HTTP {reply.status_code}: {_message(reply.text)}"
+            advice = _advice(path, body or {}, reply.status_code)
+            raise EngineFailed(f"{said}. {advice}, or start it with: {START}" if advice else said)
         is_json = reply.headers.get("content-type", "").startswith("application/json")
         return reply.json() if is_json else None
 
-    def _refused(self, path: str, body: dict[str, Any] | None, status: int, words: str) -> str:
-        """What a refusal means."""
-        way_out = ""
-        if path == "/v1/load_lora_adapter" and status == 404:
-            way_out = "set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
-        elif path == "/v1/load_lora_adapter":
-            way_out = "start it with no --lora-modules of your own: the run's adapter must be the only one"
-        elif status == 404 and path != "/v1/chat/completions":
-            way_out = "set VLLM_SERVER_DEV_MODE=1 in its environment"
-        elif path == "/collective_rpc" and body and body["method"] == "balcap_about":
-            way_out = "start it with --worker-extension-cls balcap.rollout.transfer.RemoteWeightSync"
-        elif status == 401:
-            way_out = "name the environment variable with its key in model.engine.init_args.api_key_env"
-        elif path == "/v1/chat/completions" and body and body["model"] == ADAPTER and status == 404:
-            way_out = "if it was started with --api-server-count, leave that out"
-        said = f"the vLLM server {self.name} answers {path} with HTTP {status}: {words}"
-        return f"{said}. {way_out[0].upper()}{way_out[1:]}, or start it with: {START}" if way_out else said
+
+def _advice(path: str, body: dict[str, Any], status: int) -> str:
+    """What a refusal means."""
+    if status == 401:
+        return f"Name the environment variable with its key in {KEY}.api_key_env"
+    if path == "/v1/load_lora_adapter":
+        if status == 404:
+            return "Set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
+        return "Start it with no --lora-modules of your own: the run's adapter must be the only one"
+    if path == _CHAT:
+        lost = status == 404 and body["model"] == ADAPTER
+        return "If it was started with --api-server-count, leave that out" if lost else ""
+    if status == 404:
+        return "Set VLLM_SERVER_DEV_MODE=1 in its environment"
+    if body.get("method") == "balcap_about":
+        return f"Start it with --worker-extension-cls {EXTENSION}"
+    return ""
 
 
-def _words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return redact(f"{type(error).__name__}: {error}".rstrip(": "))
 
 
-def _their_words(text: str) -> str:
+def _message(text: str) -> str:
     """The message in the body of an error; bodies differ between endpoints and versions."""
     try:
-        found = json.loads(text)
+        body = json.loads(text)
     except ValueError:
         return redact(text)
-    while isinstance(found, dict) and (
-        inner := found.get("error") or found.get("message") or found.get("detail")
+    while isinstance(body, dict) and (
+        inner := body.get("error") or body.get("message") or body.get("detail")
     ):
-        found = inner
-    return redact(found if isinstance(found, str) else json.dumps(found))
+        body = inner
+    return redact(body if isinstance(body, str) else json.dumps(body))
+
+
+# ── several servers ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, in order; the first error cancels the rest and is raised as it is."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def address_towards(host: str, port: int) -> str:
+    """The IP address by which this machine reaches `host`. Nothing is sent.
+
+    Raises:
+        OSError: there is no such host, or no way to it.
+    """
+    family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(target)
+        return str(probe.getsockname()[0])
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,170 @@
+"""What is asked of vLLM for an image, in process and over HTTP. Nothing here imports vLLM.
+
+Servers are asked at ``/v1/chat/completions``: of vLLM's endpoints it is the one that takes an image and returns token
+ids in all of 0.22 to 0.33. The server renders the chat template itself; the prompt ids that it returns are compared
+with the trainer's.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from balcap.rollout.base import EngineFailed, Sampling
+from balcap.rollout.packing import stop_token_ids
+
+if TYPE_CHECKING:
+    from balcap.policy.policy import Policy
+    from balcap.policy.prompts import PromptEncoder
+
+BAN = -1e30
+"""Added to a logit, leaves no probability in float32, whatever the logit is; unlike -inf, JSON can carry it."""
+
+COLDEST, HOTTEST = 0.01, 2.0
+"""Temperatures that vLLM samples at; it would raise a lower one in silence."""
+
+
+def sampling_settings(policy: Policy, sampling: Sampling, num_captions: int) -> dict[str, Any]:
+    """What vLLM's ``SamplingParams`` and its HTTP endpoints have in common.
+
+    They draw from the policy's distribution at the temperature, and from nothing that the hub's generation config
+    adds. Token ids of the result end with the stop token.
+
+    Raises:
+        EngineFailed: vLLM cannot sample at this temperature.
+    """
+    if not COLDEST <= sampling.temperature <= HOTTEST:
+        raise EngineFailed(
+            f"model.sampling.temperature: vLLM samples between {COLDEST} and {HOTTEST}, not at "
+            f"{sampling.temperature}; change it, or sample with balcap.rollout.HFGenerate"
+        )
+    off = {"top_k": 0, "min_p": 0.0, "min_tokens": 0, "repetition_penalty": 1.0}
+    off |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    return off | {
+        "n": num_captions,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_tokens,
+        "stop_token_ids": stop_token_ids(policy),
+        "ignore_eos": True,  # those ids are all that ends a caption
+    }
+
+
+# ── in process ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def prompt_request(item: dict[str, Tensor], image: Image.Image, image_token_id: int) -> dict[str, Any]:
+    """vLLM's input for one image: its prompt ids, with each run of image tokens made one, which vLLM expands again.
+
+    Args:
+        item: of `Prompts.items`.
+        image: what the policy sees.
+        image_token_id: of the policy.
+    """
+    runs = groupby(item["input_ids"].flatten().tolist())
+    ids = [i for token, run in runs for i in ([token] if token == image_token_id else run)]
+    return {"prompt_token_ids": ids, "multi_modal_data": {"image": image}}
+
+
+def token_settings(policy: Policy, settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Keyword arguments of ``SamplingParams`` for one image, from `sampling_settings`."""
+    return settings | {
+        "logit_bias": dict.fromkeys(policy.encoder.banned_token_ids, BAN),
+        "logprobs": 0,  # of the sampled token alone
+        "seed": seed,
+        "detokenize": False,
+    }
+
+
+# ── over HTTP ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def chat_settings(policy: Policy, settings: dict[str, Any]) -> dict[str, Any]:
+    """The part of a request that is the same for all images of a batch, from `sampling_settings`.
+
+    Raises:
+        EngineFailed: a token cannot be banned.
+    """
+    return settings | {
+        # The endpoint cuts logit_bias off at -100, which a sure enough policy overcomes.
+        "bad_words": banned_words(policy.encoder),
+        "logprobs": True,
+        "top_logprobs": 0,  # the sampled token's alone
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "add_special_tokens": template_lacks_bos(policy.encoder),
+    }
+
+
+def chat_request(
+    settings: dict[str, Any], model: str | None, image: Image.Image, prompt: str, seed: int
+) -> dict[str, Any]:
+    """The body of a request for one image; without `model` it is for the base model."""
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url(image)}},
+        {"type": "text", "text": prompt},
+    ]
+    return settings | {"model": model, "messages": [{"role": "user", "content": content}], "seed": seed}
+
+
+def chat_answer(
+    answer: dict[str, Any], num_captions: int, server: str
+) -> tuple[list[int], list[Tensor], list[Tensor]]:
+    """Prompt ids, and token ids and log-probs of G captions, ``[t]`` each, from the answer to a request.
+
+    Raises:
+        EngineFailed: they are not all there; names the server.
+    """
+    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    tokens = [torch.tensor(choice.get("token_ids") or [], dtype=torch.long) for choice in choices]
+    steps = [(choice.get("logprobs") or {}).get("content") or [] for choice in choices]
+    logps = [torch.tensor([step["logprob"] for step in caption]) for caption in steps]
+    ends = {choice["finish_reason"] for choice in choices}
+    counts, num_logps = [len(row) for row in tokens], [len(row) for row in logps]
+    if len(choices) != num_captions or counts != num_logps or not ends <= {"stop", "length"}:
+        raise EngineFailed(
+            f"the vLLM server {server} returned {len(choices)} captions of {counts} tokens with {num_logps} log-probs, "
+            f"which ended by {sorted(map(str, ends))}; asked for were {num_captions} captions. Is its version one of "
+            "0.22 to 0.33?"
+        )
+    return answer["prompt_token_ids"], tokens, logps
+
+
+def data_url(image: Image.Image) -> str:
+    """The pixels as a PNG, without loss and without what else a file may say, such as a rotation or a palette."""
+    plain = Image.frombytes("RGB", image.size, image.convert("RGB").tobytes())
+    out = io.BytesIO()
+    plain.save(out, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def banned_words(encoder: PromptEncoder) -> list[str]:
+    """The tokens that must not be sampled, each as the text that is this one token: what ``bad_words`` takes.
+
+    Raises:
+        EngineFailed: a token has no such text.
+    """
+    words = []
+    for token_id in encoder.banned_token_ids:
+        word = encoder.tokenizer.convert_ids_to_tokens(token_id)
+        if not word or encoder.tokenizer.encode(word, add_special_tokens=False) != [token_id]:
+            raise EngineFailed(
+                f"token {token_id} ({word!r}) of model.policy.model must not be sampled, and cannot be named to a vLLM "
+                "server; sample with balcap.rollout.VLLMInProcess or balcap.rollout.HFGenerate"
+            )
+        words.append(word)
+    return words
+
+
+def template_lacks_bos(encoder: PromptEncoder) -> bool:
+    """Whether the tokenizer adds what a prompt begins with; where the template writes it, it would be there twice."""
+    bos = encoder.tokenizer.bos_token
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    text = encoder.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return not (bos and text.startswith(bos))
