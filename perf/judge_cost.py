@@ -66,7 +66,7 @@ from balcap.rollout import Sampling
 from balcap.rollout.hf import HFGenerate
 from balcap.types import CaptionBatch
 from examples.shapes.captions import QUESTIONS, reference
-from examples.shapes.draw import draw_scene, png_bytes
+from examples.shapes.scene import draw_scene, png_bytes
 from examples.shapes.oracle import answer
 from examples.shapes.scene import sample_scene
 

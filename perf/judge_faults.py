@@ -48,7 +48,7 @@ from balcap.judge import Verdict
 from balcap.rewards import b_capscore
 from balcap.rewards.precision import score_precision
 from balcap.rewards.recall import score_recall
-from examples.shapes.draw import scene_of
+from examples.shapes.scene import scene_of
 from examples.shapes.fluency import rate
 from examples.shapes.language import covered, is_pointable, is_true, read_facts
 from examples.shapes.summary import validations
