@@ -9,17 +9,17 @@ vision tower is frozen, as in our runs. bfloat16 autocast over float32 weights w
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -30,8 +30,9 @@ from balcap.policy import PolicyConfig
 from balcap.policy.loading import load_model, load_processor, prepare
 from balcap.policy.prompts import PromptEncoder
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
-from balcap.rewards.suite import merge
-from perf.pipeline import ROOT, Case, Step, recipe
+from balcap.types import CaptionBatch
+from perf.pipeline import Case, Step
+from perf.report import CONFIG, ROOT, rollouts_of_texts
 
 
 class Clock(TrainerCallback):
@@ -73,16 +74,9 @@ class Clock(TrainerCallback):
         )
         self._begin()
 
-    def generation(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        """The same ``generate``; what a step does up to its end is rollout."""
-
-        @functools.wraps(generate)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            out = generate(*args, **kwargs)
-            self.rollout = time.perf_counter() - self.began
-            return out
-
-        return timed
+    def end_rollout(self) -> None:
+        """What the step has done so far is rollout."""
+        self.rollout = time.perf_counter() - self.began
 
 
 def reward_function(
@@ -98,7 +92,7 @@ def reward_function(
     Args:
         captions: G; each image's stand together.
         stop_ids: tokens that end a caption.
-        clock: told of seconds, tokens and what is missing.
+        clock: counts seconds, tokens and missing judgments.
     """
 
     async def reward(
@@ -110,31 +104,32 @@ def reward_function(
         **_: Any,
     ) -> list[float | None]:
         started = time.perf_counter()
-        groups = [
-            suite.gather_group(
-                judge,
-                sample_id[i],
-                image_bytes[i],
-                reference[i],
-                [message[0]["content"].strip() for message in completions[i : i + captions]],
-            )
-            for i in range(0, len(completions), captions)
-        ]
-        futures = [asyncio.wrap_future(judge.submit(group)) for group in groups]
-        judgments = merge(await asyncio.gather(*futures))
+        texts = [message[0]["content"].strip() for message in completions]
+        lengths = [len(ids) - (len(ids) > 0 and ids[-1] in stop_ids) for ids in completion_ids]
+        ids, files, references = (list(x[::captions]) for x in (sample_id, image_bytes, reference))
+        batch = CaptionBatch(ids, [], files, [], references)
+        rollouts = rollouts_of_texts(batch, list(batched(texts, captions)), list(batched(lengths, captions)))
+        judgments = await asyncio.to_thread(suite.gather, judge, rollouts)
         clock.judge += time.perf_counter() - started
         clock.missing += sum(judgments.failures.values())
-        lengths = [len(ids) - (len(ids) > 0 and ids[-1] in stop_ids) for ids in completion_ids]
         clock.tokens = sum(lengths) / len(lengths)
-        rewards = suite(None, judgments).flatten(0, 1)  # [B * G, K]
+        rewards = suite(rollouts, judgments).flatten(0, 1)  # [B * G, K]
         share = torch.tensor([weights.get(name, 0.0) for name in suite.names])
+        missing = rewards.isnan().all(-1).tolist()
         sums = (rewards * share).nansum(-1).tolist()
-        return [
-            None if gone else total
-            for total, gone in zip(sums, rewards.isnan().all(-1).tolist(), strict=True)
-        ]
+        return [None if gone else total for total, gone in zip(sums, missing, strict=True)]
 
     return reward
+
+
+def batched(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """`size` of them at a time."""
+    return (values[i : i + size] for i in range(0, len(values), size))
+
+
+def recipe() -> dict[str, Any]:
+    """The config of the embedded world."""
+    return dict(yaml.safe_load((ROOT / CONFIG).read_text()))
 
 
 def rows(case: Case, seed: int, run_dir: Path) -> Dataset:
@@ -152,12 +147,11 @@ def rows(case: Case, seed: int, run_dir: Path) -> Dataset:
     module.setup("fit")
     examples = []
     for batch in itertools.islice(module.train_dataloader(), case.updates):
-        for i, prompt in enumerate(batch.prompts):
+        columns = (batch.prompts, batch.images, batch.sample_ids, batch.image_bytes, batch.references)
+        for prompt, *values in zip(*columns, strict=True):
+            names = ("image", "sample_id", "image_bytes", "reference")
             question = [{"role": "user", "content": prompt}]
-            file = {"image_bytes": batch.image_bytes[i], "reference": batch.references[i]}
-            examples.append(
-                {"prompt": question, "image": batch.images[i], "sample_id": batch.sample_ids[i], **file}
-            )
+            examples.append({"prompt": question, **dict(zip(names, values, strict=True))})
     return Dataset.from_list(examples)
 
 
@@ -223,7 +217,14 @@ def train(case: Case, seed: int, url: str, out: Path) -> list[Step]:
         processing_class=processor,
         callbacks=[clock],
     )
-    model.generate = clock.generation(model.generate)
+    generate = model.generate
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        out = generate(*args, **kwargs)
+        clock.end_rollout()
+        return out
+
+    model.generate = timed
     trainer.train()
     judge.close()
     return clock.steps
