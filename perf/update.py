@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import logging
 import multiprocessing
 import os
 import statistics
@@ -105,7 +104,7 @@ class Result:
 
     @property
     def title(self) -> str:
-        return f"{SIZES[self.case.size][0]} {self.parameters / 1e6:.0f}M, P {self.prompt}, G {self.case.captions}"
+        return f"{SIZES[self.case.size]['name']} {self.parameters / 1e6:.0f}M, P {self.prompt}, G {self.case.captions}"
 
     @property
     def agrees(self) -> bool:
@@ -300,12 +299,11 @@ def plan(options: Namespace) -> list[tuple[Case, list[str]]]:
 
 
 def _quiet() -> None:
-    from transformers.utils import logging as of_transformers
+    from transformers.utils import logging
 
     warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
-    of_transformers.set_verbosity_error()
-    of_transformers.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def main() -> None:

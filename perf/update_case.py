@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from balcap.policy import LoraSettings, PolicyConfig
@@ -20,51 +21,7 @@ from tests import tiny_models as tiny
 QUESTION = "Describe the image in detail."
 LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-TEXT = "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads vocab_size"
-QWEN_VISION = "depth hidden_size intermediate_size num_heads fullatt_block_indexes"
-CLIP_VISION = "num_hidden_layers hidden_size intermediate_size num_attention_heads projection_dim"
-
-
-def _named(names: str, *values: Any, **more: Any) -> dict[str, Any]:
-    return dict(zip(names.split(), values, strict=True)) | more
-
-
-def _qwen_text(*values: int, sections: list[int], **more: Any) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
-    return _named(TEXT, *values, rms_norm_eps=1e-6, rope_parameters=rope, **more)
-
-
-LARGE_VISION = _named(QWEN_VISION, 32, 1280, 3420, 16, [7, 15, 23, 31])
-
-# name, text, vision. The large ones as in the config.json of Qwen/Qwen2.5-VL-*B-Instruct and
-# llava-hf/llava-1.5-7b-hf; the small ones have the proportions of Qwen2.5-VL-3B.
-SIZES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "30m": (
-        "Qwen2.5-VL",
-        _qwen_text(8, 512, 1280, 8, 2, 4096, sections=[8, 12, 12]),
-        _named(QWEN_VISION, 5, 256, 688, 4, [1, 4]),
-    ),
-    "llava30m": (
-        "LLaVA-1.5",
-        _named(TEXT, 7, 512, 1280, 8, 8, 4096),
-        _named(CLIP_VISION, 6, 256, 1024, 4, 256),
-    ),
-    "3b": (
-        "Qwen2.5-VL-3B",
-        _qwen_text(36, 2048, 11008, 16, 2, 151936, sections=[16, 24, 24], tie_word_embeddings=True),
-        LARGE_VISION,
-    ),
-    "7b": (
-        "Qwen2.5-VL-7B",
-        _qwen_text(28, 3584, 18944, 28, 4, 152064, sections=[16, 24, 24]),
-        LARGE_VISION,
-    ),
-    "llava7b": (
-        "LLaVA-1.5-7B",
-        _named(TEXT, 32, 4096, 11008, 32, 32, 32064, rms_norm_eps=1e-5),
-        _named(CLIP_VISION, 24, 1024, 4096, 16, 768),
-    ),
-}
+SIZES: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "models.yaml").read_text())
 
 
 @dataclass(frozen=True)
@@ -149,10 +106,8 @@ def _image_tokens(case: Case, processor: Any) -> int:
 
 def _config(case: Case, small: Any, tokens: int) -> Any:
     """The config of a tiny model, in this case's size."""
-    _, text, vision = SIZES[case.size]
+    text, vision = SIZES[case.size]["text"], SIZES[case.size]["vision"] | {"patch_size": 14}
     tied = text.get("tie_word_embeddings", False)
-    text = text | {"max_position_embeddings": 4096}
-    vision = vision | {"patch_size": 14}
     if case.family == "llava":
         vision["image_size"] = 14 * math.isqrt(tokens)
         text, vision = type(small.text_config)(**text), type(small.vision_config)(**vision)
@@ -174,6 +129,6 @@ def work_of(case: Case, model: Any, processor: Any) -> Work:
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(case.shortest, case.longest + 1, (64,), generator=generator)[: case.captions]
     batch = tiny.batch_of([image], [QUESTION])
-    rollouts = tiny.rollouts_of(batch, [lengths.tolist()], range(20, SIZES[case.size][1]["vocab_size"]))
+    rollouts = tiny.rollouts_of(batch, [lengths.tolist()], range(20, SIZES[case.size]["text"]["vocab_size"]))
     advantages = torch.randn(1, 64, generator=generator)[:, : case.captions]
     return Work(rollouts, PromptEncoder(processor, model.config).encode(batch), advantages)
