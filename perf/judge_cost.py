@@ -26,7 +26,6 @@ prefix      short, where the provider has every prefix in its cache that it has 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import math
@@ -34,10 +33,9 @@ import os
 import sqlite3
 import sys
 import tempfile
-from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +67,7 @@ PRICES = {  # US$ per 1M tokens, 2026-11-23; the cached ones from litellm's pric
     "gpt-4o-mini": Price(input=0.15, output=0.60, cached=0.075),
     "gpt-5-mini": Price(input=0.25, output=2.00, cached=0.025),
 }
+IMAGE_TOKENS = {"gpt-4o-mini": 2833 + 2 * 5667, "gpt-5-mini": 360}  # of 640 x 480 pixels, see above
 PREFIX = "-prefix"  # of a model's name: the provider has a prefix cache
 MODES = ("per_rollout", "group", "second_epoch")
 
@@ -86,34 +85,15 @@ def encoding() -> Any:
     return tiktoken.get_encoding("o200k_base")
 
 
-@lru_cache(maxsize=4096)
-def text_tokens(text: str) -> int:
-    return len(encoding().encode(text, disallowed_special=()))
-
-
-@lru_cache(maxsize=256)
-def image_tokens(model: str, url: str) -> int:
-    """Of a picture in a ``data:`` URL."""
-    width, height = Image.open(io.BytesIO(b64decode(url.partition(",")[2]))).size
-    if model.startswith("gpt-4o-mini"):
-        scale = min(1.0, 2048 / max(width, height), 768 / min(width, height))
-        tiles = math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
-        return 2833 + 5667 * tiles
-    patches = math.ceil(width / 32) * math.ceil(height / 32)
-    assert patches <= 1536, "larger pictures are scaled down first"
-    return round(1.2 * patches)
-
-
 def pieces(model: str, messages: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int]]:
     """The prompt in its order: (content, tokens) of texts, in pieces of a prefix cache, and of pictures."""
     for message in messages:
-        parts: list[dict[str, Any]] = [{"type": "text", "text": message["content"]}]
-        if not isinstance(message["content"], str):
-            parts = message["content"]
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         yield message["role"], 3
         for part in parts:
             if part["type"] == "image_url":
-                yield part["image_url"]["url"], image_tokens(model, part["image_url"]["url"])
+                yield part["image_url"]["url"], IMAGE_TOKENS[model.removesuffix(PREFIX)]
             else:
                 ids = encoding().encode(part["text"], disallowed_special=())
                 yield from ((str(ids[i : i + 128]), len(ids[i : i + 128])) for i in range(0, len(ids), 128))
@@ -132,7 +112,8 @@ class Metered(litellm.CustomLLM):
         response.choices[0].message.content = content
         response.choices[0].finish_reason = "stop"
         prompt = list(pieces(model, messages))
-        asked, said = sum(tokens for _, tokens in prompt), text_tokens(content)
+        asked = sum(tokens for _, tokens in prompt)
+        said = len(encoding().encode(content, disallowed_special=()))
         response.usage = litellm.Usage(
             prompt_tokens=asked,
             completion_tokens=said,

@@ -55,7 +55,11 @@ def device_name(device: str = "cpu") -> str:
     """What the figures were measured on."""
     import torch
 
-    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {os.cpu_count()} cores"
+    return (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
 
 
 def seconds_of(action: Callable[[], Any]) -> float:

@@ -8,8 +8,9 @@ import itertools
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -168,17 +169,10 @@ class Trl:
         G, T = work.rollouts.token_ids.shape[1:]
         return G * (work.prompts.items[0]["input_ids"].shape[1] + T)
 
-    @contextmanager
-    def _head(self) -> Iterator[None]:
-        from trl.trainer import utils
-
-        before = utils._use_triton
-        if self.compact:
-            utils._use_triton = lambda device: True  # which positions; the kernels have a switch of their own
-        try:
-            yield
-        finally:
-            utils._use_triton = before
+    def _head(self) -> AbstractContextManager[Any]:
+        """Which positions go through the head; TRL's kernels have a switch of their own."""
+        patched = mock.patch("trl.trainer.utils._use_triton", return_value=True)
+        return patched if self.compact else nullcontext()
 
 
 def variant(name: str, model: Any, processor: Any, case: Case) -> Any:
