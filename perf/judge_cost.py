@@ -25,11 +25,7 @@ prefix      short, where the provider has every prefix in its cache that it has 
 
 from __future__ import annotations
 
-# ruff: noqa: E402  the project's root must be on the path first
-import argparse
-import asyncio
 import hashlib
-import io
 import json
 import logging
 import math
@@ -37,48 +33,43 @@ import os
 import sqlite3
 import sys
 import tempfile
-from base64 import b64decode
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from itertools import product
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
 import litellm
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 from balcap.judge import Judge
 from balcap.judge.client import Price
 from balcap.policy import PolicyConfig
 from balcap.policy.policy import Policy
-from balcap.rewards import Linguistic, Precision, Recall
-from balcap.rewards.suite import RewardSuite, merge
+from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
 from balcap.rollout import Sampling
 from balcap.rollout.hf import HFGenerate
-from balcap.types import CaptionBatch
+from balcap.types import CaptionBatch, Rollouts
 from examples.shapes.captions import QUESTIONS, reference
-from examples.shapes.draw import draw_scene, png_bytes
 from examples.shapes.oracle import answer
-from examples.shapes.scene import sample_scene
+from examples.shapes.scene import draw_scene, png_bytes, sample_scene
+from perf.report import ROOT, arguments, report, rollouts_of_texts
 
 G = 8
 SCENES_PER_LONG_CAPTION = 3
 JUDGE_SIZE = (640, 480)
-MODELS = ("gpt-4o-mini", "gpt-5-mini")
 PRICES = {  # US$ per 1M tokens, 2026-11-23; the cached ones from litellm's price table of that day
     "gpt-4o-mini": Price(input=0.15, output=0.60, cached=0.075),
     "gpt-5-mini": Price(input=0.25, output=2.00, cached=0.025),
 }
+IMAGE_TOKENS = {"gpt-4o-mini": 2833 + 2 * 5667, "gpt-5-mini": 360}  # of 640 x 480 pixels, see above
 PREFIX = "-prefix"  # of a model's name: the provider has a prefix cache
+MODES = ("per_rollout", "group", "second_epoch")
 
 
 # ---- what the provider bills
@@ -94,34 +85,15 @@ def encoding() -> Any:
     return tiktoken.get_encoding("o200k_base")
 
 
-@lru_cache(maxsize=4096)
-def text_tokens(text: str) -> int:
-    return len(encoding().encode(text, disallowed_special=()))
-
-
-@lru_cache(maxsize=256)
-def image_tokens(model: str, url: str) -> int:
-    """Of a picture in a ``data:`` URL."""
-    width, height = Image.open(io.BytesIO(b64decode(url.partition(",")[2]))).size
-    if model.startswith("gpt-4o-mini"):
-        scale = min(1.0, 2048 / max(width, height), 768 / min(width, height))
-        tiles = math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
-        return 2833 + 5667 * tiles
-    patches = math.ceil(width / 32) * math.ceil(height / 32)
-    assert patches <= 1536, "larger pictures are scaled down first"
-    return round(1.2 * patches)
-
-
 def pieces(model: str, messages: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int]]:
     """The prompt in its order: (content, tokens) of texts, in pieces of a prefix cache, and of pictures."""
     for message in messages:
-        parts: list[dict[str, Any]] = [{"type": "text", "text": message["content"]}]
-        if not isinstance(message["content"], str):
-            parts = message["content"]
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         yield message["role"], 3
         for part in parts:
             if part["type"] == "image_url":
-                yield part["image_url"]["url"], image_tokens(model, part["image_url"]["url"])
+                yield part["image_url"]["url"], IMAGE_TOKENS[model.removesuffix(PREFIX)]
             else:
                 ids = encoding().encode(part["text"], disallowed_special=())
                 yield from ((str(ids[i : i + 128]), len(ids[i : i + 128])) for i in range(0, len(ids), 128))
@@ -140,7 +112,8 @@ class Metered(litellm.CustomLLM):
         response.choices[0].message.content = content
         response.choices[0].finish_reason = "stop"
         prompt = list(pieces(model, messages))
-        asked, said = sum(tokens for _, tokens in prompt), text_tokens(content)
+        asked = sum(tokens for _, tokens in prompt)
+        said = len(encoding().encode(content, disallowed_special=()))
         response.usage = litellm.Usage(
             prompt_tokens=asked,
             completion_tokens=said,
@@ -163,21 +136,6 @@ class Metered(litellm.CustomLLM):
 # ---- what is judged
 
 
-@dataclass(frozen=True)
-class Picture:
-    """What a judge is asked about.
-
-    Attributes:
-        image: PNG of 640 x 480 pixels, the scene in its text chunk.
-        reference: its reference caption.
-        captions: ``[G]`` of the policy.
-    """
-
-    image: bytes
-    reference: str
-    captions: list[str]
-
-
 def world(scenes: int) -> CaptionBatch:
     """Scenes as the policy sees them, with the judge's larger files."""
     images, files, references, prompts = [], [], [], []
@@ -197,27 +155,27 @@ def sample(batch: CaptionBatch, seed: int) -> list[list[str]]:
     engine = HFGenerate()
     engine.attach(policy)
     torch.manual_seed(seed)
-    found: list[Any] = []
+    captions: list[Any] = []
     for start in range(0, len(batch), 32):
         part = batch.select(range(start, min(start + 32, len(batch))))
-        found += engine.generate(part, policy.encode(part), G, Sampling(max_tokens=128)).captions
-    return found
+        captions += engine.generate(part, policy.encode(part), G, Sampling(max_tokens=128)).captions
+    return captions
 
 
-def short(batch: CaptionBatch, captions: list[list[str]], images: int) -> list[Picture]:
-    return [Picture(batch.image_bytes[i], batch.references[i], captions[i]) for i in range(images)]
+def short(batch: CaptionBatch, captions: list[list[str]], images: int) -> Rollouts:
+    return rollouts_of_texts(batch.select(range(images)), captions[:images])
 
 
-def long(batch: CaptionBatch, captions: list[list[str]], images: int, common: bool) -> list[Picture]:
+def long(batch: CaptionBatch, captions: list[list[str]], images: int, common: bool) -> Rollouts:
     """`common`: all rollouts of a group describe the same three scenes; else each three of its own."""
     N, n = SCENES_PER_LONG_CAPTION, len(batch)
-    made = []
+    references, texts = [], []
     for i in range(images):
         first = [N * i if common else N * (i + g) for g in range(G)]
-        texts = [" ".join(captions[(f + k) % n][g] for k in range(N)) for g, f in enumerate(first)]
-        said = " ".join(batch.references[(N * i + k) % n] for k in range(N))
-        made.append(Picture(batch.image_bytes[N * i % n], said, texts))
-    return made
+        texts.append([" ".join(captions[(f + k) % n][g] for k in range(N)) for g, f in enumerate(first)])
+        references.append(" ".join(batch.references[(N * i + k) % n] for k in range(N)))
+    pictures = batch.select([N * i % n for i in range(images)])
+    return rollouts_of_texts(replace(pictures, references=references), texts)
 
 
 # ---- judging
@@ -232,8 +190,7 @@ class Bill:
         calls: to the provider.
         tokens_in, tokens_out: billed.
         usd: in all.
-        usd_of: task -> dollars.
-        verify_calls: of `calls`.
+        usd_verify: of verify.
     """
 
     rewards: torch.Tensor
@@ -241,11 +198,10 @@ class Bill:
     tokens_in: int
     tokens_out: int
     usd: float
-    usd_of: dict[str, float] = field(default_factory=dict)
-    verify_calls: int = 0
+    usd_verify: float
 
 
-def judged(pictures: Sequence[Picture], model: str, grouping: str, folder: Path, cache: str | None) -> Bill:
+def judged(rollouts: Rollouts, model: str, grouping: str, folder: Path, cache: str | None) -> Bill:
     """One pass, in one step, through a judge of its own."""
     Metered.seen.clear()
     ledger = folder / f"ledger-{len(list(folder.iterdir()))}.sqlite"
@@ -258,170 +214,84 @@ def judged(pictures: Sequence[Picture], model: str, grouping: str, folder: Path,
         cache=None if cache is None else str(folder / cache),
         ledger=str(ledger),
     )
-
-    async def gather() -> Any:
-        rows = [(str(i), p.image, p.reference, p.captions) for i, p in enumerate(pictures)]
-        return merge(await asyncio.gather(*(suite.gather_group(judge, *row) for row in rows)))
-
-    judgments = judge.run(gather())
+    judgments = suite.gather(judge, rollouts)
     stats = judge.stats()
     judge.close()
     assert not stats.failed, judgments.reasons
     assert stats.unpriced_calls == 0
     with sqlite3.connect(ledger) as rows:
         paid = dict(rows.execute("SELECT task, sum(usd) FROM calls GROUP BY task").fetchall())
-        verify_calls = rows.execute("SELECT count(*) FROM calls WHERE task = 'verify'").fetchone()[0]
     assert math.isclose(sum(paid.values()), stats.cost_usd)
     usage = (stats.calls, stats.tokens_in, stats.tokens_out, stats.cost_usd)
-    return Bill(suite(None, judgments), *usage, paid, verify_calls)
+    return Bill(suite(rollouts, judgments), *usage, paid.get("verify", 0.0))
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The same captions judged both ways, and new ones of the same pictures after that."""
-
-    rollouts: int
-    tokens_per_caption: float
-    per_rollout: Bill
-    group: Bill
-    second_epoch: Bill
-
-    @property
-    def rewards_equal(self) -> bool:
-        one, other = self.per_rollout.rewards, self.group.rewards
-        return not one.isnan().any() and torch.equal(one, other)
-
-    @property
-    def verify_ratio(self) -> float:
-        return self.per_rollout.usd_of["verify"] / self.group.usd_of["verify"]
-
-    @property
-    def total_ratio(self) -> float:
-        return self.per_rollout.usd / self.group.usd
-
-    @property
-    def calls_ratio(self) -> float:
-        return self.per_rollout.calls / self.group.calls
-
-
-def compare(first: Sequence[Picture], second: Sequence[Picture], model: str, folder: Path) -> Comparison:
-    """`second`: other captions of the pictures of `first`."""
+def compare(first: Rollouts, second: Rollouts, model: str, folder: Path) -> dict[str, Bill]:
+    """The same captions judged both ways, then with the second way's cache `second`, others of the same pictures."""
     place = Path(tempfile.mkdtemp(dir=folder))
-    captions = [caption for picture in first for caption in picture.captions]
-    return Comparison(
-        len(captions),
-        sum(map(text_tokens, captions)) / len(captions),
+    bills = (
         judged(first, model, "per_rollout", place, None),
         judged(first, model, "group", place, "cache.sqlite"),
         judged(second, model, "group", place, "cache.sqlite"),
     )
+    return dict(zip(MODES, bills, strict=True))
 
 
 # ---- the report
 
 
-def table(found: dict[tuple[str, str], Comparison]) -> Table:
-    shown = Table(title=f"Cost of judging, G = {G}, 640 x 480 pixels; text counted by o200k_base")
-    for name in ("captions", "judge", "mode"):
-        shown.add_column(name)
-    names = (
-        "calls",
-        "verify",
-        "tokens in",
-        "out",
-        "$ verify",
-        "$",
-        "$/1k rollouts",
-        "saved, verify",
-        "saved",
-    )
-    for name in names:
-        shown.add_column(name, justify="right")
-    for (kind, model), both in found.items():
-        modes = {"per_rollout": both.per_rollout, "group": both.group, "second epoch": both.second_epoch}
-        for mode, bill in modes.items():
-            first, verify = mode == "per_rollout", bill.usd_of.get("verify", 0.0)
-            shown.add_row(
-                f"{kind}, {both.tokens_per_caption:.0f} tokens" if first else "",
-                model if first else "",
-                mode,
-                f"{bill.calls:,}",
-                f"{bill.verify_calls:,}",
-                f"{bill.tokens_in:,}",
-                f"{bill.tokens_out:,}",
-                f"{verify:.4f}",
-                f"{bill.usd:.4f}",
-                f"{1000 * bill.usd / both.rollouts:.3f}",
-                f"{both.per_rollout.usd_of['verify'] / verify:.2f}x" if verify else "all",
-                f"{both.per_rollout.usd / bill.usd:.2f}x",
-                end_section=mode == "second epoch",
-            )
-    return shown
+def ratios(bills: dict[str, Bill], suffix: str) -> dict[str, float]:
+    """What judging per group saves."""
+    one, other = bills["per_rollout"], bills["group"]
+    return {
+        f"usd_ratio_verify{suffix}": one.usd_verify / other.usd_verify,
+        f"usd_ratio_total{suffix}": one.usd / other.usd,
+        f"calls_ratio{suffix}": one.calls / other.calls,
+    }
 
 
-def figures(found: dict[tuple[str, str], Comparison]) -> dict[str, Any]:
+def figures(results: dict[tuple[str, str], dict[str, Bill]], rollouts: int) -> dict[str, Any]:
     """The last line. Where a name says nothing else: short captions at gpt-4o-mini's prices."""
-    main, mini = found["short", "gpt-4o-mini"], found["short", "gpt-5-mini"]
-    result: dict[str, Any] = {
-        "usd_ratio_verify": main.verify_ratio,
-        "usd_ratio_total": main.total_ratio,
-        "calls_ratio": main.calls_ratio,
-        "rewards_equal": all(both.rewards_equal for both in found.values()),
-        "usd_ratio_verify_gpt_5_mini": mini.verify_ratio,
-        "usd_ratio_total_gpt_5_mini": mini.total_ratio,
-        "second_epoch_usd_share": main.second_epoch.usd / main.group.usd,
-        "second_epoch_calls_share": main.second_epoch.calls / main.group.calls,
-        "second_epoch_usd_share_gpt_5_mini": mini.second_epoch.usd / mini.group.usd,
-        "usd_per_1k_rollouts": {
-            name: {
-                mode: 1000 * bill.usd / both.rollouts
-                for mode, bill in (
-                    ("per_rollout", both.per_rollout),
-                    ("group", both.group),
-                    ("second_epoch", both.second_epoch),
-                )
-            }
-            for name, both in (("gpt_4o_mini", main), ("gpt_5_mini", mini))
-        },
-    }
-    for (kind, model), both in found.items():
-        if kind != "short":
-            name = f"{kind}_{model.removesuffix(PREFIX)}".replace("-", "_").replace(".", "_")
-            result[f"usd_ratio_verify_{name}"] = both.verify_ratio
-            result[f"usd_ratio_total_{name}"] = both.total_ratio
-            result[f"calls_ratio_{name}"] = both.calls_ratio
-    return result
+    firsts = [(bills["per_rollout"].rewards, bills["group"].rewards) for bills in results.values()]
+    made: dict[str, Any] = {"rewards_equal": all(torch.equal(*pair) for pair in firsts)}  # False for NaN
+    made["usd_per_1k_rollouts"] = {}
+    for (kind, model), bills in results.items():
+        name = model.removesuffix(PREFIX).replace("-", "_")
+        headline = (kind, model) == ("short", "gpt-4o-mini")
+        suffix = "" if headline else f"_{name}" if kind == "short" else f"_{kind}_{name}"
+        made |= ratios(bills, suffix)
+        if kind == "short":
+            one, again = bills["group"], bills["second_epoch"]
+            made[f"second_epoch_usd_share{suffix}"] = again.usd / one.usd
+            made[f"second_epoch_calls_share{suffix}"] = again.calls / one.calls
+            usd = {mode: 1000 * bill.usd / rollouts for mode, bill in bills.items()}
+            made["usd_per_1k_rollouts"][name] = usd
+    return json.loads(json.dumps(made), parse_float=lambda number: round(float(number), 4))
 
 
-def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run, print the table and, last, the figures as JSON; returns them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--images", type=int, default=32, help="pictures, each with 8 captions")
-    parser.add_argument("--quick", action="store_true", help="4 pictures, short captions only")
-    options = parser.parse_args(args)
-    images = 4 if options.quick else options.images
+def main() -> None:
+    """Judge, print a table and one line of JSON."""
+    quick = arguments(__doc__).parse_args().quick
+    images, half = (4, 2) if quick else (32, 16)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-
-    half = max(images // 2, 1)
-    batch = world(images if options.quick else max(images, SCENES_PER_LONG_CAPTION * max(half, G)))
-    one, two = sample(batch, seed=0), sample(batch, seed=1)
-    cases = {
-        ("short", model): [short(batch, captions, images) for captions in (one, two)] for model in MODELS
-    }
-    cases["prefix", "gpt-4o-mini"] = cases["short", "gpt-4o-mini"]
-    for kind, model in product(() if options.quick else ("long", "distinct"), MODELS):
-        cases[kind, model] = [long(batch, captions, half, kind == "long") for captions in (one, two)]
+    batch = world(images if quick else max(images, SCENES_PER_LONG_CAPTION * half))
+    samples = [sample(batch, seed) for seed in (0, 1)]
+    cases = {("short", model): [short(batch, captions, images) for captions in samples] for model in PRICES}
+    cases["prefix", "gpt-4o-mini" + PREFIX] = cases["short", "gpt-4o-mini"]
+    for kind in () if quick else ("long", "distinct"):
+        made = [long(batch, captions, half, kind == "long") for captions in samples]
+        cases |= {(kind, model): made for model in PRICES}
     with tempfile.TemporaryDirectory() as folder:
-        found = {
-            (kind, model): compare(first, second, model + PREFIX * (kind == "prefix"), Path(folder))
-            for (kind, model), (first, second) in cases.items()
-        }
-    console = Console(width=160)
-    console.print(table(found))
-    result = figures(found)
-    rounded = json.loads(json.dumps(result), parse_float=lambda number: round(float(number), 4))
-    print(json.dumps(rounded))
-    return rounded
+        results = {case: compare(*pair, case[1], Path(folder)) for case, pair in cases.items()}
+    title = f"Cost of judging, G = {G}, 640 x 480 pixels; text counted by o200k_base"
+    columns = ("captions", "judge", "mode", "calls", "tokens in", "out", "$ verify", "$", "saved")
+    rows = [
+        (*case, mode, bill.calls, bill.tokens_in, bill.tokens_out, bill.usd_verify, bill.usd, saved)
+        for case, bills in results.items()
+        for mode, bill in bills.items()
+        for saved in [bills["per_rollout"].usd / bill.usd]
+    ]
+    report(title, columns, rows, figures(results, images * G))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python perf/judge_throughput.py --quick    300, 16 at once: too few for 64 to find their rhythm
 
 The judge runs as in training, through litellm with cache and ledger on disk; the server is a process of its
-own and takes `--latency` seconds for every answer. With C calls under way at once and a latency of L seconds
+own and takes a second for every answer. With C calls under way at once and a latency of L seconds
 no client can do more than C / L judgments per second; ``throughput_share`` is what is reached of that, start
 and end of the measured part included. Growth of descriptors, threads and resident memory counts from a pause
 after the first judgments (at most 500) to the end.
@@ -12,59 +12,29 @@ after the first judgments (at most 500) to the end.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
-import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
-from rich.console import Console
-from rich.table import Table
-
 from balcap.judge import Judge, JudgeFailure, Rate
+from perf.report import arguments, report
 from tests.judge_server import server_process
 
+LATENCY = 1.0  # seconds
 CAPTION = (
     "A woman in a yellow raincoat walks a small brown dog along a wet pavement. Behind them stands a row of "
     "brick houses with white window frames, and a blue bicycle leans against the nearest fence. The sky is "
     "grey. To the left, a red post box catches the light of a street lamp; number {} is painted on it."
 )
-
-
-@dataclass(frozen=True)
-class Result:
-    """The last line, as JSON.
-
-    Attributes:
-        throughput_share: of concurrency / latency.
-        judgments_per_s: in the measured part.
-        fd_growth: file descriptors.
-        thread_growth: threads.
-        rss_growth_mb: resident memory, 10^6 bytes.
-        cpu_ms_per_judgment: processor time of the client's process.
-        judgments: that were asked for, first part included.
-        failed: how many of them are missing.
-        calls: requests that were sent.
-    """
-
-    throughput_share: float
-    judgments_per_s: float
-    fd_growth: int
-    thread_growth: int
-    rss_growth_mb: float
-    cpu_ms_per_judgment: float
-    judgments: int
-    failed: int
-    calls: int
 
 
 def held() -> tuple[int, int, float]:
@@ -77,7 +47,7 @@ def held() -> tuple[int, int, float]:
 
 async def rate_all(judge: Judge, captions: Sequence[str], at_once: int) -> int:
     """Rate every caption, `at_once` waiting for their answers at a time; how many failed."""
-    left: Iterator[str] = iter(captions)
+    left = iter(captions)
 
     async def worker() -> int:
         failed = 0
@@ -89,14 +59,20 @@ async def rate_all(judge: Judge, captions: Sequence[str], at_once: int) -> int:
     return sum(await asyncio.gather(*(worker() for _ in range(at_once))))
 
 
-def measure(judgments: int, concurrency: int, latency: float) -> Result:
-    """Run it; both parts, so that the second one is whole rounds of `concurrency`."""
+def measure(judgments: int, concurrency: int) -> dict[str, Any]:
+    """Run both parts, the second one in whole rounds of `concurrency`.
+
+    Returns:
+        ``throughput_share`` and ``judgments_per_s`` of the measured part; ``fd_growth``, ``thread_growth`` and
+        ``rss_growth_mb`` (10^6 bytes) over it; ``cpu_ms_per_judgment``, processor time of this process;
+        ``judgments`` asked for, ``failed`` of them, and ``calls``, the requests sent, in both parts.
+    """
     captions = [CAPTION.format(number) for number in range(judgments)]
     first = min(500, judgments // 2)
     first = max(0, judgments - -(-(judgments - first) // concurrency) * concurrency)
     with (
         tempfile.TemporaryDirectory() as folder,
-        server_process(answer="tests.judge_replies.right_answer", latency=latency) as server,
+        server_process(answer="tests.judge_replies.right_answer", latency=LATENCY) as server,
     ):
         judge = Judge(
             "openai/gpt-4o-mini",
@@ -109,47 +85,30 @@ def measure(judgments: int, concurrency: int, latency: float) -> Result:
         before, cpu, started = held(), time.process_time(), time.perf_counter()
         failed += judge.run(rate_all(judge, captions[first:], 2 * concurrency))
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-        growth = [now - then for now, then in zip(held(), before, strict=True)]
+        descriptors, threads, megabytes = (now - then for now, then in zip(held(), before, strict=True))
         calls = judge.stats().calls
         judge.close()
     rate = (judgments - first) / seconds
-    return Result(
-        throughput_share=round(rate * latency / concurrency, 4),
-        judgments_per_s=round(rate, 2),
-        fd_growth=int(growth[0]),
-        thread_growth=int(growth[1]),
-        rss_growth_mb=round(growth[2], 2),
-        cpu_ms_per_judgment=round(1000 * cpu / (judgments - first), 3),
-        judgments=judgments,
-        failed=failed,
-        calls=calls,
-    )
+    return {
+        "throughput_share": round(rate * LATENCY / concurrency, 4),
+        "judgments_per_s": round(rate, 2),
+        "fd_growth": descriptors,
+        "thread_growth": threads,
+        "rss_growth_mb": round(megabytes, 2),
+        "cpu_ms_per_judgment": round(1000 * cpu / (judgments - first), 3),
+        "judgments": judgments,
+        "failed": failed,
+        "calls": calls,
+    }
 
 
 def main() -> None:
     """Measure, print a table and one line of JSON."""
-    parser = argparse.ArgumentParser(description="Throughput of the judge, and what it leaves behind.")
-    parser.add_argument("--judgments", type=int, help="5,000 unless --quick")
-    parser.add_argument("--concurrency", type=int, help="64 unless --quick")
-    parser.add_argument("--latency", type=float, default=1.0, help="seconds")
-    parser.add_argument("--quick", action="store_true", help="300 judgments, 16 at once")
-    options = parser.parse_args()
-    judgments = options.judgments or (300 if options.quick else 5000)
-    concurrency = options.concurrency or (16 if options.quick else 64)
-    result = measure(judgments, concurrency, options.latency)
-    table = Table(
-        title=f"{judgments} ratings, {concurrency} at once, {options.latency:g} s each",
-        show_header=False,
-    )
-    table.add_row("judgments per second", f"{result.judgments_per_s:.1f}")
-    table.add_row("of what is possible", f"{result.throughput_share:.1%}")
-    table.add_row("processor time per judgment", f"{result.cpu_ms_per_judgment:.1f} ms")
-    table.add_row("more file descriptors", f"{result.fd_growth:+d}")
-    table.add_row("more threads", f"{result.thread_growth:+d}")
-    table.add_row("more resident memory", f"{result.rss_growth_mb:+.1f} MB")
-    table.add_row("missing", str(result.failed))
-    Console().print(table)
-    print(json.dumps(asdict(result)))
+    quick = arguments(__doc__).parse_args().quick
+    judgments, concurrency = (300, 16) if quick else (5000, 64)
+    figures = measure(judgments, concurrency)
+    title = f"{judgments} ratings, {concurrency} at once, {LATENCY:g} s each"
+    report(title, ("", "measured"), figures.items(), figures)
 
 
 if __name__ == "__main__":

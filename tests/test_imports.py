@@ -16,7 +16,9 @@ def graph() -> grimp.ImportGraph:
 
 
 def test_there_is_no_import_circle(graph: grimp.ImportGraph) -> None:
-    modules = [module for module in graph.modules if module.split(".")[0] in ("balcap", "callbacks", "examples")]
+    modules = [
+        module for module in graph.modules if module.split(".")[0] in ("balcap", "callbacks", "examples")
+    ]
     try:
         TopologicalSorter({m: graph.find_modules_directly_imported_by(m) for m in modules}).prepare()
     except CycleError as error:
@@ -26,11 +28,20 @@ def test_there_is_no_import_circle(graph: grimp.ImportGraph) -> None:
 @pytest.mark.parametrize(
     ("package", "forbidden"),
     [
-        ("balcap.algorithms", ["balcap.trainer", "balcap.module", "balcap.judge", "balcap.rewards", "lightning"]),
-        ("balcap.policy", ["balcap.trainer", "balcap.module", "balcap.judge", "balcap.rewards", "balcap.rollout"]),
+        (
+            "balcap.algorithms",
+            ["balcap.trainer", "balcap.module", "balcap.judge", "balcap.rewards", "lightning"],
+        ),
+        (
+            "balcap.policy",
+            ["balcap.trainer", "balcap.module", "balcap.judge", "balcap.rewards", "balcap.rollout"],
+        ),
         ("balcap.rewards", ["balcap.trainer", "balcap.module", "balcap.policy", "balcap.rollout"]),
         ("balcap.judge", ["balcap.trainer", "balcap.module", "balcap.rewards", "balcap.policy", "torch"]),
-        ("balcap.data", ["balcap.trainer", "balcap.module", "balcap.judge", "balcap.rewards", "balcap.policy"]),
+        (
+            "balcap.data",
+            ["balcap.trainer", "balcap.module", "balcap.judge", "balcap.rewards", "balcap.policy"],
+        ),
         ("balcap.rollout", ["balcap.trainer", "balcap.module", "balcap.judge", "balcap.rewards"]),
         ("balcap.trainer", ["balcap.module", "balcap.cli", "balcap.commands", "callbacks"]),
         ("balcap.utils", ["balcap.trainer", "balcap.module", "balcap.judge", "balcap.data", "balcap.policy"]),

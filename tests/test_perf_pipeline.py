@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,8 @@ import torch
 from balcap.data import CaptionDataModule
 from balcap.judge import Judge
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
-from balcap.rewards.suite import merge
-from perf.pipeline import KEYS, LAG0, LAG1, TRL, Case, Step, measured, summary, table_of
+from perf.pipeline import LAG0, LAG1, TRL, Case, Step, measured, summary, table_rows
+from perf.report import rollouts_of_texts
 
 CASE = Case(steps=2, warmup=1)
 
@@ -32,11 +31,11 @@ def steps(*seconds: float, judge: float = 6.0) -> list[Step]:
 
 def test_steps_are_what_lies_between_the_ends_of_updates() -> None:
     rows = [row(5.0), row(6.0), row(7.0), {}]  # the last step of a run with a lag samples nothing
-    found = measured(rows, [100.0, 104.0, 109.5, 110.0], CASE)
-    assert [step.seconds for step in found] == [4.0, 5.5]
-    assert [step.judge for step in found] == [6.0, 7.0]
-    assert (found[0].rollout, found[0].update, found[0].sync) == (2.0, 1.5, 0.5)
-    assert (found[0].tokens, found[0].missing) == (40.5, 1)
+    first, second = measured(rows, [100.0, 104.0, 109.5, 110.0], CASE)
+    assert (first.seconds, second.seconds) == (4.0, 5.5)
+    assert (first.judge, second.judge) == (6.0, 7.0)
+    assert (first.rollout, first.update, first.sync) == (2.0, 1.5, 0.5)
+    assert (first.tokens, first.missing) == (40.5, 1)
     with pytest.raises(RuntimeError, match=r"2 steps in metrics.csv and 3 in TensorBoard instead of 3"):
         measured(rows[:2], [1.0, 2.0, 3.0], CASE)
 
@@ -44,12 +43,12 @@ def test_steps_are_what_lies_between_the_ends_of_updates() -> None:
 def test_ratios_by_hand() -> None:
     # lag 1: mean 5, median 4; device 2 + 1.5 + 0.5 = 4, judge 6. lag 0: mean 10, median 9.
     results = {LAG1: steps(4.0, 4.0, 7.0), LAG0: steps(9.0, 9.0, 12.0), TRL: steps(15.0)}
-    found = summary(results)
-    assert found["step_over_slowest"] == round(5 / 6, 3)
-    assert found["step_by_arithmetic_s"] == 5.0  # max(4, (6 + 4) / 2)
-    assert (found["step_ratio_lag0"], found["step_ratio_trl"]) == (2.0, 3.0)
-    assert (found["step_ratio_lag0_median"], found["step_ratio_trl_median"]) == (2.25, 3.75)
-    assert found["mean_s"]["lag1"] == {
+    figures = summary(results)
+    assert figures["step_over_slowest"] == round(5 / 6, 3)
+    assert figures["step_by_arithmetic_s"] == 5.0  # max(4, (6 + 4) / 2)
+    assert (figures["step_ratio_lag0"], figures["step_ratio_trl"]) == (2.0, 3.0)
+    assert (figures["step_ratio_lag0_median"], figures["step_ratio_trl_median"]) == (2.25, 3.75)
+    assert figures["mean_s"]["lag1"] == {
         "step": 5.0,
         "rollout": 2.0,
         "judge": 6.0,
@@ -57,7 +56,7 @@ def test_ratios_by_hand() -> None:
         "update": 1.5,
         "sync": 0.5,
     }
-    assert found["steps"] == {"lag1": 3, "lag0": 3, "trl": 1}
+    assert figures["steps"] == {"lag1": 3, "lag0": 3, "trl": 1}
     quick = summary({LAG1: steps(5.0, judge=1.0), LAG0: steps(5.0), TRL: []})
     assert quick["step_over_slowest"] == 1.25  # the device is slower than the judge
     assert quick["step_by_arithmetic_s"] == 4.0
@@ -65,11 +64,11 @@ def test_ratios_by_hand() -> None:
 
 def test_a_peer_that_is_missing_is_named() -> None:
     results = {LAG1: steps(4.0), LAG0: steps(8.0), TRL: []}
-    found = summary(results)
-    assert found["step_ratio_trl"] is None
-    assert found["step_ratio_lag0"] == 2.0
-    assert KEYS[TRL] not in found["mean_s"]
-    assert list(table_of(results, CASE).columns[1].cells)[2] == "not installed"
+    figures = summary(results)
+    assert figures["step_ratio_trl"] is None
+    assert figures["step_ratio_lag0"] == 2.0
+    assert TRL not in figures["mean_s"]
+    assert table_rows(results, figures)[2] == [TRL, "not installed"]
 
 
 @pytest.fixture
@@ -81,7 +80,7 @@ def oracle():
 
 def test_trl_rewards_are_the_weighted_sums_of_ours(oracle: Judge, world: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    from perf.pipeline_trl import Clock, reward_function
+    from perf.pipeline_trl import Peer
 
     data = CaptionDataModule(
         data=str(world / "shapes.json"),
@@ -94,14 +93,14 @@ def test_trl_rewards_are_the_weighted_sums_of_ours(oracle: Judge, world: Path, t
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     # Two captions of each image, those of an image together: its own reference, and the other image's
-    said: Sequence[Sequence[str]] = [batch.references, batch.references[::-1]]
-    suite, clock = RewardSuite([Precision(), Recall(), Linguistic()]), Clock()
+    texts = [batch.references, batch.references[::-1]]
+    suite = RewardSuite([Precision(), Recall(), Linguistic()])
     weights = {"precision": 1.0, "recall": 2.0, "linguistic": 0.5}
-    reward = reward_function(oracle, suite, weights, captions=2, stop_ids=[2], clock=clock)
+    peer = Peer(oracle, suite, weights, captions=2, stop_ids=[2])
     given = asyncio.run(
-        reward(
+        peer.reward(
             prompts=[],
-            completions=[[{"role": "assistant", "content": text}] for group in said for text in group],
+            completions=[[{"role": "assistant", "content": text}] for group in texts for text in group],
             completion_ids=[[5, 6, 2], [5, 6, 7], [5, 2], [5]],  # 2, 3, 1 and 1 tokens before the end
             sample_id=[batch.sample_ids[i // 2] for i in range(4)],
             image_bytes=[batch.image_bytes[i // 2] for i in range(4)],
@@ -109,21 +108,21 @@ def test_trl_rewards_are_the_weighted_sums_of_ours(oracle: Judge, world: Path, t
             trainer_state=None,
         )
     )
-    rows = zip(batch.sample_ids, batch.image_bytes, batch.references, said, strict=True)
-    wanted = suite(merge([oracle.run(suite.gather_group(oracle, *r)) for r in rows]))  # [2, 2, 3]
+    rollouts = rollouts_of_texts(batch, texts)
+    wanted = suite(rollouts, suite.gather(oracle, rollouts))  # [2, 2, 3]
     sums = (wanted * torch.tensor([1.0, 2.0, 0.5])).sum(-1)
     assert given == pytest.approx(sums.flatten().tolist())
     assert float(sums[0, 0]) > float(sums[0, 1])  # what is said of the other image is worth less
     assert float(sums[1, 0]) > float(sums[1, 1])
-    assert clock.tokens == 7 / 4
-    assert clock.missing == 0
-    assert clock.judge > 0
+    assert peer.tokens == 7 / 4
+    assert peer.missing == 0
+    assert peer.judge_s > 0
 
 
 def test_a_caption_that_nobody_judged_has_no_reward_in_trl(world: Path, monkeypatch) -> None:
     pytest.importorskip("trl")
     monkeypatch.setenv("OPENAI_API_KEY", "dummy")
-    from perf.pipeline_trl import Clock, reward_function
+    from perf.pipeline_trl import Peer
 
     judge = Judge(
         "openai/gpt-4o-mini",
@@ -133,11 +132,10 @@ def test_a_caption_that_nobody_judged_has_no_reward_in_trl(world: Path, monkeypa
         cache=None,
     )
     image = next((world / "shapes").glob("*.png")).read_bytes()
-    suite, clock = RewardSuite([Linguistic()]), Clock()
-    reward = reward_function(judge, suite, {"linguistic": 1.0}, captions=2, stop_ids=[2], clock=clock)
+    peer = Peer(judge, RewardSuite([Linguistic()]), {"linguistic": 1.0}, captions=2, stop_ids=[2])
     try:
         given = asyncio.run(
-            reward(
+            peer.reward(
                 completions=[
                     [{"role": "assistant", "content": "A circle."}],
                     [{"role": "assistant", "content": "A star."}],
@@ -151,4 +149,4 @@ def test_a_caption_that_nobody_judged_has_no_reward_in_trl(world: Path, monkeypa
     finally:
         judge.close()
     assert given == [None, None]
-    assert clock.missing == 2
+    assert peer.missing == 2

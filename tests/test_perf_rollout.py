@@ -12,9 +12,9 @@ from perf.rollout import HF, LIMIT, STAGES, VLLM, Case, mismatch, plan, summary
 
 def test_ratios_are_vllms_gain():
     stepped = {HF: dict.fromkeys(STAGES, 6.0), VLLM: dict.fromkeys(STAGES, 4.0)}
-    found = summary({"tokens_per_s": {HF: 100.0, VLLM: 250.0}}, stepped)
-    assert found["rollout_ratio_hf"] == 2.5
-    assert found["step_ratio_hf"] == 1.5
+    figures = summary({"tokens_per_s": {HF: 100.0, VLLM: 250.0}}, stepped)
+    assert figures["rollout_ratio_hf"] == 2.5
+    assert figures["step_ratio_hf"] == 1.5
     assert summary({}, {})["rollout_ratio_hf"] is None
 
 

@@ -4,7 +4,8 @@ It exists so that the whole system runs, learns and is checked on a laptop, with
 and no GPU. It writes ordinary ShareGPT4V files and registers an ordinary litellm provider; nothing
 outside this package knows that it exists.
 
-``scene.py`` what is in a picture; ``draw.py`` its pixels; ``language.py`` the words and how facts are
-read from text; ``captions.py`` true and flawed captions; ``fluency.py`` how well a text reads;
-``oracle.py`` the judge; ``dataset.py`` files on disk; ``base_policy.py`` the model in ``assets/``.
+``scene.py`` what is in a picture, and its pixels; ``language.py`` the words and how facts are read from
+text; ``captions.py`` true and flawed captions; ``fluency.py`` how well a text reads; ``oracle.py`` the judge;
+``dataset.py`` files on disk; ``base_policy.py`` builds the model in ``assets/``; ``padded.py`` the same model
+with larger attention heads, for vLLM on CPUs; ``summary.py`` what a run changed.
 """

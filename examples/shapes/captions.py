@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import permutations
+from typing import Any
 
 import numpy as np
 
-from examples.shapes.language import PLACE_PHRASES, RELATION_PHRASES, article
-from examples.shapes.scene import (
-    BACKGROUNDS,
-    COLOURS,
-    COUNTS,
-    MARK_COLOURS,
-    MARKS,
-    PLACES,
-    SHAPES,
-    SIZES,
-    Scene,
-    Thing,
-    relation,
-)
+from examples.shapes import scene as world
+from examples.shapes.language import COUNTS, PLACE_PHRASES, RELATION_PHRASES, article
+from examples.shapes.scene import Scene, Thing, relation
 
 QUESTIONS = (
     "Describe this image in detail.",
@@ -71,10 +62,9 @@ class Style:
     enumerate_: float = 0.15  # "There is a ... There is a ...": complete, and dull
 
 
-REFERENCE = Style(
-    opening=1, size=1, place=1, mark=1, relation=1, transition=0.3, meta_opening=0, closing=0, enumerate_=0
-)
 CLEAN = Style()
+REFERENCE = Style(opening=1, size=1, place=1, mark=1, relation=1, meta_opening=0, closing=0, enumerate_=0)
+FLAWED = Style(opening=0.55, size=0.65, place=0.75, mark=0.6, relation=0.25, closing=0.3, enumerate_=0.3)
 
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
@@ -99,18 +89,12 @@ def _sentence(thing: Thing, style: Style, rng: np.random.Generator, dull: bool) 
     return f"{name} appears {where}{mark and '. It has' + mark.removeprefix(' with')}."
 
 
-def _relation_sentence(things: list[Thing], rng: np.random.Generator) -> str | None:
-    pairs = [
-        (a, b, how) for a in things for b in things if a is not b and (how := relation(a.place, b.place))
-    ]
+def _relation_sentence(things: tuple[Thing, ...], rng: np.random.Generator) -> str | None:
+    pairs = [(a, b, how) for a, b in permutations(things, 2) if (how := relation(a.place, b.place))]
     if not pairs:
         return None
     a, b, how = pairs[int(rng.integers(len(pairs)))]
     return f"The {a.colour} {a.shape} is {_pick(rng, RELATION_PHRASES[how])} the {b.colour} {b.shape}."
-
-
-def _capitalise(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def describe(scene: Scene, rng: np.random.Generator, style: Style = CLEAN) -> list[str]:
@@ -128,8 +112,8 @@ def describe(scene: Scene, rng: np.random.Generator, style: Style = CLEAN) -> li
         text = _sentence(thing, style, rng, dull)
         if i and not dull and rng.random() < style.transition:
             text = _pick(rng, TRANSITIONS) + text[0].lower() + text[1:]
-        out.append(_capitalise(text))
-    if n > 1 and rng.random() < style.relation and (link := _relation_sentence(list(scene.things), rng)):
+        out.append(text[0].upper() + text[1:])
+    if n > 1 and rng.random() < style.relation and (link := _relation_sentence(scene.things, rng)):
         out.append(link)
     if rng.random() < style.closing:
         out.append(_pick(rng, CLOSINGS))
@@ -146,20 +130,23 @@ def clean(scene: Scene, rng: np.random.Generator) -> str:
     return " ".join(describe(scene, rng, CLEAN))
 
 
+_VALUES = {"colour": world.COLOURS, "shape": world.SHAPES, "size": world.SIZES, "place": world.PLACES}
+
+
+def _mark(rng: np.random.Generator) -> tuple[str, str]:
+    return _pick(rng, world.MARK_COLOURS), _pick(rng, world.MARKS)
+
+
 def _corrupt(thing: Thing, rng: np.random.Generator) -> Thing:
     """The thing with one wrong attribute."""
-    what = int(rng.integers(5))
-    colour = _pick(rng, COLOURS) if what == 0 else thing.colour
-    shape = _pick(rng, SHAPES) if what == 1 else thing.shape
-    size = _pick(rng, SIZES) if what == 2 else thing.size
-    place = _pick(rng, PLACES) if what == 3 else thing.place
-    mark = (_pick(rng, MARK_COLOURS), _pick(rng, MARKS)) if what == 4 else thing.mark
-    return Thing(colour, shape, size, place, mark)
+    name = _pick(rng, (*_VALUES, "mark"))
+    value: Any = _mark(rng) if name == "mark" else _pick(rng, _VALUES[name])
+    return replace(thing, **{name: value})
 
 
 def _invent(rng: np.random.Generator) -> Thing:
-    mark = (_pick(rng, MARK_COLOURS), _pick(rng, MARKS)) if rng.random() < 0.5 else None
-    return Thing(_pick(rng, COLOURS), _pick(rng, SHAPES), _pick(rng, SIZES), _pick(rng, PLACES), mark)
+    mark = _mark(rng) if rng.random() < 0.5 else None
+    return Thing(**{name: _pick(rng, values) for name, values in _VALUES.items()}, mark=mark)
 
 
 def _break_grammar(text: str, rng: np.random.Generator) -> str:
@@ -188,11 +175,10 @@ def flawed(scene: Scene, rng: np.random.Generator) -> str:
     kept = [t for t in scene.things if rng.random() < 0.67]
     things = [_corrupt(t, rng) if rng.random() < 0.2 else t for t in kept]
     things += [_invent(rng) for _ in range(int(rng.random() < 0.3))]
-    things.sort(key=lambda t: PLACES.index(t.place))
-    background = scene.background if rng.random() < 0.85 else _pick(rng, BACKGROUNDS)
-    style = Style(opening=0.55, size=0.65, place=0.75, mark=0.6, relation=0.25, closing=0.3, enumerate_=0.3)
+    things.sort(key=lambda t: world.PLACES.index(t.place))
+    background = scene.background if rng.random() < 0.85 else _pick(rng, world.BACKGROUNDS)
     if things:
-        out = describe(Scene(tuple(things), background), rng, style)
+        out = describe(Scene(tuple(things), background), rng, FLAWED)
     else:
         out = [f"This image shows a {background} background."]
     for _ in range(int(rng.choice(3, p=(0.45, 0.35, 0.2)))):

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from examples.shapes.captions import QUESTIONS, reference
-from examples.shapes.draw import draw_scene, png_bytes
-from examples.shapes.scene import sample_scene
+from examples.shapes.scene import draw_scene, png_bytes, sample_scene
 
 FOLDER = "shapes"
 
@@ -33,16 +31,19 @@ def write_dataset(out: Path, images: int, seed: int = 0) -> Path:
         question = QUESTIONS[rng.integers(len(QUESTIONS))]
         human = f"{question}\n<image>" if rng.random() < 0.5 else f"<image>\n{question}"
         if not (out / name).exists():
-            partial = out / f"{name}.part"
-            partial.write_bytes(png_bytes(draw_scene(scene, rng), scene))
-            os.replace(partial, out / name)
+            _write(out / name, png_bytes(draw_scene(scene, rng), scene))
         turns = [{"from": "human", "value": human}, {"from": "gpt", "value": text}]
         rows.append({"id": f"{i:06d}", "image": name, "conversations": turns})
     path = out / "shapes.json"
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(rows, indent=0))
-    os.replace(partial, path)
+    _write(path, json.dumps(rows, indent=0).encode())
     return path
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All of it or nothing: what is there already is not written again."""
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,15 @@ words, repetition, enumeration and length do not. Whether anything is true plays
 from __future__ import annotations
 
 import re
-from itertools import pairwise
+from itertools import groupby
 
 from examples.shapes.language import read_facts, sentences
 from examples.shapes.scene import COLOURS, SHAPES
 
 _VERB = re.compile(r"\b(?:is|are|sits?|shows?|appears?|lies?|has|feels?|evokes?|suggests?|creates?|see)\b")
-_NOUN = "|".join(SHAPES)
-_BARE_NOUN = re.compile(  # a noun phrase without its determiner
-    rf"(?<!\w)(?:(?:small|large|tiny) )?(?:(?:{'|'.join(COLOURS)}) )?(?:{_NOUN})\b"
-)
-_DETERMINED = re.compile(
-    rf"\b(?:a|an|the|one) (?:(?:small|large|tiny) )?(?:(?:{'|'.join(COLOURS)}) )?(?:{_NOUN})\b"
-)
+_NOUN_PHRASE = rf"(?:(?:small|large|tiny) )?(?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)})\b"
+_NOUN = re.compile(rf"(?<!\w){_NOUN_PHRASE}")
+_DETERMINED_NOUN = re.compile(rf"\b(?:a|an|the|one) {_NOUN_PHRASE}")
 _WRONG_ARTICLE = re.compile(r"\ba (?=[aeiou]\w)|\ban (?=[^aeiou\W]\w)")
 _DOUBLED = re.compile(r"\b(\w+) \1\b")
 _OPENING = re.compile(r"^(?:this image|the picture|this picture|we see|there (?:is|are) \w+ shapes?)\b")
@@ -36,34 +32,20 @@ def _grammar(raw: str, ends: bool) -> float:
         not _VERB.search(text),
         bool(_DOUBLED.search(text)),
         bool(_WRONG_ARTICLE.search(text)),
-        len(_BARE_NOUN.findall(text)) > len(_DETERMINED.findall(text)),
+        len(_NOUN.findall(text)) > len(_DETERMINED_NOUN.findall(text)),
     ]
-    return 0.6 ** sum(slips)
-
-
-def _fluency(text: str, parts: list[str]) -> float:
-    ends = re.findall(r"[.!?;\n]+", text)
-    closed = [i < len(ends) for i in range(len(parts))]
     # A full stop lost between two sentences runs them together: the second capital gives it away.
-    scores = [
-        _grammar(p, c) * 0.6 ** len(re.findall(r"(?<=\w )[A-Z]", p))
-        for p, c in zip(parts, closed, strict=True)
-    ]
-    return sum(scores) / len(scores)
+    return 0.6 ** sum(slips) * 0.6 ** len(re.findall(r"(?<=\w )[A-Z]", raw))
 
 
-def _clarity(parts: list[str]) -> float:
-    """Each sentence says one thing that can be understood, within some twenty words."""
-    scores = []
-    for part in parts:
-        facts = read_facts(part)
-        score = 0.3 if any(f[0] == "unclear" for f in facts) else 1.0
-        if any(f[0] == "exists" and f[1][0] is None for f in facts):
-            score *= 0.75  # "a circle": which one?
-        words = len(part.split())
-        score *= 1.0 if words <= 20 else 0.95 ** (words - 20)
-        scores.append(score if words >= 3 else score * 0.5)
-    return sum(scores) / len(scores)
+def _clarity(sentence: str) -> float:
+    """In [0, 1]: a sentence says one thing that can be understood, within some twenty words."""
+    facts, words = read_facts(sentence), len(sentence.split())
+    score = 0.3 if any(fact[0] == "unclear" for fact in facts) else 1.0
+    if any(fact[0] == "exists" and fact[1][0] is None for fact in facts):
+        score *= 0.75  # "a circle": which one?
+    score *= 0.95 ** max(0, words - 20)
+    return score if words >= 3 else score * 0.5
 
 
 def _coherency(parts: list[str]) -> float:
@@ -74,12 +56,8 @@ def _coherency(parts: list[str]) -> float:
     transitions = sum(bool(_TRANSITION.match(s)) for s in low)
     score += 0.1 * min(1.0, 2 * transitions / len(low))
     score *= 0.55 + 0.45 * len(set(low)) / len(low)  # repetition
-    openings = [" ".join(s.split()[:2]) for s in low]
-    run = longest = 1
-    for a, b in pairwise(openings):
-        run = run + 1 if a == b else 1
-        longest = max(longest, run)
-    score *= 0.85 ** max(0, longest - 1)  # enumeration
+    alike = max(len(list(run)) for _, run in groupby(low, key=lambda s: s.split()[:2]))
+    score *= 0.85 ** (alike - 1)  # enumeration
     score *= 0.94 ** max(0, len(low) - 7)  # more than one can hold
     return score * (1.0 if len(low) > 1 else 0.75)
 
@@ -89,4 +67,7 @@ def rate(text: str) -> tuple[float, float, float]:
     parts = sentences(text)
     if not parts:
         return 0.0, 0.0, 0.0
-    return _clarity(parts), _fluency(text, parts), _coherency(parts)
+    ends = len(re.findall(r"[.!?;\n]+", text))
+    clarity = sum(map(_clarity, parts)) / len(parts)
+    fluency = sum(_grammar(part, i < ends) for i, part in enumerate(parts)) / len(parts)
+    return clarity, fluency, _coherency(parts)

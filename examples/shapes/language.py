@@ -9,23 +9,25 @@ A fact is a tuple: ``("exists", obj)``, ``("size", obj, size)``, ``("place", obj
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from examples.shapes.scene import (
     BACKGROUNDS,
     COLOURS,
-    COUNTS,
     MARK_COLOURS,
     MARKS,
     SHAPES,
     SIZES,
     Scene,
+    Thing,
     relation,
 )
 
 Obj = tuple[str | None, str]
 Fact = tuple
 
+COUNTS = ("zero", "one", "two", "three", "four", "five", "six")
 PLACE_PHRASES = {
     "top left": ("in the top left corner", "at the top left"),
     "top middle": ("at the top", "in the top middle"),
@@ -51,8 +53,8 @@ META_WORDS = (
 )
 
 
-def _any(words: object) -> str:
-    return "|".join(sorted(map(re.escape, words), key=len, reverse=True))  # type: ignore[call-overload]
+def _any(words: Iterable[str]) -> str:
+    return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
 
 
 _PLACE_OF = {phrase: place for place, phrases in PLACE_PHRASES.items() for phrase in phrases}
@@ -64,7 +66,7 @@ _TOKEN = re.compile(
             rf"\bbackground is (?P<background2>{_any(BACKGROUNDS)})\b",
             rf"\btiny (?P<mark>(?:{_any(MARK_COLOURS)}) (?:{_any(MARKS)}))\b",
             rf"\b(?P<count>{_any(COUNTS[1:])}) (?:shapes?|objects?|figures?)\b",
-            rf"\bis (?P<is_size>{_any(SIZES)})\b",
+            rf"\bis (?P<size>{_any(SIZES)})\b",
             rf"\b(?P<relation>{_any(_RELATION_OF)})\b",
             rf"\b(?P<place>{_any(_PLACE_OF)})\b",
             rf"\b(?P<thing>(?:(?:{_any(SIZES)}) )?(?:(?:{_any(COLOURS)}) )?(?:{_any(SHAPES)}))(?:e?s)?\b",
@@ -92,6 +94,39 @@ class _Reader:
     facts: list[Fact] = field(default_factory=list)
     last: Obj | None = None
 
+    def sentence(self, text: str) -> None:
+        before, subject, current = len(self.facts), None, None
+        place = how = None  # waiting for the thing that they speak of
+        landmark: Obj | None = None
+        for match in _TOKEN.finditer(text):
+            kind, value = str(match.lastgroup), match.group(str(match.lastgroup))
+            if kind in ("thing", "it"):
+                obj = self._thing(value) if kind == "thing" else self.last
+                if obj is None:
+                    continue
+                if how and subject is None and landmark is None:
+                    landmark = obj  # "Below the circle is a star": the circle, named first, is the landmark
+                    continue
+                if how:
+                    pair = (subject, how, obj) if subject else (obj, how, landmark)
+                    self.facts.append(("relation", *pair))
+                if place:
+                    self.facts.append(("place", obj, place))
+                how = place = None
+                subject, current = subject or obj, obj
+            elif kind == "relation":
+                how = _RELATION_OF[value]
+            elif kind == "place" and not current:
+                place = _PLACE_OF[value]
+            else:
+                self._attribute(kind, value, current)
+        self.last = subject or self.last
+        rest = " ".join(_TOKEN.sub(" ", text).split())
+        if _META.search(rest):
+            self.facts.append(("meta", " ".join(text.split())))
+        elif len(self.facts) == before and re.search(r"\w", _HOLLOW.sub(" ", rest)):
+            self.facts.append(("unclear", " ".join(text.split())))
+
     def _thing(self, text: str) -> Obj:
         words = text.split()
         obj: Obj = (next((w for w in words if w in COLOURS), None), words[-1])
@@ -100,55 +135,16 @@ class _Reader:
             self.facts.append(("size", obj, words[0]))
         return obj
 
-    def sentence(self, text: str) -> None:
-        before, subject, current = len(self.facts), None, None
-        place = how = None  # waiting for the thing that they speak of
-        landmark: Obj | None = None
-        for match in _TOKEN.finditer(text):
-            kind, value = str(match.lastgroup), match.group(str(match.lastgroup))
-            if kind in ("background", "background2"):
-                self.facts.append(("background", value))
-            elif kind == "count":
-                self.facts.append(("count", COUNTS.index(value)))
-            elif kind == "relation":
-                how = _RELATION_OF[value]
-            elif kind == "place":
-                if current:
-                    self.facts.append(("place", current, _PLACE_OF[value]))
-                else:
-                    place = _PLACE_OF[value]
-            elif kind == "mark":
-                if current:
-                    self.facts.append(("mark", current, *value.split()))
-            elif kind == "is_size":
-                if current:
-                    self.facts.append(("size", current, value))
-            else:
-                if kind == "it" and self.last is None:
-                    continue
-                obj = self.last if kind == "it" else self._thing(value)
-                assert obj is not None
-                if how and subject is None and landmark is None:
-                    landmark = obj  # "Below the circle is a star": the circle, named first, is the landmark
-                    continue
-                if how:
-                    pair = (subject, how, obj) if subject else (obj, how, landmark)
-                    self.facts.append(("relation", *pair))
-                    how = None
-                if place:
-                    self.facts.append(("place", obj, place))
-                    place = None
-                subject = subject or obj
-                current = obj
-        self.last = subject or self.last
-        self._commentary(text, before)
-
-    def _commentary(self, text: str, before: int) -> None:
-        rest = " ".join(_TOKEN.sub(" ", text).split())
-        if _META.search(rest):
-            self.facts.append(("meta", " ".join(text.split())))
-        elif len(self.facts) == before and re.search(r"\w", _HOLLOW.sub(" ", rest)):
-            self.facts.append(("unclear", " ".join(text.split())))
+    def _attribute(self, kind: str, value: str, obj: Obj | None) -> None:
+        """What is said of the picture, or of `obj`; nothing where there is none."""
+        if kind.startswith("background"):
+            self.facts.append(("background", value))
+        elif kind == "count":
+            self.facts.append(("count", COUNTS.index(value)))
+        elif obj and kind == "place":
+            self.facts.append(("place", obj, _PLACE_OF[value]))
+        elif obj:  # a mark or a size
+            self.facts.append((kind, obj, *value.split()))
 
 
 def read_facts(text: str) -> list[Fact]:
@@ -170,24 +166,23 @@ def article(words: str) -> str:
 
 def say(fact: Fact) -> str:
     """One fact as one self-contained sentence; `read_fact` reads it back."""
-    kind = fact[0]
+    kind, about = fact[:2]
     if kind == "exists":
-        return f"There is {article(_name(fact[1]))}."
-    if kind == "size":
-        return f"The {_name(fact[1])} is {fact[2]}."
-    if kind == "place":
-        return f"The {_name(fact[1])} is {PLACE_PHRASES[fact[2]][0]}."
-    if kind == "mark":
-        return f"The {_name(fact[1])} has a tiny {fact[2]} {fact[3]}."
-    if kind == "relation":
-        return f"The {_name(fact[1])} is {RELATION_PHRASES[fact[2]][0]} the {_name(fact[3])}."
+        return f"There is {article(_name(about))}."
     if kind == "background":
-        return f"The background is {fact[1]}."
+        return f"The background is {about}."
     if kind == "count":
-        return (
-            f"There {'is' if fact[1] == 1 else 'are'} {COUNTS[fact[1]]} shape{'s' if fact[1] != 1 else ''}."
-        )
-    return fact[1][0].upper() + fact[1][1:] + "."
+        return f"There {'is' if about == 1 else 'are'} {COUNTS[about]} shape{'s' if about != 1 else ''}."
+    if kind in ("meta", "unclear"):
+        return about[0].upper() + about[1:] + "."
+    subject = f"The {_name(about)}"
+    if kind == "size":
+        return f"{subject} is {fact[2]}."
+    if kind == "place":
+        return f"{subject} is {PLACE_PHRASES[fact[2]][0]}."
+    if kind == "mark":
+        return f"{subject} has a tiny {fact[2]} {fact[3]}."
+    return f"{subject} is {RELATION_PHRASES[fact[2]][0]} the {_name(fact[3])}."
 
 
 def read_fact(assertion: str) -> Fact:
@@ -199,20 +194,17 @@ def read_fact(assertion: str) -> Fact:
 
 def is_true(fact: Fact, scene: Scene) -> bool:
     """Whether a fact holds in a scene. Commentary and what says nothing are not true."""
-    things = {(t.colour, t.shape): t for t in scene.things}
 
-    def find(obj: Obj) -> list:
-        return [t for (c, s), t in things.items() if s == obj[1] and obj[0] in (None, c)]
+    def find(obj: Obj) -> list[Thing]:
+        return [t for t in scene.things if t.shape == obj[1] and obj[0] in (None, t.colour)]
 
     kind = fact[0]
     if kind == "exists":
         return bool(find(fact[1]))
-    if kind == "size":
-        return any(t.size == fact[2] for t in find(fact[1]))
-    if kind == "place":
-        return any(t.place == fact[2] for t in find(fact[1]))
+    if kind in ("size", "place"):
+        return any(getattr(thing, kind) == fact[2] for thing in find(fact[1]))
     if kind == "mark":
-        return any(t.mark == (fact[2], fact[3]) for t in find(fact[1]))
+        return any(thing.mark == fact[2:] for thing in find(fact[1]))
     if kind == "relation":
         return any(relation(a.place, b.place) == fact[2] for a in find(fact[1]) for b in find(fact[3]))
     if kind == "background":

@@ -21,10 +21,9 @@ from litellm.types.utils import Usage
 
 from balcap.judge.tasks import Decompose, Match, Rate, Rating, Recaption, Verdict, Verify
 from examples.shapes.captions import reference
-from examples.shapes.draw import scene_of
 from examples.shapes.fluency import rate
 from examples.shapes.language import covered, is_pointable, is_true, read_fact, read_facts, say
-from examples.shapes.scene import Scene
+from examples.shapes.scene import Scene, scene_of
 
 _FENCE = re.compile(r"<(\w+)>\n(.*?)\n</\1>", re.DOTALL)
 
@@ -76,24 +75,14 @@ def _description(scene: Scene, question: str) -> str:
 class Oracle(CustomLLM):
     """The litellm provider. It costs nothing and counts four characters as a token."""
 
-    def _respond(self, messages: list[dict[str, Any]], response: ModelResponse) -> ModelResponse:
-        content = json.dumps(answer(messages))
-        response.choices[0].message.content = content
-        response.choices[0].finish_reason = "stop"
-        asked = sum(
-            len(part.get("text", "")) if isinstance(part, dict) else len(part)
-            for message in messages
-            for part in ([message["content"]] if isinstance(message["content"], str) else message["content"])
-        )
-        usage = Usage(prompt_tokens=asked // 4, completion_tokens=len(content) // 4)
-        usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
-        response.usage = usage  # type: ignore[attr-defined]
-        return response
-
-    def completion(self, *args: Any, **kwargs: Any) -> ModelResponse:
-        """See `litellm.completion`."""
-        return self._respond(kwargs["messages"], kwargs["model_response"])
-
     async def acompletion(self, *args: Any, **kwargs: Any) -> ModelResponse:
         """See `litellm.acompletion`."""
-        return self._respond(kwargs["messages"], kwargs["model_response"])
+        response, contents = kwargs["model_response"], [message["content"] for message in kwargs["messages"]]
+        content = json.dumps(answer(kwargs["messages"]))
+        response.choices[0].message.content = content
+        response.choices[0].finish_reason = "stop"
+        lists = [[{"text": text}] if isinstance(text, str) else text for text in contents]
+        asked = sum(len(part.get("text", "")) for parts in lists for part in parts) // 4
+        said = len(content) // 4
+        response.usage = Usage(prompt_tokens=asked, completion_tokens=said, total_tokens=asked + said)
+        return response

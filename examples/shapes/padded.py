@@ -61,23 +61,16 @@ def _padded(name: str, old: Tensor, shape: torch.Size, size: int, head_size: int
     """A weight of the wide model, 0 where the narrow one has nothing."""
     if "visual" in name and old.shape == shape:
         return old
-    new = torch.zeros(shape)
-    if projection := re.search(r"self_attn\.([qkvo])_proj\.(weight|bias)$", name):
-        which = projection[1]
-        dim = 1 if which == "o" else 0
-        where = _head_places(old.shape[dim] // size, size, head_size)
-        if which == "q":
+    places = [torch.arange(n) for n in old.shape]  # of the old weight's rows and columns in the new one
+    if projection := re.search(r"self_attn\.([qkvo])_proj\.", name):
+        dim = 1 if projection[1] == "o" else 0
+        places[dim] = _head_places(old.shape[dim] // size, size, head_size)
+        if projection[1] == "q":
             old = old * math.sqrt(head_size / size)
-        if old.dim() == 1:
-            new[where] = old
-        elif which == "o":
-            new[: old.shape[0], where] = old
-        else:
-            new[where, : old.shape[1]] = old
-        return new
-    if "norm" in name and "visual" not in name:
-        old = old * math.sqrt(len(old) / len(new))
-    new[tuple(slice(n) for n in old.shape)] = old
+    elif "norm" in name and "visual" not in name:
+        old = old * math.sqrt(len(old) / shape[0])
+    new = torch.zeros(shape)
+    new[torch.meshgrid(*places, indexing="ij")] = old
     return new
 
 
@@ -94,15 +87,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="The embedded base policy with larger attention heads.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--head_size", type=int, default=64)
-    options = parser.parse_args()
-    model = AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32)
-    wide = padded(model, options.head_size)
-    wide.save_pretrained(options.out)
-    for file in BASE.iterdir():
-        if not (options.out / file.name).exists() and file.name != "report.json":
-            shutil.copy(file, options.out)
-    print(f"{options.out}: {sum(p.numel() for p in wide.parameters()):,} parameters")
+    out = parser.parse_args().out
+    shutil.copytree(BASE, out, ignore=shutil.ignore_patterns("report.json"), dirs_exist_ok=True)
+    wide = padded(AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32))
+    wide.save_pretrained(out)
+    print(f"{out}: {sum(p.numel() for p in wide.parameters()):,} parameters")
 
 
 if __name__ == "__main__":

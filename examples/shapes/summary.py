@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 NAMES = ("precision", "recall", "linguistic", "b_capscore", "length_ratio", "caption_tokens")
 
@@ -24,36 +26,31 @@ def validations(run: Path) -> tuple[dict[str, float], dict[str, float]]:
     return first, last
 
 
-def captions(run: Path, n: int = 3) -> list[tuple[str, str, str, str]]:
-    """(image, reference, before, after) of a few held-out images."""
+def validation_captions(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the rollout log of the first and of the last validation."""
     import pyarrow.parquet as pq
 
-    files = sorted((run / "rollouts").glob("val-*.parquet"))
-    steps = sorted({f.name.split("-")[1] for f in files})
-    tables = []
-    for step in (steps[0], steps[-1]):
-        rows = [row for f in files if f.name.split("-")[1] == step for row in pq.read_table(f).to_pylist()]
-        tables.append({row["sample_id"]: row for row in rows})
-    before, after = tables
-    both = [i for i in before if i in after][:n]
-    return [(i, before[i]["reference"], before[i]["caption"], after[i]["caption"]) for i in both]
+    steps: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted((run / "rollouts").glob("val-*.parquet")):
+        steps.setdefault(file.name.split("-")[1], []).extend(pq.read_table(file).to_pylist())
+    return steps[min(steps)], steps[max(steps)]
 
 
 def markdown(runs: list[Path]) -> str:
     """One row per run, before → after, and the mean change with its standard deviation over runs."""
-    names = ("precision", "recall", "linguistic", "b_capscore", "length_ratio")
-    titles = ("", "precision", "recall", "linguistic", "b-CapScore", "length ratio")
-    lines = ["| " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(names)]
-    changes: dict[str, list[float]] = {name: [] for name in names}
-    for run in runs:
-        first, last = validations(run)
-        cells = [f"{first[name]:.3f} → {last[name]:.3f}" for name in names]
-        lines.append("| " + " | ".join([run.name, *cells]) + " |")
-        for name in names:
-            changes[name].append(last[name] - first[name])
-    spread = [f"{mean(v):+.3f} ± {stdev(v) if len(v) > 1 else 0:.3f}" for v in changes.values()]
-    lines.append("| " + " | ".join(["**change**", *(f"**{cell}**" for cell in spread)]) + " |")
-    return "\n".join(lines)
+    titles = ("precision", "recall", "linguistic", "b-CapScore", "length ratio")
+    lines = [_row("", titles), "| --- |" + " ---: |" * len(titles)]
+    ends = [validations(run) for run in runs]
+    names = NAMES[: len(titles)]
+    for run, (first, last) in zip(runs, ends, strict=True):
+        lines.append(_row(run.name, [f"{first[name]:.3f} → {last[name]:.3f}" for name in names]))
+    changes = [[last[name] - first[name] for first, last in ends] for name in names]
+    spread = [f"**{mean(each):+.3f} ± {stdev(each) if len(each) > 1 else 0:.3f}**" for each in changes]
+    return "\n".join([*lines, _row("**change**", spread)])
+
+
+def _row(first: str, cells: Sequence[str]) -> str:
+    return f"| {' | '.join([first, *cells])} |"
 
 
 def main(run: Path) -> None:
@@ -63,15 +60,16 @@ def main(run: Path) -> None:
 
     console = Console(soft_wrap=True, highlight=False)
     first, last = validations(run)
-    table = Table(title="held-out images, captions sampled at the training temperature")
-    for column in ("", "before", "after", "change"):
-        table.add_column(column, justify="left" if not column else "right")
+    columns = ("", "before", "after", "change")
+    table = Table(*columns, title="held-out images, captions sampled at the training temperature")
     for name in NAMES:
         table.add_row(name, f"{first[name]:.3f}", f"{last[name]:.3f}", f"{last[name] - first[name]:+.3f}")
     console.print(table)
-    for image, reference, before, after in captions(run):
+    before, after = ({row["sample_id"]: row for row in rows} for rows in validation_captions(run))
+    for image in [image for image in before if image in after][:3]:
+        texts = (before[image]["reference"], before[image]["caption"], after[image]["caption"])
         console.print(
-            f"\n{image}\n  reference  {reference}\n  before     {before}\n  after      {after}", markup=False
+            "\n{}\n  reference  {}\n  before     {}\n  after      {}".format(image, *texts), markup=False
         )
     console.print(
         f"\ncurve     {run}/curves.png\nrollouts  {run}/rollouts/\nmetrics   {run}/metrics.csv"
@@ -83,7 +81,4 @@ def main(run: Path) -> None:
 
 if __name__ == "__main__":
     folders = [Path(argument) for argument in sys.argv[1:]]
-    if len(folders) == 1:
-        main(folders[0])
-    else:
-        print(markdown(folders))
+    main(*folders) if len(folders) == 1 else print(markdown(folders))

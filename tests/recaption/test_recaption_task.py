@@ -7,10 +7,9 @@ import pytest
 from balcap.judge.errors import InvalidAnswer
 from balcap.judge.tasks.recaption import Recaption
 from examples.shapes.captions import QUESTIONS
-from examples.shapes.draw import draw_scene, png_bytes
 from examples.shapes.language import is_true, read_facts
 from examples.shapes.oracle import answer
-from examples.shapes.scene import sample_scene
+from examples.shapes.scene import draw_scene, png_bytes, sample_scene
 from tests.judge_replies import data_of, image_urls
 
 

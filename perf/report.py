@@ -1,0 +1,162 @@
+"""What the scripts share: their command line, child processes, timing, and the report, a table and one line of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from balcap.types import CaptionBatch, Rollouts
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "data/shapes"
+CONFIG = "configs/shapes.yaml"
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with ``--quick``; the script's docstring is its help."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="shows that it runs, within a minute")
+    return parser
+
+
+def installed(package: str) -> bool:
+    """Whether it can be imported, without doing so."""
+    return importlib.util.find_spec(package) is not None
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of packages; "not installed" where one is missing."""
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    return {package: version(package) for package in packages}
+
+
+def device_name(device: str = "cpu") -> str:
+    """What the figures were measured on."""
+    import torch
+
+    return (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
+
+
+def seconds_of(action: Callable[[], Any]) -> float:
+    """Wall time of a call, work on a GPU included."""
+    import torch
+
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    gc.collect()
+    synchronize()
+    started = time.perf_counter()
+    action()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def rounded(value: float | None) -> float | None:
+    """To four significant digits."""
+    return None if value is None else float(f"{value:.4g}")
+
+
+def report(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], figures: dict[str, Any]
+) -> None:
+    """Print a table and, as the last line, the figures as one JSON object.
+
+    Args:
+        title: of the table.
+        columns: titles; the first column names the row.
+        rows: cells; floats are shown to four digits, None as "-".
+        figures: what the JSON object holds.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*("-" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
+    console = Console(highlight=False)
+    console.width = max(console.width, 120)
+    console.print(table)
+    print(json.dumps(figures))
+
+
+def run_python(arguments: Sequence[str], out: Path, threads: int | None = None) -> None:
+    """Run Python from the repository's root, its console in ``out/console.txt``.
+
+    Raises:
+        RuntimeError: with the end of its output, if it fails.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OPENAI_API_KEY": "dummy", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    command = [sys.executable, *arguments]
+    with (out / "console.txt").open("w") as console:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=console, stderr=subprocess.STDOUT)
+    if done.returncode:
+        tail = (out / "console.txt").read_text()[-3000:]
+        raise RuntimeError(f"{' '.join(command[:3])} ended with status {done.returncode}:\n{tail}")
+
+
+def write_world() -> None:
+    """The images of the demo, where they are not there yet."""
+    if not (DATA / "shapes.json").exists():
+        run_python(["-m", "examples.shapes.dataset", "--out", str(DATA), "--images", "3000"], DATA)
+
+
+def fit(options: dict[str, Any], out: Path, threads: int | None = None) -> list[dict[str, str]]:
+    """``main.py fit`` on the embedded world with some options changed, its run in ``out/run``.
+
+    Returns:
+        The rows of ``metrics.csv`` that are training steps.
+    """
+    options = {"run_dir": out / "run", "trainer.max_time": "null", "progress.refresh_rate": 0} | options
+    flags = [f"--{key}={value}" for key, value in options.items()]
+    run_python(["main.py", "fit", "--config", CONFIG, *flags], out, threads)
+    with (out / "run/metrics.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get("time/step_s")]
+
+
+def rollouts_of_texts(
+    batch: CaptionBatch, captions: Sequence[Sequence[str]], lengths: Sequence[Sequence[int]] | None = None
+) -> Rollouts:
+    """Captions ``[B][G]`` as rollouts, for rewards; their tokens are made up, of these `lengths` or of one."""
+    from tests.tiny_models import rollouts_of
+
+    return replace(
+        rollouts_of(batch, lengths or [[1] * len(row) for row in captions], [0]), captions=captions
+    )
+
+
+def judge_options(url: str) -> dict[str, Any]:
+    """Options of `fit`: the judge of this address instead of the embedded one."""
+    return {
+        "model.judge.model": "openai/gpt-4o-mini",
+        "model.judge.providers": "null",
+        "model.judge.params": json.dumps({"api_base": url}),
+    }
