@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-from jaxtyping import Float
 from torch import Tensor
 
 from balcap.types import Rollouts
@@ -22,17 +21,12 @@ class AdvantageEstimator(ABC):
     """From rewards to advantages, such as `balcap.algorithms.CGDPO`."""
 
     @abstractmethod
-    def advantages(
-        self,
-        rewards: Float[Tensor, "B G K"],
-        weights: Float[Tensor, " K"],
-        all_gather: AllGather | None = None,
-    ) -> Float[Tensor, "B G"]:
-        """Advantages of the rollouts of this rank.
+    def advantages(self, rewards: Tensor, weights: Tensor, all_gather: AllGather | None = None) -> Tensor:
+        """``[B, G]`` advantages of the rollouts of this rank.
 
         Args:
-            rewards: after the reward transforms; NaN where missing.
-            weights: of the K rewards.
+            rewards: ``[B, G, K]`` after the reward transforms; NaN where missing.
+            weights: ``[K]`` of the rewards.
             all_gather: for statistics over all ranks; every rank must then call it equally often.
         """
 
@@ -41,13 +35,11 @@ class RewardTransform(ABC):
     """Changes rewards before the estimator sees them, such as `balcap.algorithms.LengthMask`."""
 
     @abstractmethod
-    def transform(
-        self, rewards: Float[Tensor, "B G K"], names: Sequence[str], rollouts: Rollouts
-    ) -> Float[Tensor, "B G K"]:
-        """New rewards; the given ones are not modified. A missing reward (NaN) stays missing.
+    def transform(self, rewards: Tensor, names: Sequence[str], rollouts: Rollouts) -> Tensor:
+        """New rewards ``[B, G, K]``; the given ones are not modified. A missing reward (NaN) stays missing.
 
         Args:
-            rewards: in [0, 1], in the order of `names`.
+            rewards: ``[B, G, K]`` in [0, 1], in the order of `names`.
             names: ``[K]`` of the rewards.
             rollouts: that were rewarded.
         """
@@ -62,17 +54,13 @@ class AdvantageTransform(ABC):
 
     @abstractmethod
     def transform(
-        self,
-        advantages: Float[Tensor, "B G *T"],
-        rewards: Float[Tensor, "B G K"],
-        names: Sequence[str],
-        rollouts: Rollouts,
-    ) -> Float[Tensor, "B G *T"]:
+        self, advantages: Tensor, rewards: Tensor, names: Sequence[str], rollouts: Rollouts
+    ) -> Tensor:
         """New advantages: ``[B, G]``, one per caption, or ``[B, G, T]``, one per token.
 
         Args:
             advantages: of the estimator or of the transform before.
-            rewards: that the estimator saw.
+            rewards: ``[B, G, K]`` that the estimator saw.
             names: ``[K]`` of the rewards.
             rollouts: that were rewarded.
         """

@@ -21,12 +21,7 @@ class CGDPO(AdvantageEstimator):
     def __init__(self, eps: float = 1e-4, whiten: bool = True) -> None:
         self.eps, self.whiten = eps, whiten
 
-    def advantages(
-        self,
-        rewards: Float[Tensor, "B G K"],
-        weights: Float[Tensor, " K"],
-        all_gather: AllGather | None = None,
-    ) -> Float[Tensor, "B G"]:
+    def advantages(self, rewards: Tensor, weights: Tensor, all_gather: AllGather | None = None) -> Tensor:
         return cgdpo(rewards, weights, self.eps, self.whiten, all_gather)
 
 

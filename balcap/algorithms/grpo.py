@@ -20,12 +20,7 @@ class GRPO(AdvantageEstimator):
     def __init__(self, eps: float = 1e-4) -> None:
         self.eps = eps
 
-    def advantages(
-        self,
-        rewards: Float[Tensor, "B G K"],
-        weights: Float[Tensor, " K"],
-        all_gather: AllGather | None = None,
-    ) -> Float[Tensor, "B G"]:
+    def advantages(self, rewards: Tensor, weights: Tensor, all_gather: AllGather | None = None) -> Tensor:
         return grpo(rewards, weights, self.eps)
 
 

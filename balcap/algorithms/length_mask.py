@@ -31,23 +31,24 @@ class _OnOneReward(RewardTransform):
     def __init__(self, reward: str) -> None:
         self.reward = reward
 
-    def transform(
-        self, rewards: Float[Tensor, "B G K"], names: Sequence[str], rollouts: Rollouts
-    ) -> Float[Tensor, "B G K"]:
-        return self._apply(
-            rewards, rollouts.lengths, rollouts.reference_lengths, list(names).index(self.reward)
-        )
+    def transform(self, rewards: Tensor, names: Sequence[str], rollouts: Rollouts) -> Tensor:
+        index = list(names).index(self.reward)
+        return self._apply(rewards, rollouts.lengths, rollouts.reference_lengths, index)
 
     @abstractmethod
     def _apply(self, rewards: Tensor, lengths: Tensor, reference_lengths: Tensor, index: int) -> Tensor: ...
 
     def problems(self, names: Sequence[str]) -> list[str]:
-        if self.reward in names:
-            return []
-        return [
-            f"model.reward_transforms: {type(self).__name__} acts on the reward {self.reward!r}; there are "
-            f"{', '.join(names)}"
-        ]
+        key, kind = "model.reward_transforms", type(self).__name__
+        problems = [f"{key}: {kind}'s {self.wrong}"] if self.wrong else []
+        if self.reward not in names:
+            problems.append(f"{key}: {kind} acts on the reward {self.reward!r}; there are {', '.join(names)}")
+        return problems
+
+    @property
+    @abstractmethod
+    def wrong(self) -> str:
+        """What is out of range, empty if nothing is."""
 
 
 class LengthMask(_OnOneReward):
@@ -68,14 +69,12 @@ class LengthMask(_OnOneReward):
     def _apply(self, rewards: Tensor, lengths: Tensor, reference_lengths: Tensor, index: int) -> Tensor:
         return length_mask(rewards, lengths, reference_lengths, self.tau_low, self.tau_high, index)
 
-    def problems(self, names: Sequence[str]) -> list[str]:
-        problems = super().problems(names)
-        if not 0 <= self.tau_low <= self.tau_high:
-            problems.append(
-                f"model.reward_transforms: LengthMask's tau_low: {self.tau_low} must lie between 0 and its "
-                f"tau_high: {self.tau_high}"
-            )
-        return problems
+    @property
+    def wrong(self) -> str:
+        right = 0 <= self.tau_low <= self.tau_high
+        return (
+            "" if right else f"tau_low: {self.tau_low} must lie between 0 and its tau_high: {self.tau_high}"
+        )
 
 
 class LinearLengthPenalty(_OnOneReward):
@@ -93,13 +92,9 @@ class LinearLengthPenalty(_OnOneReward):
     def _apply(self, rewards: Tensor, lengths: Tensor, reference_lengths: Tensor, index: int) -> Tensor:
         return linear_length_penalty(rewards, lengths, reference_lengths, index, self.slope)
 
-    def problems(self, names: Sequence[str]) -> list[str]:
-        problems = super().problems(names)
-        if not 0 <= self.slope < math.inf:
-            problems.append(
-                f"model.reward_transforms: LinearLengthPenalty's slope: {self.slope} must be at least 0"
-            )
-        return problems
+    @property
+    def wrong(self) -> str:
+        return "" if 0 <= self.slope < math.inf else f"slope: {self.slope} must be at least 0"
 
 
 def length_ratio(
