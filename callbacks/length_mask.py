@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from balcap.algorithms import LengthMask
@@ -46,21 +46,12 @@ class LengthMaskSchedule(Callback):
         self.schedule = [entry if isinstance(entry, Bounds) else _parsed(entry) for entry in schedule]
         if problems := _problems(self.schedule):
             raise ValueError("\n".join(problems))
-        self._steps = [entry.step for entry in self.schedule]
         self._masks: list[LengthMask] = []
 
     def at(self, step: int) -> tuple[float, float]:
         """``(tau_low, tau_high)`` at an optimizer step."""
-        right = bisect_right(self._steps, step)
-        before = self.schedule[max(right - 1, 0)]
-        after = self.schedule[min(right, len(self.schedule) - 1)]
-        if before.step == after.step:
-            return before.tau_low, before.tau_high
-        part = (step - before.step) / (after.step - before.step)
-        return (
-            before.tau_low + part * (after.tau_low - before.tau_low),
-            before.tau_high + part * (after.tau_high - before.tau_high),
-        )
+        steps, lows, highs = zip(*((e.step, e.tau_low, e.tau_high) for e in self.schedule), strict=True)
+        return float(np.interp(step, steps, lows)), float(np.interp(step, steps, highs))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         transforms: Any = getattr(pl_module, "reward_transforms", ())
