@@ -70,11 +70,11 @@ def test_the_shipped_configs_repeat_no_default(name: str) -> None:
 
 def test_the_journal_ledger_and_quarantine_lie_beside_the_file(tmp_path: Path) -> None:
     recaptioner = configured("recaption_shapes.yaml", "--out", str(tmp_path / "a.b.json"))
-    assert recaptioner.judge.ledger == str(tmp_path / "a.b.json.ledger.sqlite")
+    assert recaptioner.judge.settings.ledger == str(tmp_path / "a.b.json.ledger.sqlite")
     assert recaptioner.files.journal == tmp_path / "a.b.json.journal.jsonl"
     assert recaptioner.files.quarantine == tmp_path / "a.b.json.quarantine.jsonl"
     own = configured("recaption_shapes.yaml", "--judge.ledger", "mine.sqlite")
-    assert own.judge.ledger == "mine.sqlite"
+    assert own.judge.settings.ledger == "mine.sqlite"
 
 
 def test_no_key_is_written_anywhere(
