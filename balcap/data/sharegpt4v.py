@@ -9,7 +9,7 @@ A row of the file::
 keeps its place in the table with a cause: whoever reads it can list it and go on.
 
 Beside ShareGPT4V's own keys one more is read: ``"reference_units"``, a list of strings, the assertions of the
-caption as `balcap.recaption` writes them. Absent, or null, they are asked for in training. Anything else is a
+caption as `balcap.commands.recaption` writes them. Absent, or null, they are asked for in training. Anything else is a
 bad row, ``malformed_units``: to pay for what was to be there already would be a surprise.
 """
 

@@ -1,0 +1,637 @@
+"""``python main.py recaption``: new reference captions for a data set, from any model that litellm reaches.
+
+The paper's data step (arXiv 2605.07394 has GPT-5-mini re-write the references of ShareGPT4V). What is written
+is a ShareGPT4V file whose rows also hold the assertions of their caption, so that training asks nobody about
+references.
+
+A run remembers nothing by itself. Every answer is in the judge's cache as soon as it comes; the same command
+asks about every row again and gets what is there from the cache, at no cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from balcap.commands.recaption_files import (
+    REMEMBERED,
+    AnsweredRows,
+    Quarantine,
+    QuarantinedRow,
+    claim,
+    config_error,
+    output_row,
+    write_rows,
+)
+from balcap.data.checks import folder_problems, prompt_problems, source_problems
+from balcap.data.images import MAX_PIXELS, PILLOW_MAX_PIXELS
+from balcap.judge import BudgetSpent, Decompose, Judge, JudgeFailure
+from balcap.judge.tasks import Recaption, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+PASSING = frozenset(("limited", "timeout", "server", "connection", "denied", "stopped"))
+"""Failures that say nothing about the row: the next run asks again."""
+
+GRACE_S = 5.0
+"""Seconds that answers under way get to arrive after Ctrl-C."""
+
+PLAIN_EVERY_S = 15.0
+"""Seconds between two lines of progress where stdout is not a terminal."""
+
+_DATA_KEY = re.compile(r"\bdata\.(data|name|image_root|folders|cache_dir|link_targets|max_pixels_in_file)\b")
+
+
+@dataclass
+class RecaptionSettings:
+    """New reference captions for a data set, and what they assert.
+
+    Run it again with the same settings and it goes on where it was, however it ended: what is in the judge's
+    cache is not paid for again. What is written at the end is a ShareGPT4V file in the order of the data set.
+
+    Args:
+        data: ShareGPT4V rows: path of a ``.json`` or ``.jsonl`` file, or a hub id such as
+            ``Lin-Chen/ShareGPT4V``. Rows need an image and may lack a caption.
+        image_root: folder that the image paths in the rows start from. Only files below it are read, since
+            images are sent to the judge.
+        out: the ``.json`` file to write. Beside it lie its settings, the list of quarantined rows, and the
+            ledger.
+        judge: who writes the captions. It needs a ``cache``, from which a run goes on; its ``ledger`` is kept
+            beside `out` unless it names another.
+        name: configuration of a hub data set, such as ``ShareGPT4V``.
+        folders: use only images below these folders of `image_root`, such as ``coco/train2017``; null for
+            all.
+        max_rows: use only the first this many rows that are left after `folders`; null for all. It may be
+            raised later: rows that have their caption are not paid for again.
+        link_targets: folders outside `image_root` that symbolic links in it may lead to.
+        max_pixels_in_file: width x height up to which an image is decoded, a guard against decompression
+            bombs.
+        prompts: instructions, of which every image gets the one that its path and `seed` pick; null for the
+            row's own question.
+        seed: of the choice among `prompts`.
+        decompose: also write what every caption asserts, ``reference_units``, so that training does not pay
+            for it.
+        decompose_judge: who decomposes, best the judge of the training run; null for `judge`.
+        keep_original: keep the caption that is replaced under ``original_caption``.
+        retry_quarantined: ask again about rows that an earlier run has put into quarantine.
+        partial: write `out` even if rows are left for the next run, without them.
+        cache_dir: folder for the table made from the JSON; null for the Hugging Face cache.
+    """
+
+    data: str | None = None
+    image_root: str | None = None
+    out: str | None = None
+    judge: Judge | None = None
+    name: str | None = None
+    folders: list[str] | None = None
+    max_rows: int | None = None
+    link_targets: list[str] | None = None
+    max_pixels_in_file: int = MAX_PIXELS
+    prompts: list[str] | None = None
+    seed: int = 0
+    decompose: bool = True
+    decompose_judge: Judge | None = None
+    keep_original: bool = True
+    retry_quarantined: bool = False
+    partial: bool = False
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for judge in self.judges().values():
+            if judge.ledger is None and self.out is not None:
+                judge.ledger = str(self.beside_out("ledger.sqlite"))
+
+    @property
+    def out_path(self) -> Path:
+        return Path(self.out or "").expanduser()
+
+    def beside_out(self, suffix: str) -> Path:
+        """``<out>.<suffix>``."""
+        return self.out_path.with_name(f"{self.out_path.name}.{suffix}")
+
+    def judges(self) -> dict[str, Judge]:
+        """The judges that are set, by their keys."""
+        both = {"judge": self.judge, "decompose_judge": self.decompose_judge}
+        return {key: judge for key, judge in both.items() if judge is not None}
+
+    def problems(self) -> list[str]:
+        """What is wrong, each message beginning with the key to change. Reads no data, calls no provider."""
+        problems = source_problems(self.data, prefix="")
+        problems += folder_problems(self.image_root, self.folders, self.link_targets, prefix="")
+        problems += prompt_problems(self.prompts, prefix="")
+        if self.max_rows is not None and self.max_rows < 1:
+            problems.append(f"max_rows must be >= 1 or null (it is {self.max_rows})")
+        if self.seed < 0:
+            problems.append(f"seed must be >= 0 (it is {self.seed})")
+        if not 1 <= self.max_pixels_in_file <= PILLOW_MAX_PIXELS:
+            problems.append(
+                f"max_pixels_in_file must be in 1 .. {PILLOW_MAX_PIXELS}, Pillow's own limit "
+                f"(it is {self.max_pixels_in_file})"
+            )
+        return problems + self._out_problems() + self._judge_problems()
+
+    def _out_problems(self) -> list[str]:
+        if self.out is None:
+            return ["out is required: the .json file to write"]
+        path, settings = self.out_path, self.beside_out("settings.json")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if path.suffix != ".json":
+            return [f"out: {self.out} must end in .json"]
+        if path.is_dir():
+            return [f"out: {self.out} is a folder"]
+        if self.data and Path(self.data).expanduser().resolve() == path.resolve():
+            return [f"out: {self.out} is the data set itself (data); name another file"]
+        if path.exists() and not settings.exists():
+            return [
+                f"out: {self.out} exists and was not written by recaption (there is no {settings.name} beside "
+                "it); name another file, or move it away"
+            ]
+        if not folder.is_dir():
+            return [f"out: {folder} is not a folder"]
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return [f"out: {folder} cannot be written to"]
+        return []
+
+    def _judge_problems(self) -> list[str]:
+        problems = []
+        if self.judge is None:
+            problems.append(
+                "judge is required: the model that writes captions, such as judge.model openai/gpt-5-mini"
+            )
+        for key, judge in self.judges().items():
+            problems += judge.problems(key=key)
+            if judge.cache is None:
+                problems.append(
+                    f"{key}.cache must be a file: a run that was interrupted goes on from its answers"
+                )
+        if self.decompose_judge is not None and not self.decompose:
+            problems.append(
+                "decompose_judge is set, but decompose is false: set it to true, or remove the judge"
+            )
+        return problems
+
+    def identity(self, digest: str) -> dict[str, Any]:
+        """All that answers depend on, by the keys that set it; `digest` is of the data set's content."""
+        assert self.judge is not None
+        identity = {
+            "data (digest of its content)": digest,
+            "prompts": self.prompts,
+            "seed": self.seed if self.prompts else None,
+            "judge.images": repr(self.judge.images),
+            **_asked("judge", self.judge, Recaption),
+            "decompose": self.decompose,
+        }
+        if self.decompose:
+            identity |= _asked("decompose_judge", self.decompose_judge or self.judge, Decompose)
+        return identity
+
+
+def _asked(key: str, judge: Judge, task: type[Task[Any]]) -> dict[str, Any]:
+    first, *others = judge.routes(task.name)
+    return {
+        f"{key}.model": first.model,
+        f"{key}.params": first.content,
+        f"{key}.fallbacks": [[other.model, other.content] for other in others],
+        f"{key}.cache": str(Path(judge.cache or "").expanduser().resolve()),
+        f"{task.name} (version of its prompt)": task.version,
+    }
+
+
+def asked_model(judge: Judge, task: type[Task[Any]]) -> str:
+    """Who is asked, for whoever reads the file: with fallbacks, any of them may have answered."""
+    return " or ".join(dict.fromkeys(route.model for route in judge.routes(task.name)))
+
+
+def own_keys(text: str, judge: str = "judge") -> str:
+    """A message of `balcap.data` or of a judge, with the keys that its settings have here.
+
+    Args:
+        text: the message, which names keys as they are in training.
+        judge: key of the judge it comes from.
+    """
+    return _DATA_KEY.sub(r"\1", text).replace("model.judge", judge)
+
+
+def plan_rows(settings: RecaptionSettings, table: Dataset) -> tuple[list[int], list[QuarantinedRow]]:
+    """The rows that can be captioned, in the order of the data set; and those that cannot.
+
+    A missing caption or question is no fault here, a second row of an image is.
+
+    Raises:
+        DataError: none is left.
+    """
+    from balcap.data.sharegpt4v import TEXT_ONLY_CAUSES, DataError, column
+    from balcap.data.split import select_rows
+
+    root = Path(settings.image_root or "").expanduser()
+    sample_ids, causes = column(table, "sample_id"), column(table, "problem")
+    chosen, missing = select_rows(sample_ids, root, settings.folders, settings.max_rows)
+    for folder, count in missing.items():
+        log.warning("folder_not_on_disk: %s/%s does not exist, %d rows left out", root, folder, count)
+    if not len(chosen):
+        raise DataError(
+            f"image_root: no row of {settings.data} is left: {', '.join(missing) or 'none'} not found under "
+            f"{root} (folders={settings.folders})"
+        )
+    first: dict[str, int] = {}
+    good: list[int] = []
+    bad: list[QuarantinedRow] = []
+    for row in map(int, chosen):
+        image, cause = sample_ids[row], causes[row]
+        if cause and cause not in TEXT_ONLY_CAUSES:
+            bad.append(QuarantinedRow(row, image, cause, table[row]["detail"]))
+        elif first.setdefault(image, row) != row:
+            bad.append(QuarantinedRow(row, image, "duplicate_image", f"row {first[image]} has the same image"))
+        else:
+            good.append(row)
+    return good, bad
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: exit status: 0 if it is done or the budget is spent, else not 0.
+        message: for a person.
+    """
+
+    status: int
+    message: str
+
+
+class RecaptionRun:
+    """One run. `run` is all there is to call.
+
+    Rows are worked on in chunks of as many captions as one call decomposes. At most twice as many rows as there
+    are calls at once hold their image in memory.
+
+    Attributes:
+        rows: that can be captioned.
+        todo: those of `rows` that this run asks about, judge or cache.
+        unsettled: those of `todo` that have neither their caption nor a place in quarantine yet.
+        quarantine: rows without a caption, with the reason.
+        answered: rows with their caption.
+        missed: rows whose answer did not come, for a reason that passes.
+        rejected: rows that the provider would not take. Whether that is the row's fault or, for instance, the
+            key's, is known when the run ends.
+        answers: of judges and their caches, in this run.
+        signal: that ends the run; None while there is none.
+    """
+
+    def __init__(self, settings: RecaptionSettings) -> None:
+        from balcap.data.files import ImageFolder
+        from balcap.data.sharegpt4v import load_rows
+
+        assert settings.judge is not None
+        self.settings, self.judge = settings, settings.judge
+        self.decomposer = settings.decompose_judge or settings.judge
+        self.images = ImageFolder(
+            str(settings.image_root), settings.max_pixels_in_file, settings.link_targets or ()
+        )
+        self.table, self.digest = load_rows(str(settings.data), settings.name, settings.cache_dir)
+        self.rows, self._bad = plan_rows(settings, self.table)
+        self.missed: dict[int, QuarantinedRow] = {}
+        self.rejected: dict[int, QuarantinedRow] = {}
+        self.answers = 0
+        self.signal: int | None = None
+
+    def run(self) -> Outcome:
+        """Ask about all rows, then write what can be written.
+
+        Raises:
+            DataError: the data set has changed meanwhile.
+            ConfigError: `out` was begun with other settings, or another process works on it.
+            StoreError: a cache or ledger of a judge cannot be used.
+            OSError: a file cannot be written.
+        """
+        settings = self.settings
+        settings.out_path.parent.mkdir(parents=True, exist_ok=True)
+        with claim(settings.beside_out("settings.json"), settings.identity(self.digest)):
+            self._recall()
+            try:
+                self._ask_all()
+                return self._finish()
+            finally:
+                self.answered.close()
+                for judge in settings.judges().values():
+                    judge.close()
+
+    def _recall(self) -> None:
+        """What an earlier run has put into quarantine at a price stays there, unless it is to be asked again."""
+        settings = self.settings
+        self.quarantine = Quarantine(settings.beside_out("quarantine.jsonl"))
+        good = set(self.rows)
+        for row, entry in list(self.quarantine.items()):
+            if row not in good or entry.kind not in REMEMBERED:
+                del self.quarantine[row]
+        skipped = set() if settings.retry_quarantined else set(self.quarantine)
+        self.todo = [row for row in self.rows if row not in skipped]
+        self.unsettled = set(self.todo)
+        self.quarantine |= {entry.row: entry for entry in self._bad}
+        self.quarantine.write()
+        self.answered = AnsweredRows(settings.out_path.parent)
+
+    # ---- asking
+
+    def _ask_all(self) -> None:
+        """Ask until all rows are done or something ends the run."""
+        with _signals(self._interrupt), _progress(len(self.rows) + len(self._bad)) as show:
+            asking = self.judge.submit(self._ask_rows())
+            while self.signal is None and not wait([asking], timeout=0.5).done:
+                show(self)
+            if self.signal is not None:
+                wait([asking], timeout=GRACE_S)
+            if not asking.cancel():
+                asking.result()  # raises what went wrong
+            show(self, final=True)
+
+    def _interrupt(self, number: int) -> None:
+        self.signal = number
+
+    async def _ask_rows(self) -> None:
+        size = 1
+        if self.settings.decompose:
+            size = self.decomposer.per_call.get(Decompose.name, Decompose.per_call)
+        size = max(1, min(size, 2 * self.judge.concurrency))
+        chunks = iter([self.todo[start : start + size] for start in range(0, len(self.todo), size)])
+        try:
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(2 * self.judge.concurrency // size):
+                    workers.create_task(self._work(chunks))
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
+
+    async def _work(self, chunks: Iterator[Sequence[int]]) -> None:
+        for rows in chunks:
+            if self._is_ending():
+                return
+            await self._ask_chunk(rows)
+
+    def _is_ending(self) -> bool:
+        """Nothing more is asked. A partial file is to hold all that the cache knows, so all rows are asked for."""
+        if self.signal is not None:
+            return True
+        return not self.settings.partial and any(judge.stopped for judge in self.settings.judges().values())
+
+    async def _ask_chunk(self, rows: Sequence[int]) -> None:
+        asked = zip(rows, await asyncio.gather(*map(self._caption, rows)), strict=True)
+        captions = {row: caption for row, caption in asked if caption is not None}
+        if not self.settings.decompose:
+            for row, caption in captions.items():
+                self._settle(row, caption, None)
+        elif captions and not self._is_ending():
+            answers = await self.decomposer.ask(Decompose, list(captions.values()))
+            for (row, caption), units in zip(captions.items(), answers, strict=True):
+                self._decomposed(row, caption, units)
+
+    async def _caption(self, row: int) -> str | None:
+        """The row's new caption; None where there is none."""
+        from balcap.data.images import BadImage
+        from balcap.data.prompt import prompt_for
+
+        if self._is_ending():
+            return None
+        flat, settings = self.table[row], self.settings
+        image = flat["sample_id"]
+        try:
+            data, _ = await asyncio.to_thread(self.images.read, image)
+        except BadImage as bad:
+            self._add_to_quarantine(QuarantinedRow(row, image, bad.cause, own_keys(bad.detail)))
+            return None
+        question = prompt_for(image, flat["question"], settings.prompts or (), settings.seed)
+        (answer,) = await self.judge.ask(Recaption, [question], image=data)
+        if isinstance(answer, JudgeFailure):
+            self._failed(row, answer, "judge")
+            return None
+        self.answers += 1
+        return answer
+
+    def _decomposed(self, row: int, caption: str, units: list[str] | JudgeFailure) -> None:
+        if isinstance(units, JudgeFailure):
+            self._failed(row, units, "decompose_judge" if self.settings.decompose_judge else "judge")
+            return
+        self.answers += 1
+        if units:
+            self._settle(row, caption, units)
+        else:
+            image = self.table[row]["sample_id"]
+            reason = "the new caption asserts nothing"
+            self._add_to_quarantine(QuarantinedRow(row, image, "no_units", reason))
+
+    def _settle(self, row: int, caption: str, units: list[str] | None) -> None:
+        self.answered.add(row, caption, units)
+        self.quarantine.pop(row, None)
+        self.unsettled.discard(row)
+
+    def _failed(self, row: int, failure: JudgeFailure, judge: str) -> None:
+        image = self.table[row]["sample_id"]
+        entry = QuarantinedRow(row, image, failure.kind, own_keys(str(failure), judge))
+        if failure.kind in PASSING:
+            self.missed[row] = entry
+        elif failure.kind == "rejected":
+            self.rejected[row] = entry
+        else:
+            self._add_to_quarantine(entry)
+
+    def _add_to_quarantine(self, entry: QuarantinedRow) -> None:
+        self.quarantine.add(entry)
+        self.unsettled.discard(entry.row)
+
+    def dollars(self) -> float:
+        """Spent by this run."""
+        return sum(judge.stats().cost_usd for judge in self.settings.judges().values())
+
+    # ---- the end
+
+    def _finish(self) -> Outcome:
+        """Write the files; how the run ended."""
+        settings, judges = self.settings, self.settings.judges()
+        stopped = [(key, judge.stopped) for key, judge in judges.items() if judge.stopped]
+        paid = self.answers - sum(judge.stats().cache_hits for judge in judges.values())
+        if paid > 0 and not stopped and self.signal is None:
+            for entry in self.rejected.values():  # others were answered: it is the row
+                self._add_to_quarantine(entry)
+        else:
+            self.missed |= self.rejected
+        self.quarantine.write()
+        # An interrupted run has not seen all rows: it must not shrink a file that an earlier one wrote.
+        whole = not self.unsettled or (settings.partial and self.signal is None)
+        written = self._write() if whole else None
+        status, why = 0, ""
+        if self.signal is not None and self.unsettled:
+            name = signal.Signals(self.signal).name
+            status, why = 128 + self.signal, f"Stopped by {name}; the same command goes on from here."
+        elif stopped and self.unsettled:
+            key, reason = stopped[0]
+            status = 0 if isinstance(reason, BudgetSpent) else 1
+            why = f"{own_keys(str(reason), key)}. The same command goes on from here."
+        elif self.unsettled:
+            status, why = 1, self._why_left()
+        elif not written:
+            status, why = 1, f"out: {settings.out} was not written, since no row has a caption."
+        return Outcome(status, "\n".join(filter(None, (self._summary(written), why))))
+
+    def _write(self) -> int:
+        """Write `out`; the number of its rows. Nothing is written where there is none.
+
+        Raises:
+            DataError: the data set is another one than when the run began.
+        """
+        from balcap.data.sharegpt4v import DataError, raw_rows
+
+        settings = self.settings
+        if not len(self.answered):
+            return 0
+        rows, digest = raw_rows(str(settings.data), settings.name, settings.cache_dir)
+        if digest != self.digest:
+            raise DataError(
+                f"data: {settings.data} has changed while its rows were captioned. Put back what it was and "
+                "run the same command: nothing is paid for again"
+            )
+        caption_model = asked_model(self.judge, Recaption)
+        units_model = asked_model(self.decomposer, Decompose)
+
+        def new_row(row: int, raw: dict[str, Any]) -> dict[str, Any]:
+            caption, units = self.answered.get(row)
+            found = None if units is None else (units, units_model)
+            prompts = settings.prompts or ()
+            return output_row(
+                raw, (caption, caption_model), found, prompts, settings.seed, settings.keep_original
+            )
+
+        return write_rows(
+            settings.out_path, (new_row(row, raw) for row, raw in enumerate(rows) if row in self.answered)
+        )
+
+    def _summary(self, written: int | None) -> str:
+        """``2,990 of 3,000 rows are captioned (data/new.json); 10 in quarantine (…); $1.20 in this run.``"""
+        judges = self.settings.judges().values()
+        where = f" ({self.settings.out})" if written else ""
+        total = len(self.rows) + len(self._bad)
+        parts = [f"{len(self.answered):,} of {total:,} rows are captioned{where}"]
+        if self.quarantine:
+            kinds = _kinds(self.quarantine.values())
+            parts.append(f"{len(self.quarantine):,} in quarantine ({kinds}: {self.quarantine.path})")
+        if self.unsettled:
+            parts.append(f"{len(self.unsettled):,} left for the next run")
+        parts.append(f"${self.dollars():.2f} in this run")
+        if unpriced := sum(judge.stats().unpriced_calls for judge in judges):
+            parts.append(f"{unpriced:,} calls have no known price (judge.prices)")
+        return "; ".join(parts) + "."
+
+    def _why_left(self) -> str:
+        why = f"Left for the next run ({_kinds(self.missed.values())}), the last one since: "
+        why += next(reversed(self.missed.values())).reason + ". "
+        if self.settings.partial:
+            return why + "The same command asks again."
+        return why + (
+            f"out: {self.settings.out} was not written. The same command asks again; --partial true writes "
+            "what is there."
+        )
+
+
+def _kinds(entries: Iterable[QuarantinedRow]) -> str:
+    """``refused 8, missing_file 4``."""
+    return ", ".join(f"{kind} {count:,}" for kind, count in Counter(e.kind for e in entries).most_common())
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[..., None]]:
+    """Shows how far the rows of a run are, what they cost, and how many are in quarantine: a bar in a terminal,
+    elsewhere a line now and then.
+
+    Yields ``show(run, final=False)``.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    bar = Progress(*columns, refresh_per_second=4, disable=not sys.stdout.isatty())
+    task, last = bar.add_task("", total=total), -math.inf
+
+    def show(run: RecaptionRun, final: bool = False) -> None:
+        nonlocal last
+        done = total - len(run.unsettled)
+        spent = f"${run.dollars():.2f}  {len(run.quarantine)} quarantined"
+        bar.update(task, completed=done, description=spent)
+        if bar.disable and (final or time.monotonic() - last >= PLAIN_EVERY_S):
+            last = time.monotonic()
+            print(f"{done}/{total} rows  {spent}", flush=True)
+
+    with bar:
+        yield show
+
+
+@contextmanager
+def _signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `handle`; outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: handle(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command with these arguments; returns if all is well.
+
+    Raises:
+        SystemExit: with the status of an `Outcome`, or a message.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="main.py recaption",
+        description="Write new reference captions for a data set, and what they assert (arXiv 2605.07394).",
+    )
+    parser.add_argument("--config", action="config", help="Path to a configuration file; may be repeated.")
+    parser.add_class_arguments(RecaptionSettings)
+    values = parser.instantiate(parser.parse_args(args)).as_dict()
+    values.pop("config", None)
+    settings = RecaptionSettings(**values)
+    if problems := settings.problems():
+        raise config_error(problems)
+    outcome = _run(settings)
+    print(outcome.message, file=sys.stderr if outcome.status else sys.stdout, flush=True)
+    if outcome.status:
+        raise SystemExit(outcome.status)
+
+
+def _run(settings: RecaptionSettings) -> Outcome:
+    """The run, with errors as messages for who typed the command."""
+    from balcap.data.sharegpt4v import DataError
+    from balcap.judge import StoreError
+
+    try:
+        return RecaptionRun(settings).run()
+    except (DataError, StoreError) as error:
+        raise SystemExit(own_keys(str(error))) from None
+    except OSError as error:
+        raise SystemExit(
+            f"out: cannot write {error.filename or settings.out} ({error.strerror}). What was paid for is kept: "
+            "run the same command once there is room, and a folder that you may write to"
+        ) from None
+    except KeyboardInterrupt:  # before the first question
+        raise SystemExit(128 + signal.SIGINT) from None
