@@ -11,6 +11,8 @@ from functools import lru_cache
 from io import BytesIO
 from typing import Any
 
+from balcap.judge.tasks import Decompose, Match, Rate, Rating, Verdict, Verify
+
 Messages = list[dict[str, Any]]
 Answer = Callable[[Messages], dict[str, Any]]
 
@@ -46,35 +48,19 @@ def right_answer(messages: Messages) -> dict[str, Any]:
     """Sentences are assertions; "not" makes one false, "calm" not pointable; units match word by word."""
     task = task_of(messages)
     if task == "decompose":
-        said = {c["id"]: c["text"].split(".") for c in data_of(messages, "captions")}
-        return {
-            "captions": [
-                {"id": i, "assertions": [t.strip() for t in s if t.strip()]} for i, s in said.items()
-            ]
-        }
+        texts = [caption["text"] for caption in data_of(messages, "captions")]
+        return Decompose().encode([[t.strip() for t in text.split(".") if t.strip()] for text in texts])
     if task == "verify":
         assert image_urls(messages)[0]["url"].startswith("data:image/")
-        return {
-            "verdicts": [
-                {"id": a["id"], "true": "not" not in a["text"], "pointable": "calm" not in a["text"]}
-                for a in data_of(messages, "assertions")
-            ]
-        }
+        texts = [assertion["text"] for assertion in data_of(messages, "assertions")]
+        return Verify().encode([Verdict("not" not in text, "calm" not in text) for text in texts])
     if task == "match":
-        units = data_of(messages, "reference_units")
-        return {
-            "captions": [
-                {
-                    "id": caption["id"],
-                    "covered": [unit["id"] for unit in units if unit["text"] in caption["assertions"]],
-                    "missing": [unit["id"] for unit in units if unit["text"] not in caption["assertions"]],
-                }
-                for caption in data_of(messages, "captions")
-            ]
-        }
+        units = [unit["text"] for unit in data_of(messages, "reference_units")]
+        return Match().encode(
+            [[unit in caption["assertions"] for unit in units] for caption in data_of(messages, "captions")]
+        )
     assert task == "rate", task
-    scores = {"clarity": 10, "fluency": 5.0, "coherency": 0}
-    return {"captions": [{"id": caption["id"], **scores} for caption in data_of(messages, "captions")]}
+    return Rate().encode([Rating(1.0, 0.5, 0.0)] * len(data_of(messages, "captions")))
 
 
 # ---- the wrong ones

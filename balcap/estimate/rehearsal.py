@@ -165,7 +165,7 @@ class Rehearsal(Judge):
         if paid is not None:
             session.cache = Memory(paid)
 
-    def _client(self) -> Client:
+    def make_client(self) -> Client:
         return self.understudy  # type: ignore[return-value]  # all that a session needs of a client
 
 

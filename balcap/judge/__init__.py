@@ -17,7 +17,8 @@ others -> validation. What comes back wrong, late or not at all is a `JudgeFailu
 never a 0, never a crash. Too many of them, or a spent budget, end the run with a `RunStopped`.
 """
 
-from balcap.judge.client import Deployment, Price
+from balcap.judge import errors, tasks
+from balcap.judge.client import Bill, CallFailed, Client, Deployment, Price, Reply
 from balcap.judge.errors import (
     BudgetSpent,
     CacheError,
@@ -31,12 +32,16 @@ from balcap.judge.group import Group
 from balcap.judge.images import ImagePolicy
 from balcap.judge.judge import Judge, TaskModel
 from balcap.judge.judgments import Judgments
+from balcap.judge.request import Question, Route
 from balcap.judge.stats import JudgeStats
-from balcap.judge.tasks import Decompose, Match, Rate, Rating, Task, Verdict, Verify
+from balcap.judge.tasks import Decompose, Match, Rate, Rating, Recaption, Task, Verdict, Verify
 
 __all__ = [
+    "Bill",
     "BudgetSpent",
     "CacheError",
+    "CallFailed",
+    "Client",
     "Decompose",
     "Deployment",
     "Group",
@@ -50,11 +55,17 @@ __all__ = [
     "LedgerError",
     "Match",
     "Price",
+    "Question",
     "Rate",
     "Rating",
+    "Recaption",
+    "Reply",
+    "Route",
     "StoreError",
     "Task",
     "TaskModel",
     "Verdict",
     "Verify",
+    "errors",
+    "tasks",
 ]

@@ -245,10 +245,17 @@ class Judge:
                 limits = Limits(
                     self.concurrency, self.timeout_s, self.deadline_s, self.retries, self.budget_usd
                 )
-                self._session = Session(self.cache, self.ledger, self._client, limits, self.max_failed_share)
+                self._session = Session(
+                    self.cache, self.ledger, self.make_client, limits, self.max_failed_share
+                )
             return self._session
 
-    def _client(self) -> Client:
+    def make_client(self) -> Client:
+        """What makes the calls. A subclass may return a stand-in that asks nobody.
+
+        A stand-in has ``async call(question, route, messages, timeout_s) -> Reply`` (or raises `CallFailed`),
+        ``connect()`` and ``async close()``, as `Client` has them.
+        """
         return Client(self.deployments, self.model, self.providers, self.prices)
 
     def _session_for(self, coroutine: Coroutine[Any, Any, Any]) -> Session:

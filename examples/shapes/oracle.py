@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from litellm import CustomLLM, ModelResponse
 from litellm.types.utils import Usage
 
+from balcap.judge.tasks import Decompose, Match, Rate, Rating, Recaption, Verdict, Verify
 from examples.shapes.captions import reference
 from examples.shapes.draw import scene_of
 from examples.shapes.fluency import rate
@@ -45,47 +46,31 @@ def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
     parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
     text = "\n".join(part["text"] for part in parts if part["type"] == "text")
     data = {tag: json.loads(body) for tag, body in _FENCE.findall(text)}
+    images = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
     if task == "decompose":
-        return _captions(data, lambda text: {"assertions": [say(fact) for fact in read_facts(text)]})
+        return Decompose().encode([list(map(say, read_facts(c["text"]))) for c in data["captions"]])
     if task == "verify":
-        scene = next(_scene(part["image_url"]["url"]) for part in parts if part["type"] == "image_url")
-        facts = [(item["id"], _fact(item["text"])) for item in data["assertions"]]
-        return {
-            "verdicts": [{"id": i, "true": is_true(f, scene), "pointable": is_pointable(f)} for i, f in facts]
-        }
+        scene, facts = _scene(images[0]), [_fact(item["text"]) for item in data["assertions"]]
+        return Verify().encode([Verdict(is_true(fact, scene), is_pointable(fact)) for fact in facts])
     if task == "match":
-        units = [(item["id"], _fact(item["text"])) for item in data["reference_units"]]
-        return {"captions": [_coverage(caption, units) for caption in data["captions"]]}
+        units = [_fact(item["text"]) for item in data["reference_units"]]
+        return Match().encode([_coverage(caption["assertions"], units) for caption in data["captions"]])
     if task == "rate":
-        return _captions(data, _scores)
+        return Rate().encode([Rating(*rate(caption["text"])) for caption in data["captions"]])
     if task == "recaption":
-        scene = next(_scene(part["image_url"]["url"]) for part in parts if part["type"] == "image_url")
-        return {"captions": [_description(scene, item) for item in data["questions"]]}
+        return Recaption().encode([_description(_scene(images[0]), q["text"]) for q in data["questions"]])
     raise ValueError(f"shapes/oracle does not know the task {task!r}")
 
 
-def _captions(data: dict[str, Any], answer_one: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    return {"captions": [{"id": item["id"], **answer_one(item["text"])} for item in data["captions"]]}
+def _coverage(assertions: Sequence[str], units: Sequence[tuple]) -> list[bool]:
+    stated = set(map(_fact, assertions))
+    return [covered(unit, stated) for unit in units]
 
 
-def _coverage(caption: dict[str, Any], units: list[tuple[int, tuple]]) -> dict[str, Any]:
-    stated = {_fact(text) for text in caption["assertions"]}
-    held = [i for i, unit in units if covered(unit, stated)]
-    return {"id": caption["id"], "covered": held, "missing": [i for i, _ in units if i not in held]}
-
-
-def _scores(caption: str) -> dict[str, float]:
-    scores = zip(("clarity", "fluency", "coherency"), rate(caption), strict=True)
-    return {name: round(10 * score, 4) for name, score in scores}
-
-
-def _description(scene: Scene, question: dict[str, Any]) -> dict[str, Any]:
-    """All that is true of the scene, in words that hang on the scene and the question alone."""
-    seed = hashlib.sha256(f"{scene.to_json()}\n{question['text']}".encode()).digest()
-    return {
-        "id": question["id"],
-        "caption": reference(scene, np.random.default_rng(list(seed))),
-    }
+def _description(scene: Scene, question: str) -> str:
+    """All that is true of the scene, in words that depend on the scene and the question alone."""
+    seed = hashlib.sha256(f"{scene.to_json()}\n{question}".encode()).digest()
+    return reference(scene, np.random.default_rng(list(seed)))
 
 
 class Oracle(CustomLLM):

@@ -81,6 +81,23 @@ class Task(ABC, Generic[AnswerT]):
             InvalidAnswer: for a wrong length, unknown or repeated ids, numbers out of range.
         """
 
+    def encode(self, answers: Sequence[AnswerT]) -> dict[str, Any]:
+        """The JSON object that `parse` reads back as `answers`: for judges that run in this process, dry runs and
+        tests.
+
+        Raises:
+            NotImplementedError: if the task does not say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no encode()")
+
+    def example(self, items: Sequence[Any], **context: Any) -> list[AnswerT]:
+        """Plausible answers about `items`, of the size that a judge's would have; the same for the same items.
+
+        Raises:
+            NotImplementedError: if the task does not say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no example()")
+
     @abstractmethod
     async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
         """The context, and the items of each of `group.captions`; None where something that is needed is
@@ -158,7 +175,12 @@ def chat(task: str, instructions: str, text: str, image: bytes | None = None) ->
 
 def numbered(texts: Sequence[str]) -> list[dict[str, Any]]:
     """``[{"id": 1, "text": …}, …]``: ids count from 1."""
-    return [{"id": number, "text": text} for number, text in enumerate(texts, 1)]
+    return with_ids({"text": text} for text in texts)
+
+
+def with_ids(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of an answer, each with its ``id``, which counts from 1: what `in_order` reads back."""
+    return [{"id": number, **entry} for number, entry in enumerate(entries, 1)]
 
 
 def in_order(items: Iterable[Any], count: int, what: str) -> list[Any]:

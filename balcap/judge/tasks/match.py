@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from balcap.judge.errors import InvalidAnswer
 from balcap.judge.fence import fence
-from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered
+from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered, with_ids
 from balcap.judge.tasks.decompose import Decompose
 
 if TYPE_CHECKING:
@@ -77,6 +77,23 @@ class Match(Task[list[bool]]):
         self, answer: Coverage, items: Sequence[Sequence[str]], *, units: Sequence[str]
     ) -> list[list[bool]]:
         return [_covered(entry, len(units)) for entry in in_order(answer.captions, len(items), "captions")]
+
+    def encode(self, answers: Sequence[list[bool]]) -> dict[str, Any]:
+        return {
+            "captions": with_ids(
+                {
+                    "covered": [unit for unit, covered in enumerate(answer, 1) if covered],
+                    "missing": [unit for unit, covered in enumerate(answer, 1) if not covered],
+                }
+                for answer in answers
+            )
+        }
+
+    def example(  # type: ignore[override]
+        self, items: Sequence[Sequence[str]], *, units: Sequence[str]
+    ) -> list[list[bool]]:
+        """The first half of the units is covered."""
+        return [[index < len(units) // 2 for index in range(len(units))] for _ in items]
 
     def known(  # type: ignore[override]
         self, item: Sequence[str], *, units: Sequence[str]

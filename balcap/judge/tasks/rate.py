@@ -7,12 +7,12 @@ judge's scale nor its prompt: the scale of 0 to 10 and the anchors are ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from balcap.judge.errors import InvalidAnswer
 from balcap.judge.fence import fence
-from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered
+from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered, with_ids
 
 if TYPE_CHECKING:
     from balcap.judge.group import Group
@@ -90,6 +90,19 @@ class Rate(Task[Rating]):
 
     def parse(self, answer: Scores, items: Sequence[str]) -> list[Rating]:  # type: ignore[override]
         return [_rating(entry) for entry in in_order(answer.captions, len(items), "captions")]
+
+    def encode(self, answers: Sequence[Rating]) -> dict[str, Any]:
+        """Scores are written with four decimals."""
+        return {
+            "captions": with_ids(
+                {name: round(SCALE * score, 4) for name, score in asdict(rating).items()}
+                for rating in answers
+            )
+        }
+
+    def example(self, items: Sequence[str]) -> list[Rating]:  # type: ignore[override]
+        """What good captions earn: 8.5 of 10."""
+        return [Rating(0.85, 0.85, 0.85)] * len(items)
 
     def known(self, item: str) -> Rating | None:  # type: ignore[override]
         return None if item.strip() else Rating(0.0, 0.0, 0.0)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from balcap.judge.errors import InvalidAnswer
 from balcap.judge.fence import fence
-from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered
+from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered, with_ids
 
 if TYPE_CHECKING:
     from balcap.judge.group import Group
@@ -47,6 +47,15 @@ Answer with one JSON object and nothing else, one entry per question, with the i
 {"captions": [{"id": <id>, "caption": "<caption>"}, ...]}
 """  # noqa: E501
 
+_EXAMPLE = (
+    "A brown dog with a red collar sits on a wooden floor in front of a grey sofa. Its head is turned to the left, "
+    "towards a low white table on which a green mug and two folded newspapers lie. Behind the sofa a wide window with "
+    "half-drawn blue curtains lets in daylight, and a tall plant in a clay pot stands in the corner to the right of it. "
+    "A framed black-and-white photograph of a bridge hangs on the pale yellow wall above the sofa. On the floor next "
+    "to the dog are a tennis ball and a rope toy. In the background, an open door leads to a hallway with a coat rack "
+    "that holds a yellow raincoat and a grey scarf."
+)
+
 _NOT_TEXT = re.compile("[\ud800-\udfff\ufffd]|<image>")
 
 
@@ -70,6 +79,13 @@ class Recaption(Task[str]):
                 broken characters, or an image placeholder.
         """
         return [_clean(entry.caption) for entry in in_order(answer.captions, len(items), "captions")]
+
+    def encode(self, answers: Sequence[str]) -> dict[str, Any]:
+        return {"captions": with_ids({"caption": caption} for caption in answers)}
+
+    def example(self, items: Sequence[str], *, image: bytes) -> list[str]:  # type: ignore[override]
+        """The same caption for every question."""
+        return [_EXAMPLE] * len(items)
 
     async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
         raise TypeError("recaption is asked about an image, not about the captions of a group")

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from balcap.judge.fence import fence
-from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered
+from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered, with_ids
 from balcap.judge.tasks.decompose import Decompose
 
 if TYPE_CHECKING:
@@ -88,6 +88,13 @@ class Verify(Task[Verdict]):
     ) -> list[Verdict]:
         entries = in_order(answer.verdicts, len(items), "verdicts")
         return [Verdict(true=entry.true, pointable=entry.pointable) for entry in entries]
+
+    def encode(self, answers: Sequence[Verdict]) -> dict[str, Any]:
+        return {"verdicts": with_ids(asdict(verdict) for verdict in answers)}
+
+    def example(self, items: Sequence[str], *, image: bytes) -> list[Verdict]:  # type: ignore[override]
+        """All true and pointable."""
+        return [Verdict(true=True, pointable=True)] * len(items)
 
     def identity(self, item: str) -> str:
         return normalise(item)

@@ -1,0 +1,83 @@
+"""Files that survive a kill at any moment: whole files replaced at once, and JSON lines that are appended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
+    """A file to write to, which takes the place of `path` when the block ends: readers see the old or the new one.
+
+    If the block raises, `path` stays as it is. Libraries that want a path may write to ``file.name``.
+
+    Args:
+        path: where the file goes; its folder is made if it is missing.
+        mode: ``w`` or ``wb``.
+        options: of `open`, such as ``newline``; the encoding is UTF-8 unless given.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    if "b" not in mode:
+        options.setdefault("encoding", "utf-8")
+    try:
+        with open(partial, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def append_jsonl(path: str | Path, rows: Iterable[Any], sync: bool = False) -> None:
+    """Append `rows`, one JSON object a line, in one write; a line that a kill has cut short stays by itself.
+
+    Args:
+        path: the file; made with its folder if it is missing.
+        rows: what JSON can hold.
+        sync: wait until they are on the disk.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with open(path, "a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + data)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+def read_jsonl(path: str | Path) -> list[Any]:
+    """The rows of a file of JSON lines, ``[]`` if there is none. Lines that a kill has cut short are left out."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in data.splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a new name to the disk, where the system lets a folder be opened."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
