@@ -11,6 +11,7 @@ asks about every row again and gets what is there from the cache, at no cost.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import os
@@ -25,25 +26,24 @@ from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from balcap.commands.recaption_files import (
     REMEMBERED,
-    AnsweredRows,
     Quarantine,
     QuarantinedRow,
     claim,
-    config_error,
     output_row,
     write_rows,
 )
 from balcap.data.checks import folder_problems, prompt_problems, source_problems
-from balcap.data.images import MAX_PIXELS, PILLOW_MAX_PIXELS
-from balcap.judge import BudgetSpent, Decompose, Judge, JudgeFailure
-from balcap.judge.tasks import Recaption, Task
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from balcap.data.files import ImageFolder
+from balcap.data.images import MAX_PIXELS, PILLOW_MAX_PIXELS, BadImage
+from balcap.data.prompt import prompt_for
+from balcap.data.sharegpt4v import TEXT_ONLY_CAUSES, DataError, column, load_rows, raw_rows
+from balcap.data.split import select_rows
+from balcap.judge import BudgetSpent, Decompose, Judge, JudgeFailure, Recaption, StoreError, Task
+from balcap.utils.errors import RunStopped
 
 log = logging.getLogger(__name__)
 
@@ -136,15 +136,16 @@ class RecaptionSettings:
         problems = source_problems(self.data, prefix="")
         problems += folder_problems(self.image_root, self.folders, self.link_targets, prefix="")
         problems += prompt_problems(self.prompts, prefix="")
-        if self.max_rows is not None and self.max_rows < 1:
-            problems.append(f"max_rows must be >= 1 or null (it is {self.max_rows})")
-        if self.seed < 0:
-            problems.append(f"seed must be >= 0 (it is {self.seed})")
-        if not 1 <= self.max_pixels_in_file <= PILLOW_MAX_PIXELS:
-            problems.append(
-                f"max_pixels_in_file must be in 1 .. {PILLOW_MAX_PIXELS}, Pillow's own limit "
-                f"(it is {self.max_pixels_in_file})"
-            )
+        rules = {
+            "max_rows must be >= 1 or null": self.max_rows is None or self.max_rows >= 1,
+            "seed must be >= 0": self.seed >= 0,
+            f"max_pixels_in_file must be in 1 .. {PILLOW_MAX_PIXELS}, Pillow's own limit": (
+                1 <= self.max_pixels_in_file <= PILLOW_MAX_PIXELS
+            ),
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                problems.append(f"{rule} (it is {getattr(self, rule.split()[0])})")
         return problems + self._out_problems() + self._judge_problems()
 
     def _out_problems(self) -> list[str]:
@@ -152,39 +153,31 @@ class RecaptionSettings:
             return ["out is required: the .json file to write"]
         path, settings = self.out_path, self.beside_out("settings.json")
         folder = next(parent for parent in path.absolute().parents if parent.exists())
+        wrong = ""
         if path.suffix != ".json":
-            return [f"out: {self.out} must end in .json"]
-        if path.is_dir():
-            return [f"out: {self.out} is a folder"]
-        if self.data and Path(self.data).expanduser().resolve() == path.resolve():
-            return [f"out: {self.out} is the data set itself (data); name another file"]
-        if path.exists() and not settings.exists():
-            return [
-                f"out: {self.out} exists and was not written by recaption (there is no {settings.name} beside "
-                "it); name another file, or move it away"
-            ]
-        if not folder.is_dir():
-            return [f"out: {folder} is not a folder"]
-        if not os.access(folder, os.W_OK | os.X_OK):
-            return [f"out: {folder} cannot be written to"]
-        return []
+            wrong = "must end in .json"
+        elif path.is_dir():
+            wrong = "is a folder"
+        elif self.data and Path(self.data).expanduser().resolve() == path.resolve():
+            wrong = "is the data set itself (data); name another file"
+        elif path.exists() and not settings.exists():
+            wrong = (
+                f"exists and was not written by recaption (there is no {settings.name}); name another file"
+            )
+        elif not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            wrong = f"cannot be written: {folder} is no folder that you may write to"
+        return [f"out: {self.out} {wrong}"] if wrong else []
 
     def _judge_problems(self) -> list[str]:
         problems = []
         if self.judge is None:
-            problems.append(
-                "judge is required: the model that writes captions, such as judge.model openai/gpt-5-mini"
-            )
+            problems.append("judge is required: who writes captions, such as judge.model openai/gpt-5-mini")
+        if self.decompose_judge is not None and not self.decompose:
+            problems.append("decompose_judge is set, but decompose is false: change one of them")
         for key, judge in self.judges().items():
             problems += judge.problems(key=key)
             if judge.cache is None:
-                problems.append(
-                    f"{key}.cache must be a file: a run that was interrupted goes on from its answers"
-                )
-        if self.decompose_judge is not None and not self.decompose:
-            problems.append(
-                "decompose_judge is set, but decompose is false: set it to true, or remove the judge"
-            )
+                problems.append(f"{key}.cache must be a file: an interrupted run goes on from its answers")
         return problems
 
     def identity(self, digest: str) -> dict[str, Any]:
@@ -229,7 +222,7 @@ def own_keys(text: str, judge: str = "judge") -> str:
     return _DATA_KEY.sub(r"\1", text).replace("model.judge", judge)
 
 
-def plan_rows(settings: RecaptionSettings, table: Dataset) -> tuple[list[int], list[QuarantinedRow]]:
+def plan_rows(settings: RecaptionSettings, table: Any) -> tuple[list[int], list[QuarantinedRow]]:
     """The rows that can be captioned, in the order of the data set; and those that cannot.
 
     A missing caption or question is no fault here, a second row of an image is.
@@ -237,9 +230,6 @@ def plan_rows(settings: RecaptionSettings, table: Dataset) -> tuple[list[int], l
     Raises:
         DataError: none is left.
     """
-    from balcap.data.sharegpt4v import TEXT_ONLY_CAUSES, DataError, column
-    from balcap.data.split import select_rows
-
     root = Path(settings.image_root or "").expanduser()
     sample_ids, causes = column(table, "sample_id"), column(table, "problem")
     chosen, missing = select_rows(sample_ids, root, settings.folders, settings.max_rows)
@@ -258,23 +248,12 @@ def plan_rows(settings: RecaptionSettings, table: Dataset) -> tuple[list[int], l
         if cause and cause not in TEXT_ONLY_CAUSES:
             bad.append(QuarantinedRow(row, image, cause, table[row]["detail"]))
         elif first.setdefault(image, row) != row:
-            bad.append(QuarantinedRow(row, image, "duplicate_image", f"row {first[image]} has the same image"))
+            bad.append(
+                QuarantinedRow(row, image, "duplicate_image", f"row {first[image]} has the same image")
+            )
         else:
             good.append(row)
     return good, bad
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        status: exit status: 0 if it is done or the budget is spent, else not 0.
-        message: for a person.
-    """
-
-    status: int
-    message: str
 
 
 class RecaptionRun:
@@ -288,7 +267,7 @@ class RecaptionRun:
         todo: those of `rows` that this run asks about, judge or cache.
         unsettled: those of `todo` that have neither their caption nor a place in quarantine yet.
         quarantine: rows without a caption, with the reason.
-        answered: rows with their caption.
+        answered: rows with their caption and units, as JSON: lists of short texts would take twice the memory.
         missed: rows whose answer did not come, for a reason that passes.
         rejected: rows that the provider would not take. Whether that is the row's fault or, for instance, the
             key's, is known when the run ends.
@@ -297,9 +276,6 @@ class RecaptionRun:
     """
 
     def __init__(self, settings: RecaptionSettings) -> None:
-        from balcap.data.files import ImageFolder
-        from balcap.data.sharegpt4v import load_rows
-
         assert settings.judge is not None
         self.settings, self.judge = settings, settings.judge
         self.decomposer = settings.decompose_judge or settings.judge
@@ -308,13 +284,17 @@ class RecaptionRun:
         )
         self.table, self.digest = load_rows(str(settings.data), settings.name, settings.cache_dir)
         self.rows, self._bad = plan_rows(settings, self.table)
+        self.answered: dict[int, str] = {}
         self.missed: dict[int, QuarantinedRow] = {}
         self.rejected: dict[int, QuarantinedRow] = {}
         self.answers = 0
         self.signal: int | None = None
 
-    def run(self) -> Outcome:
+    def run(self) -> tuple[int, str]:
         """Ask about all rows, then write what can be written.
+
+        Returns:
+            Exit status: 0 if it is done or the budget is spent, else not 0; and a message for a person.
 
         Raises:
             DataError: the data set has changed meanwhile.
@@ -323,31 +303,28 @@ class RecaptionRun:
             OSError: a file cannot be written.
         """
         settings = self.settings
-        settings.out_path.parent.mkdir(parents=True, exist_ok=True)
-        with claim(settings.beside_out("settings.json"), settings.identity(self.digest)):
-            self._recall()
+        with claim(settings.beside_out("settings.json"), settings.identity(self.digest)) as is_first:
+            self._plan(is_first)
             try:
                 self._ask_all()
                 return self._finish()
             finally:
-                self.answered.close()
                 for judge in settings.judges().values():
                     judge.close()
 
-    def _recall(self) -> None:
-        """What an earlier run has put into quarantine at a price stays there, unless it is to be asked again."""
-        settings = self.settings
-        self.quarantine = Quarantine(settings.beside_out("quarantine.jsonl"))
-        good = set(self.rows)
-        for row, entry in list(self.quarantine.items()):
-            if row not in good or entry.kind not in REMEMBERED:
-                del self.quarantine[row]
-        skipped = set() if settings.retry_quarantined else set(self.quarantine)
+    def _plan(self, is_first: bool) -> None:
+        """Which rows are asked about: not those that an earlier run has put into quarantine at a price, unless
+        that is wanted."""
+        self.quarantine = Quarantine(self.settings.beside_out("quarantine.jsonl"))
+        earlier = {} if is_first else self.quarantine.read()  # the first: of a run with other settings
+        for row in self.rows:
+            if row in earlier and earlier[row].kind in REMEMBERED:
+                self.quarantine[row] = earlier[row]
+        skipped = set() if self.settings.retry_quarantined else set(self.quarantine)
         self.todo = [row for row in self.rows if row not in skipped]
         self.unsettled = set(self.todo)
         self.quarantine |= {entry.row: entry for entry in self._bad}
         self.quarantine.write()
-        self.answered = AnsweredRows(settings.out_path.parent)
 
     # ---- asking
 
@@ -404,49 +381,43 @@ class RecaptionRun:
 
     async def _caption(self, row: int) -> str | None:
         """The row's new caption; None where there is none."""
-        from balcap.data.images import BadImage
-        from balcap.data.prompt import prompt_for
-
         if self._is_ending():
             return None
         flat, settings = self.table[row], self.settings
-        image = flat["sample_id"]
         try:
-            data, _ = await asyncio.to_thread(self.images.read, image)
+            image, _ = await asyncio.to_thread(self.images.read, flat["sample_id"])
         except BadImage as bad:
-            self._add_to_quarantine(QuarantinedRow(row, image, bad.cause, own_keys(bad.detail)))
+            self._give_up(row, bad.cause, own_keys(bad.detail))
             return None
-        question = prompt_for(image, flat["question"], settings.prompts or (), settings.seed)
-        (answer,) = await self.judge.ask(Recaption, [question], image=data)
+        question = prompt_for(flat["sample_id"], flat["question"], settings.prompts or (), settings.seed)
+        (answer,) = await self.judge.ask(Recaption, [question], image=image)
         if isinstance(answer, JudgeFailure):
-            self._failed(row, answer, "judge")
+            self._give_up(row, answer.kind, own_keys(str(answer)))
             return None
         self.answers += 1
         return answer
 
     def _decomposed(self, row: int, caption: str, units: list[str] | JudgeFailure) -> None:
         if isinstance(units, JudgeFailure):
-            self._failed(row, units, "decompose_judge" if self.settings.decompose_judge else "judge")
+            key = "decompose_judge" if self.settings.decompose_judge else "judge"
+            self._give_up(row, units.kind, own_keys(str(units), key))
             return
         self.answers += 1
         if units:
             self._settle(row, caption, units)
         else:
-            image = self.table[row]["sample_id"]
-            reason = "the new caption asserts nothing"
-            self._add_to_quarantine(QuarantinedRow(row, image, "no_units", reason))
+            self._give_up(row, "no_units", "the new caption asserts nothing")
 
     def _settle(self, row: int, caption: str, units: list[str] | None) -> None:
-        self.answered.add(row, caption, units)
+        self.answered[row] = json.dumps([caption, units])
         self.quarantine.pop(row, None)
         self.unsettled.discard(row)
 
-    def _failed(self, row: int, failure: JudgeFailure, judge: str) -> None:
-        image = self.table[row]["sample_id"]
-        entry = QuarantinedRow(row, image, failure.kind, own_keys(str(failure), judge))
-        if failure.kind in PASSING:
+    def _give_up(self, row: int, kind: str, reason: str) -> None:
+        entry = QuarantinedRow(row, self.table[row]["sample_id"], kind, reason)
+        if kind in PASSING:
             self.missed[row] = entry
-        elif failure.kind == "rejected":
+        elif kind == "rejected":
             self.rejected[row] = entry
         else:
             self._add_to_quarantine(entry)
@@ -461,8 +432,8 @@ class RecaptionRun:
 
     # ---- the end
 
-    def _finish(self) -> Outcome:
-        """Write the files; how the run ended."""
+    def _finish(self) -> tuple[int, str]:
+        """Write the files; exit status and message."""
         settings, judges = self.settings, self.settings.judges()
         stopped = [(key, judge.stopped) for key, judge in judges.items() if judge.stopped]
         paid = self.answers - sum(judge.stats().cache_hits for judge in judges.values())
@@ -475,19 +446,25 @@ class RecaptionRun:
         # An interrupted run has not seen all rows: it must not shrink a file that an earlier one wrote.
         whole = not self.unsettled or (settings.partial and self.signal is None)
         written = self._write() if whole else None
+        return self._status(written, stopped)
+
+    def _status(self, written: int | None, stopped: list[tuple[str, RunStopped]]) -> tuple[int, str]:
         status, why = 0, ""
-        if self.signal is not None and self.unsettled:
+        if not self.unsettled and not written:
+            status, why = 1, f"out: {self.settings.out} was not written, since no row has a caption."
+        elif self.unsettled and self.signal is not None:
             name = signal.Signals(self.signal).name
             status, why = 128 + self.signal, f"Stopped by {name}; the same command goes on from here."
-        elif stopped and self.unsettled:
+        elif self.unsettled and stopped:
             key, reason = stopped[0]
             status = 0 if isinstance(reason, BudgetSpent) else 1
             why = f"{own_keys(str(reason), key)}. The same command goes on from here."
         elif self.unsettled:
-            status, why = 1, self._why_left()
-        elif not written:
-            status, why = 1, f"out: {settings.out} was not written, since no row has a caption."
-        return Outcome(status, "\n".join(filter(None, (self._summary(written), why))))
+            *_, last = self.missed.values()
+            status, why = 1, f"Left since ({_kinds(self.missed.values())}), the last one: {last.reason}. "
+            why += "The same command asks again"
+            why += "." if self.settings.partial else "; --partial true writes what is there."
+        return status, f"{self._summary(written)}\n{why}".strip()
 
     def _write(self) -> int:
         """Write `out`; the number of its rows. Nothing is written where there is none.
@@ -495,10 +472,8 @@ class RecaptionRun:
         Raises:
             DataError: the data set is another one than when the run began.
         """
-        from balcap.data.sharegpt4v import DataError, raw_rows
-
         settings = self.settings
-        if not len(self.answered):
+        if not self.answered:
             return 0
         rows, digest = raw_rows(str(settings.data), settings.name, settings.cache_dir)
         if digest != self.digest:
@@ -506,24 +481,20 @@ class RecaptionRun:
                 f"data: {settings.data} has changed while its rows were captioned. Put back what it was and "
                 "run the same command: nothing is paid for again"
             )
-        caption_model = asked_model(self.judge, Recaption)
-        units_model = asked_model(self.decomposer, Decompose)
+        models = asked_model(self.judge, Recaption), asked_model(self.decomposer, Decompose)
 
-        def new_row(row: int, raw: dict[str, Any]) -> dict[str, Any]:
-            caption, units = self.answered.get(row)
-            found = None if units is None else (units, units_model)
-            prompts = settings.prompts or ()
-            return output_row(
-                raw, (caption, caption_model), found, prompts, settings.seed, settings.keep_original
-            )
+        def new_rows() -> Iterator[dict[str, Any]]:
+            for row, raw in enumerate(rows):
+                if row in self.answered:
+                    caption, units = json.loads(self.answered[row])
+                    decomposed = None if units is None else (units, models[1])
+                    prompts, keep = settings.prompts or (), settings.keep_original
+                    yield output_row(raw, (caption, models[0]), decomposed, prompts, settings.seed, keep)
 
-        return write_rows(
-            settings.out_path, (new_row(row, raw) for row, raw in enumerate(rows) if row in self.answered)
-        )
+        return write_rows(settings.out_path, new_rows())
 
     def _summary(self, written: int | None) -> str:
         """``2,990 of 3,000 rows are captioned (data/new.json); 10 in quarantine (…); $1.20 in this run.``"""
-        judges = self.settings.judges().values()
         where = f" ({self.settings.out})" if written else ""
         total = len(self.rows) + len(self._bad)
         parts = [f"{len(self.answered):,} of {total:,} rows are captioned{where}"]
@@ -533,19 +504,9 @@ class RecaptionRun:
         if self.unsettled:
             parts.append(f"{len(self.unsettled):,} left for the next run")
         parts.append(f"${self.dollars():.2f} in this run")
-        if unpriced := sum(judge.stats().unpriced_calls for judge in judges):
+        if unpriced := sum(judge.stats().unpriced_calls for judge in self.settings.judges().values()):
             parts.append(f"{unpriced:,} calls have no known price (judge.prices)")
         return "; ".join(parts) + "."
-
-    def _why_left(self) -> str:
-        why = f"Left for the next run ({_kinds(self.missed.values())}), the last one since: "
-        why += next(reversed(self.missed.values())).reason + ". "
-        if self.settings.partial:
-            return why + "The same command asks again."
-        return why + (
-            f"out: {self.settings.out} was not written. The same command asks again; --partial true writes "
-            "what is there."
-        )
 
 
 def _kinds(entries: Iterable[QuarantinedRow]) -> str:
@@ -598,7 +559,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command with these arguments; returns if all is well.
 
     Raises:
-        SystemExit: with the status of an `Outcome`, or a message.
+        SystemExit: with a status other than 0, or a message.
     """
     from jsonargparse import ArgumentParser
 
@@ -612,18 +573,17 @@ def main(args: Sequence[str] | None = None) -> None:
     values.pop("config", None)
     settings = RecaptionSettings(**values)
     if problems := settings.problems():
-        raise config_error(problems)
-    outcome = _run(settings)
-    print(outcome.message, file=sys.stderr if outcome.status else sys.stdout, flush=True)
-    if outcome.status:
-        raise SystemExit(outcome.status)
+        from balcap.cli import ConfigError  # imports Lightning
+
+        raise ConfigError(problems)
+    status, message = _run(settings)
+    print(message, file=sys.stderr if status else sys.stdout, flush=True)
+    if status:
+        raise SystemExit(status)
 
 
-def _run(settings: RecaptionSettings) -> Outcome:
+def _run(settings: RecaptionSettings) -> tuple[int, str]:
     """The run, with errors as messages for who typed the command."""
-    from balcap.data.sharegpt4v import DataError
-    from balcap.judge import StoreError
-
     try:
         return RecaptionRun(settings).run()
     except (DataError, StoreError) as error:

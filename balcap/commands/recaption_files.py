@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import IO, Any
 
 from balcap.data.prompt import prompt_for
 from balcap.data.sharegpt4v import PLACEHOLDER, normalise
+from balcap.utils.files import append_jsonl, atomic_write, read_jsonl
 
 REMEMBERED = frozenset(("refused", "filtered", "invalid", "cut", "too_long", "rejected"))
 """Causes that cost a call to find out: the next run asks again only with ``retry_quarantined``."""
@@ -42,68 +42,34 @@ class QuarantinedRow:
 
 
 class Quarantine(dict[int, QuarantinedRow]):
-    """Row -> why it has no caption; on disk as soon as it is added.
-
-    Args:
-        path: the file, which an earlier run may have left. Half a line at its end, of a process that was
-            killed, is dropped.
-    """
+    """Row -> why it has no caption; on disk as soon as it is added."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                row = QuarantinedRow(**json.loads(line))
-            except (ValueError, TypeError):
-                continue
-            self[row.row] = row
 
-    def add(self, row: QuarantinedRow) -> None:
+    def read(self) -> dict[int, QuarantinedRow]:
+        """What is on disk."""
+        return {line["row"]: QuarantinedRow(**line) for line in read_jsonl(self.path)}
+
+    def add(self, entry: QuarantinedRow) -> None:
         """List the row, in place of what was listed for it before."""
-        self[row.row] = row
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
+        self[entry.row] = entry
+        append_jsonl(self.path, [asdict(entry)])
 
     def write(self) -> None:
         """Write the file anew, in the order of the rows; no file where nothing is listed."""
-        if self:
-            replace_file(self.path, (json.dumps(asdict(self[row])) + "\n" for row in sorted(self)))
-        else:
+        if not self:
             self.path.unlink(missing_ok=True)
-
-
-class AnsweredRows:
-    """Row -> its caption and units, in an unnamed file: a data set's captions are too many for the memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed by `close`
-        self._offsets: dict[int, int] = {}
-
-    def __contains__(self, row: int) -> bool:
-        return row in self._offsets
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def add(self, row: int, caption: str, units: Sequence[str] | None) -> None:
-        offset = self._file.seek(0, os.SEEK_END)
-        self._file.write(json.dumps([caption, units]).encode() + b"\n")
-        self._offsets[row] = offset
-
-    def get(self, row: int) -> tuple[str, list[str] | None]:
-        """Caption and units; KeyError where there are none."""
-        self._file.seek(self._offsets[row])
-        caption, units = json.loads(self._file.readline())
-        return caption, units
-
-    def close(self) -> None:
-        self._file.close()
+            return
+        with atomic_write(self.path) as file:
+            file.writelines(json.dumps(asdict(self[row])) + "\n" for row in sorted(self))
 
 
 @contextmanager
-def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Hold the settings file of an `out` while a run works on it; written by the first run.
+def claim(path: Path, settings: dict[str, Any]) -> Iterator[bool]:
+    """Hold the settings file of an `out` while a run works on it. Yields whether this is the first run, which
+    writes it.
 
     Args:
         path: the file.
@@ -112,60 +78,54 @@ def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     Raises:
         ConfigError: the file was written with other settings, by something else, or another process holds it.
     """
+    from balcap.cli import ConfigError  # imports Lightning
+
+    settings = json.loads(json.dumps(settings))
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
-        _lock(file)
+        if not _lock(file):
+            raise ConfigError([f"out: another process is working with {path} right now"])
         file.seek(0)
-        text, new = file.read(), json.dumps({"recaption": settings}, indent=2)
+        text = file.read()
+        if text and (problems := _changed(path, text, settings)):
+            raise ConfigError(problems)
         if not text:
-            file.write(new + "\n")
+            json.dump({"recaption": settings}, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
-        elif changed := _changed(path, text, json.loads(new)["recaption"]):
-            raise config_error(changed)
-        yield
+        yield not text
 
 
-def _lock(file: IO[str]) -> None:
+def _lock(file: IO[str]) -> bool:
+    """Whether no other process holds the file. Always on Windows, and on file systems that know no locks."""
     try:
         import fcntl
-    except ImportError:  # Windows: two runs on one file are not noticed there
-        return
-    try:
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise config_error([f"out: another process is working with {file.name} right now"]) from None
-    except OSError:
-        pass  # some network file systems know no locks
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def _changed(path: Path, text: str, settings: dict[str, Any]) -> list[str]:
-    """What differs between the settings file and `settings`, one message each; empty for nothing."""
+    """What differs between a settings file and `settings`, one message each; empty for nothing."""
     try:
-        saved = json.loads(text)["recaption"]
+        saved = dict(json.loads(text)["recaption"])
     except (ValueError, KeyError, TypeError):
         return [f"out: {path} was not written by recaption. Name another out, or move that file away"]
-    changed = [
-        f"{key} was {_short(saved.get(key))}, is {_short(settings.get(key))}"
-        for key in {**saved, **settings}
+    problems = [
+        f"{key} was {json.dumps(saved.get(key)):.100}, is {json.dumps(settings.get(key)):.100}"
+        for key in saved | settings
         if saved.get(key) != settings.get(key)
     ]
-    advice = (
-        f"out: {path} was begun with the settings above. Set them back to go on; or name another out, or move "
-        "that file away, to begin anew (what is in judge.cache is not paid for again)"
-    )
-    return [*changed, advice] if changed else []
-
-
-def _short(value: Any) -> str:
-    shown = json.dumps(value)
-    return shown if len(shown) <= 100 else shown[:97] + "..."
-
-
-def config_error(problems: list[str]) -> Exception:
-    """A `ConfigError` with these problems."""
-    from balcap.cli import ConfigError  # imports Lightning
-
-    return ConfigError(problems)  # type: ignore[return-value]  # a SystemExit
+    if problems:
+        problems.append(
+            f"out: {path} was begun with the settings above. Set them back to go on; or name another out, or "
+            "move that file away, to begin anew (what is in judge.cache is not paid for again)"
+        )
+    return problems
 
 
 def output_row(
@@ -203,25 +163,10 @@ def output_row(
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write a JSON array, one row a line, whole or not at all; the number of rows."""
     number = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal number
-        yield "["
-        for row in rows:
-            yield (",\n" if number else "\n") + json.dumps(row, ensure_ascii=False)
-            number += 1
-        yield "\n]\n"
-
-    replace_file(path, lines())
-    return number
-
-
-def replace_file(path: Path, texts: Iterable[str]) -> None:
-    """Write through a file beside `path`: a reader sees the old or the new file, whole."""
-    partial = path.with_name(f"{path.name}.part")
     # Half of a surrogate pair is legal in JSON but not in UTF-8: "replace".
-    with open(partial, "w", encoding="utf-8", errors="replace") as file:
-        file.writelines(texts)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with atomic_write(path, errors="replace") as file:
+        file.write("[")
+        for number, row in enumerate(rows, 1):
+            file.write((",\n" if number > 1 else "\n") + json.dumps(row, ensure_ascii=False))
+        file.write("\n]\n")
+    return number
