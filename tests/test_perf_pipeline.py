@@ -84,7 +84,12 @@ def test_trl_rewards_are_the_weighted_sums_of_ours(oracle: Judge, world: Path, t
     from perf.pipeline_trl import Clock, reward_function
 
     data = CaptionDataModule(
-        str(world / "shapes.json"), str(world), batch_size=2, val_size=0, num_workers=0, run_dir=str(tmp_path)
+        data=str(world / "shapes.json"),
+        image_root=str(world),
+        batch_size=2,
+        val_size=0,
+        num_workers=0,
+        run_dir=str(tmp_path),
     )
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))

@@ -36,12 +36,11 @@ from balcap.commands.recaption_files import (
     output_row,
     write_rows,
 )
-from balcap.data.checks import folder_problems, prompt_problems, source_problems
-from balcap.data.files import ImageFolder
-from balcap.data.images import MAX_PIXELS, PILLOW_MAX_PIXELS, BadImage
-from balcap.data.prompt import prompt_for
+from balcap.data.images import MAX_PIXELS, BadImage
+from balcap.data.order import select_rows
+from balcap.data.reader import ImageFolder, prompt_for
+from balcap.data.settings import DataSettings
 from balcap.data.sharegpt4v import TEXT_ONLY_CAUSES, DataError, column, load_rows, raw_rows
-from balcap.data.split import select_rows
 from balcap.judge import BudgetSpent, Decompose, Judge, JudgeFailure, Recaption, StoreError, Task
 from balcap.utils.errors import RunStopped
 
@@ -56,7 +55,9 @@ GRACE_S = 5.0
 PLAIN_EVERY_S = 15.0
 """Seconds between two lines of progress where stdout is not a terminal."""
 
-_DATA_KEY = re.compile(r"\bdata\.(data|name|image_root|folders|cache_dir|link_targets|max_pixels_in_file)\b")
+_DATA_SETTINGS = ("data", "image_root", "name", "folders", "max_rows", "link_targets", "max_pixels_in_file",
+                  "prompts", "seed", "cache_dir")  # fmt: skip
+"""Settings that are those of `DataSettings`."""
 
 
 @dataclass
@@ -133,19 +134,8 @@ class RecaptionSettings:
 
     def problems(self) -> list[str]:
         """What is wrong, each message beginning with the key to change. Reads no data, calls no provider."""
-        problems = source_problems(self.data, prefix="")
-        problems += folder_problems(self.image_root, self.folders, self.link_targets, prefix="")
-        problems += prompt_problems(self.prompts, prefix="")
-        rules = {
-            "max_rows must be >= 1 or null": self.max_rows is None or self.max_rows >= 1,
-            "seed must be >= 0": self.seed >= 0,
-            f"max_pixels_in_file must be in 1 .. {PILLOW_MAX_PIXELS}, Pillow's own limit": (
-                1 <= self.max_pixels_in_file <= PILLOW_MAX_PIXELS
-            ),
-        }
-        for rule, holds in rules.items():
-            if not holds:
-                problems.append(f"{rule} (it is {getattr(self, rule.split()[0])})")
+        shared = {name: getattr(self, name) for name in _DATA_SETTINGS}
+        problems = [own_keys(text) for text in DataSettings(**shared).problems("fit")]
         return problems + self._out_problems() + self._judge_problems()
 
     def _out_problems(self) -> list[str]:
@@ -219,7 +209,8 @@ def own_keys(text: str, judge: str = "judge") -> str:
         text: the message, which names keys as they are in training.
         judge: key of the judge it comes from.
     """
-    return _DATA_KEY.sub(r"\1", text).replace("model.judge", judge)
+    text = re.sub(rf"\bdata\.({'|'.join(_DATA_SETTINGS)})\b", r"\1", text)
+    return text.replace("model.judge", judge)
 
 
 def plan_rows(settings: RecaptionSettings, table: Any) -> tuple[list[int], list[QuarantinedRow]]:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from balcap.data.prompt import prompt_for
+from balcap.data.reader import prompt_for
 from balcap.data.sharegpt4v import PLACEHOLDER, normalise
 from balcap.utils.files import append_jsonl, atomic_write, read_jsonl
 
@@ -142,7 +142,7 @@ def output_row(
         raw: the row as it was.
         caption: the new caption, and the model that wrote it.
         units: the assertions of the new caption, and the model that found them; None to write none.
-        prompts, seed: as `balcap.data.prompt.prompt_for`.
+        prompts, seed: as `balcap.data.reader.prompt_for`.
         keep_original: store the caption that is replaced as ``original_caption``.
     """
     flat = normalise(raw, 0)

@@ -1,14 +1,15 @@
 """Images, prompts and references: from files as people have them to `CaptionBatch`.
 
-What happens to a row, and where::
+In the order in which a row meets them::
 
-    sharegpt4v.py   JSON file or hub id -> flat, memory-mapped columns, one pure function per row
-    split.py        which rows take part, and which images are held out
-    files.py        sample id -> a file inside data.image_root
+    settings.py     the settings, which check themselves
+    sharegpt4v.py   JSON file or hub id -> a memory-mapped table, one flat row per caption
+    columns.py      further keys of the rows, each of one kind: what batches carry as extras
+    order.py        which rows take part, which images are held out, and the order of training
+    reader.py       one row -> its image from a file inside data.image_root, its prompt and its reference
     images.py       bytes -> upright RGB image, or the cause why not
-    prompt.py       what is asked about an image
-    stream.py       rows -> full batches, without end, resumable to the exact row
-    bad_rows.py     bad_rows.jsonl: every row that was left out, and the limit on their share
+    bad_rows.py     bad_rows.jsonl: every row that was left out, and why
+    stream.py       rows -> full batches, without end, resumable to the exact row; stops at too many bad rows
     datamodule.py   all of it behind one LightningDataModule
 
 A bad row costs one line in bad_rows.jsonl, never the run; too many of them stop it.
@@ -16,12 +17,10 @@ A bad row costs one line in bad_rows.jsonl, never the run; too many of them stop
 
 from typing import TYPE_CHECKING, Any
 
-from balcap.data.images import BadImage, decode_image
-
 if TYPE_CHECKING:
     from balcap.data.datamodule import CaptionDataModule
 
-__all__ = ["BadImage", "CaptionDataModule", "decode_image"]
+__all__ = ["CaptionDataModule"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,17 +7,13 @@ and all data workers of a run write to the same file.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
-try:
-    import fcntl
-except ImportError:  # Windows: appends of one line are whole there too, a row may be listed twice
-    fcntl = None  # type: ignore[assignment]
+from balcap.utils.files import append_jsonl
 
 FILE_NAME = "bad_rows.jsonl"
 
@@ -43,13 +39,14 @@ class BadRowLog:
         if (row, image) in self._seen:
             return False
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+b") as file, _locked(file):
-            whole = self._catch_up(file)
+        with open(self.path, "ab") as file:
+            # Network file systems may refuse locks; the worst that follows is a row listed twice.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+            self.total()
             if (row, image) in self._seen:
                 return False
-            line = json.dumps({"row": row, "image": image, "cause": cause, "detail": detail})
-            # A process that was killed may have left half a line behind.
-            file.write(("" if whole else "\n").encode() + line.encode() + b"\n")
+            append_jsonl(self.path, [{"row": row, "image": image, "cause": cause, "detail": detail}])
         self._seen[row, image] = cause
         return True
 
@@ -59,9 +56,18 @@ class BadRowLog:
         return dict(Counter(self._seen.values()).most_common())
 
     def total(self) -> int:
-        """Number of bad rows, over all processes."""
+        """Number of bad rows, over all processes: reads what was appended since the last call."""
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
-            self._catch_up(file)
+            if os.fstat(file.fileno()).st_size < self._offset:  # somebody emptied the file
+                self._offset, self._seen = 0, {}
+            file.seek(self._offset)
+            new = file.read()
+            end = new.rfind(b"\n") + 1  # a process that was killed may have left half a line behind
+            for line in new[:end].splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line)
+                    self._seen[entry["row"], entry["image"]] = entry["cause"]
+            self._offset += end
         return len(self._seen)
 
     def summary(self) -> str:
@@ -69,32 +75,3 @@ class BadRowLog:
         counts = self.counts()
         causes = ", ".join(f"{cause} {n}" for cause, n in counts.items())
         return f"{sum(counts.values())} bad rows ({causes}), listed in {self.path}"
-
-    def _catch_up(self, file: IO[bytes]) -> bool:
-        """Read what was appended since the last call; False if the file ends within a line."""
-        if os.fstat(file.fileno()).st_size < self._offset:  # somebody emptied the file
-            self._offset, self._seen = 0, {}
-        file.seek(self._offset)
-        new = file.read()
-        end = new.rfind(b"\n") + 1
-        for line in new[:end].splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                self._seen[entry["row"], entry["image"]] = entry["cause"]
-        self._offset += end
-        return end == len(new)
-
-
-@contextlib.contextmanager
-def _locked(file: IO[bytes]) -> Iterator[None]:
-    # Some network file systems refuse locks; the worst that follows is a row listed twice.
-    if fcntl is not None:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        file.flush()
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_UN)

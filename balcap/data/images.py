@@ -6,12 +6,14 @@ not applied. An alpha channel is composited on white, the page that most transpa
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import warnings
 from io import BytesIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What is decoded. Other formats that Pillow knows, such as EPS, would start programs."""
@@ -28,18 +30,9 @@ MAX_ASPECT = 200
 MIN_SIDE = 28
 """Pixels: one visual token of the Qwen-VL family. Smaller images are enlarged by a whole factor."""
 
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
-_WEBP = (b"WEBP", b"")
-
-_ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8|BM|II\*\0|MM\0\*|.{4}ftyp|RIFF(.{4}WEBP|.{0,4}\Z)", re.DOTALL
+)
 
 
 class BadImage(Exception):
@@ -86,8 +79,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         _check_size(image.size, max_pixels)
         try:
             image.load()
-            upright = _rotate(image)
-            rgb = _to_rgb(upright)
+            with contextlib.suppress(Exception):  # broken EXIF does not make the picture unusable
+                ImageOps.exif_transpose(image, in_place=True)
+            rgb = _to_rgb(image)
         # Broken bytes make Pillow's format modules raise whatever they run into, RuntimeError and TypeError
         # included; none of it may end a run.
         except Exception as error:
@@ -103,7 +97,7 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadImage("decompression_bomb", str(error)) from error
     except Image.UnidentifiedImageError as error:
-        if data.startswith(_MAGIC) or data[4:8] == b"ftyp" or (data[:4] == b"RIFF" and data[8:12] in _WEBP):
+        if _MAGIC.match(data):
             raise BadImage("truncated_image", f"the header is incomplete ({len(data)} bytes)") from error
         starts = f"starts with {data[:16]!r}" if data else "the file is empty"
         raise BadImage("not_an_image", f"{starts}; readable are {', '.join(FORMATS)}") from error
@@ -124,16 +118,6 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
             f"{size[0]}x{size[1]} pixels ({pixels} with margins), more than "
             f"data.max_pixels_in_file={max_pixels}",
         )
-
-
-def _rotate(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(0x0112, 1)
-    # Broken EXIF does not make the picture unusable.
-    except Exception:
-        orientation = 1
-    method = _ORIENTATIONS.get(orientation)
-    return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -166,15 +150,10 @@ def _fit_processors(image: Image.Image) -> Image.Image:
     width, height = image.size
     least = math.ceil(max(width, height) / MAX_ASPECT)
     if min(width, height) < least:
-        size = (max(width, least), max(height, least))
-        image = _centre(image, size)
+        page = Image.new("RGB", (max(width, least), max(height, least)), "white")
+        page.paste(image, ((page.width - width) // 2, (page.height - height) // 2))
+        image = page
     factor = math.ceil(MIN_SIDE / min(image.size))
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     return image
-
-
-def _centre(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    page = Image.new("RGB", size, "white")
-    page.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
-    return page

@@ -1,15 +1,102 @@
-"""The order in which rows are trained on: pure functions of seed, shard and position.
+"""Which rows take part, which images are held out for validation, and the order in which rows are trained on.
 
-N rows are dealt to S = ranks x workers shards. In epoch e, shard s reads rows s, s + S, s + 2S, … of a
-permutation that only the seed and e determine, and then goes on with epoch e + 1. So a position, the number
-of rows a shard has read, says all that is needed to continue it.
+All are pure functions. For the order, N rows are dealt to S = ranks x workers shards. In epoch e, shard s reads
+rows s, s + S, s + 2S, … of a permutation that only the seed and e determine, and then goes on with epoch e + 1.
+So a position, the number of rows a shard has read, says all that is needed to continue it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import numpy as np
+
+from balcap.data.columns import MALFORMED_COLUMN
+
+
+def image_hash(seed: int, sample_id: str) -> int:
+    """64 bits that depend on nothing but the seed and the sample: the same on every machine and rank."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{sample_id}".encode(), digest_size=8).digest(), "big")
+
+
+def select_rows(
+    sample_ids: Sequence[str], image_root: Path, folders: Sequence[str] | None, max_rows: int | None
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Rows that take part, in the order of the file.
+
+    Args:
+        sample_ids: image of every row, "" where a row has none.
+        image_root: folder that the images are relative to.
+        folders: keep only images below one of these, such as ``coco/train2017``; None keeps all.
+        max_rows: keep only the first this many of what is left.
+
+    Returns:
+        Row indices; and the number of rows left out because their top-level folder does not exist, by
+        folder. People usually have only some of the image folders: that is no fault of the rows.
+    """
+    below = None if folders is None else tuple(folder.strip("/") + "/" for folder in folders)
+    exists: dict[str, bool] = {}
+    missing: Counter[str] = Counter()
+    kept = []
+    for index, sample_id in enumerate(sample_ids):
+        if below is not None and not sample_id.startswith(below):
+            continue
+        top = _top_folder(sample_id)
+        if top and not exists.setdefault(top, (image_root / top).is_dir()):
+            missing[top] += 1
+            continue
+        kept.append(index)
+    return np.asarray(kept[:max_rows], dtype=np.int64), dict(missing.most_common())
+
+
+def _top_folder(sample_id: str) -> str:
+    parts = PurePosixPath(sample_id).parts
+    # Paths that leave image_root are bad rows, to be listed as such when they are read.
+    inside = len(parts) > 1 and parts[0] != "/" and ".." not in parts and "\0" not in sample_id
+    return parts[0] if inside else ""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row indices.
+
+    Attributes:
+        train: in the order of the file, bad rows included.
+        val: held out, in the order in which they are validated.
+        spare: held out too, and validated in place of `val` rows whose file turns out to be bad.
+    """
+
+    train: np.ndarray
+    val: np.ndarray
+    spare: np.ndarray
+
+
+def split_rows(
+    rows: np.ndarray, sample_ids: Sequence[str], problems: Sequence[str], seed: int, val_size: int
+) -> Split:
+    """Hold out the `val_size` images with the smallest `image_hash`, and one spare for every eight.
+
+    What is guaranteed: the split depends on the seed, `val_size` and the set of good images alone, not on
+    the order of the rows, the files on disk, or the machine. Images that are added never move an image from
+    training into validation (they may take the place of a validation image, which then is trained on);
+    images that are removed never move one that was held out into training. Columns change nothing: a row
+    that is only bad for a malformed column counts as good here, but comes last among what is held out.
+
+    A `val_size` that leaves nothing to train on gives an empty `train`.
+    """
+    if val_size == 0:
+        nothing = np.empty(0, dtype=np.int64)
+        return Split(train=rows, val=nothing, spare=nothing)
+    good = [int(r) for r in rows if problems[r] in ("", MALFORMED_COLUMN)]
+    by_hash = sorted(good, key=lambda r: (image_hash(seed, sample_ids[r]), sample_ids[r]))
+    first = sorted(by_hash[: val_size + math.ceil(val_size / 8)], key=lambda r: bool(problems[r]))
+    held_out = np.asarray(first, dtype=np.int64)
+    return Split(train=rows[~np.isin(rows, held_out)], val=held_out[:val_size], spare=held_out[val_size:])
 
 
 def permutation(rows: int, seed: int, epoch: int) -> np.ndarray:

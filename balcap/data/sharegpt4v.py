@@ -8,9 +8,7 @@ A row of the file::
 ``id`` is not unique in ShareGPT4V, so a sample is known by its image. A row that is not as it should be
 keeps its place in the table with a cause: whoever reads it can list it and go on.
 
-Beside ShareGPT4V's own keys one more is read: ``"reference_units"``, a list of strings, the assertions of the
-caption as `balcap.commands.recaption` writes them. Absent, or null, they are asked for in training. Anything else is a
-bad row, ``malformed_units``: to pay for what was to be there already would be a surprise.
+Further keys that `data.columns` names are kept as they are, see `balcap.data.columns`.
 """
 
 from __future__ import annotations
@@ -18,21 +16,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from balcap.data.columns import MALFORMED_COLUMN, Columns, storable
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 PLACEHOLDER = "<image>"
 
-TEXT_ONLY_CAUSES = frozenset(("no_caption", "no_image_placeholder", "malformed_units"))
+TEXT_ONLY_CAUSES = frozenset(("no_caption", "no_image_placeholder", MALFORMED_COLUMN))
 """Causes that do not matter to who only needs the image."""
 
-_FORMAT = 2
-"""Part of the cache's key: raise it when `normalise` answers differently."""
+_FORMAT = 3
+"""Part of the cache's key: raise it when `flat_rows` answers differently."""
 
 
 class DataError(ValueError):
@@ -46,6 +46,12 @@ class MalformedLine:
     detail: str
 
 
+def flat_row(row: int, **values: Any) -> dict[str, Any]:
+    """One row of the table, as `normalise` describes it; empty but for `values`."""
+    texts = dict.fromkeys(("sample_id", "question", "caption", "problem", "detail"), "")
+    return {"row": row, **texts, "columns": {}, **values}
+
+
 def normalise(raw: Any, row: int) -> dict[str, Any]:
     """One raw row as flat columns.
 
@@ -55,18 +61,10 @@ def normalise(raw: Any, row: int) -> dict[str, Any]:
 
     Returns:
         ``row``; ``sample_id``, the image as the data set writes it ("" if there is none); ``question``
-        without placeholder; ``caption``; ``reference_units``, assertions of the caption, or None; ``problem``,
-        the cause why the row is bad, or ""; ``detail``.
+        without placeholder; ``caption``; ``problem``, the cause why the row is bad, or ""; ``detail``; and
+        ``columns``, JSON texts that `flat_rows` fills in.
     """
-    flat: dict[str, Any] = {
-        "row": row,
-        "sample_id": "",
-        "question": "",
-        "caption": "",
-        "reference_units": None,
-        "problem": "",
-        "detail": "",
-    }
+    flat = flat_row(row)
 
     def bad(cause: str, detail: str) -> dict[str, Any]:
         return flat | {"problem": cause, "detail": detail}
@@ -77,49 +75,28 @@ def normalise(raw: Any, row: int) -> dict[str, Any]:
         return bad("malformed_row", f"expected an object, found {type(raw).__name__}")
     image = raw.get("image")
     if not isinstance(image, str) or not image.strip():
-        return bad("no_image_field", f'"image" is {_short(image)}')
-    flat["sample_id"] = _storable(image)
+        return bad("no_image_field", f'"image" is {image!r:.60}')
+    flat["sample_id"] = storable(image)
     turns = raw.get("conversations") or []
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return bad("malformed_row", '"conversations" is not a list of objects')
-    spoken: dict[str, Any] = {}
-    for turn in turns:
-        spoken.setdefault(str(turn.get("from")), turn.get("value"))
-    question, caption = spoken.get("human", ""), spoken.get("gpt", "")
+    first_turn = {str(turn.get("from")): turn.get("value") for turn in reversed(turns)}
+    question, caption = first_turn.get("human", ""), first_turn.get("gpt", "")
     for speaker, value in (("human", question), ("gpt", caption)):
         if not isinstance(value, str | None):
-            return bad("malformed_row", f"the {speaker} turn is {_short(value)}, not text")
-    question, caption = _storable(question or ""), _storable(caption or "")
+            return bad("malformed_row", f"the {speaker} turn is {value!r:.60}, not text")
+    question = storable(question or "")
     flat["question"] = question.replace(PLACEHOLDER, "").strip()
-    flat["caption"] = caption.strip()
+    flat["caption"] = storable(caption or "").strip()
     for field in ("sample_id", "question", "caption"):
-        if "\ufffd" in flat[field]:
-            return bad("not_utf8", f"{field} holds bytes that are not UTF-8: {_around(flat[field])}")
+        if (at := flat[field].find("\ufffd")) >= 0:
+            around = flat[field][max(0, at - 20) : at + 20]
+            return bad("not_utf8", f"{field} holds bytes that are not UTF-8: {around!r}")
     if not flat["caption"]:
         return bad("no_caption", "no gpt turn with text")
     if PLACEHOLDER not in question:
-        return bad("no_image_placeholder", f"no {PLACEHOLDER} in the human turn {_short(question)}")
-    units = raw.get("reference_units")
-    if units is not None:
-        if not isinstance(units, list) or not all(isinstance(unit, str) and unit.strip() for unit in units):
-            return bad("malformed_units", f'"reference_units" is {_short(units)}, not a list of texts')
-        flat["reference_units"] = [_storable(unit) for unit in units]
+        return bad("no_image_placeholder", f"no {PLACEHOLDER} in the human turn {question!r:.60}")
     return flat
-
-
-def _storable(text: str) -> str:
-    """Arrow stores UTF-8: half of a surrogate pair, legal in JSON, becomes U+FFFD."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def _around(text: str) -> str:
-    at = text.index("\ufffd")
-    return repr(text[max(0, at - 20) : at + 20])
 
 
 def parse_rows(path: str | Path) -> Iterator[Any]:
@@ -136,51 +113,40 @@ def parse_rows(path: str | Path) -> Iterator[Any]:
     start = text.lstrip()[:1]
     if start == "[":
         yield from _parse_array(text, path)
-    elif start == "{" and (str(path).endswith(".jsonl") or _is_json(text.lstrip().splitlines()[0])):
+    elif start == "{" and (
+        str(path).endswith(".jsonl") or isinstance(next(_parse_lines(text.lstrip().splitlines()[0])), dict)
+    ):
         yield from _parse_lines(text)
     else:
-        found = f"starts with {text[:20]!r}" if start else "is empty"
-        raise DataError(
-            f"data.data: {path} {found}; expected a JSON array of rows, [{{...}}, ...], or JSON lines"
-        )
+        content = f"starts with {text[:20]!r}" if start else "is empty"
+        raise DataError(f"data.data: {path} {content}; expected a JSON array, [{{...}}, ...], or JSON lines")
 
 
 def _parse_array(text: str, path: str | Path) -> Iterator[Any]:
-    decoder = json.JSONDecoder()
-    space = re.compile(r"\s*")
+    decoder, space, row = json.JSONDecoder(), re.compile(r"\s*"), 0
 
     def skip(at: int) -> int:
         return space.match(text, at).end()  # type: ignore[union-attr]  # matches the empty string too
 
-    position, row = skip(text.index("[") + 1), 0
-    while text[position : position + 1] != "]":
-        try:
+    try:
+        position = skip(text.index("[") + 1)
+        while text[position : position + 1] != "]":
             raw, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise _broken(path, text, getattr(error, "pos", position), row, str(error)) from error
-        yield raw
-        row += 1
-        position = skip(position)
-        follows = text[position : position + 1]
-        if follows == ",":
-            position = skip(position + 1)
-        elif follows != "]":
-            raise _broken(path, text, position, row, f"expected ',' or ']' after row {row - 1}")
-    if text[position + 1 :].strip():
-        raise _broken(path, text, position + 1, row, "text after the end of the array")
-
-
-def _broken(path: str | Path, text: str, position: int, row: int, reason: str) -> DataError:
-    line = text.count("\n", 0, position) + 1
-    column = position - (text.rfind("\n", 0, position) + 1) + 1
-    cut = not text.rstrip().endswith("]")
-    advice = (
-        "The file breaks off: it was not downloaded or written to its end, get it again."
-        if cut
-        else "Mend that place, or write the rows as JSON lines (.jsonl), where a broken line costs one row."
-    )
-    place = f"line {line}, column {column} (character {position}, in row {row})"
-    return DataError(f"data.data: {path} is not valid JSON at {place}: {reason.split(': line')[0]}. {advice}")
+            yield raw
+            row += 1
+            position = skip(position)
+            follows = text[position : position + 1]
+            if follows == ",":
+                position = skip(position + 1)
+            elif follows != "]":
+                raise json.JSONDecodeError(f"expected ',' or ']' after row {row - 1}", text, position)
+        if text[position + 1 :].strip():
+            raise json.JSONDecodeError("text after the end of the array", text, position + 1)
+    except (json.JSONDecodeError, RecursionError) as error:
+        advice = "Fix that place, or write JSON lines (.jsonl), where a broken line costs one row."
+        if not text.rstrip().endswith("]"):
+            advice = "The file breaks off: it was not downloaded or written to its end, get it again."
+        raise DataError(f"data.data: {path} is not valid JSON in row {row}: {error}. {advice}") from error
 
 
 def _parse_lines(text: str) -> Iterator[Any]:
@@ -192,73 +158,105 @@ def _parse_lines(text: str) -> Iterator[Any]:
                 yield MalformedLine(f"line {number} of the file is not JSON: {error}")
 
 
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+def flat_rows(raw_rows: Iterable[Any], columns: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
+    """Normalised rows with their columns.
 
+    Besides the causes of `normalise`, a second good row with the same image is bad, ``duplicate_image``, and
+    so is one with a column of another kind than before, ``malformed_column``.
 
-def flat_rows(raw_rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """Normalised rows; a second good row with the same image is bad: ``duplicate_image``."""
+    Raises:
+        DataError: after the last row, if no row had one of the `columns`.
+    """
     first: dict[str, int] = {}
+    taken = Columns(columns)
     for row, raw in enumerate(raw_rows):
         flat = normalise(raw, row)
         if not flat["problem"] and first.setdefault(flat["sample_id"], row) != row:
-            flat |= {
-                "problem": "duplicate_image",
-                "detail": f"row {first[flat['sample_id']]} has the same image",
-            }
+            detail = f"row {first[flat['sample_id']]} has the same image"
+            flat |= {"problem": "duplicate_image", "detail": detail}
+        usable = not flat["problem"] or flat["problem"] in TEXT_ONLY_CAUSES
+        flat["columns"], malformed = taken.take(raw if usable else {}, row)
+        if malformed and not flat["problem"]:
+            flat |= {"problem": MALFORMED_COLUMN, "detail": malformed}
         yield flat
+    if missing := taken.missing():
+        raise DataError(missing)
 
 
-def _generate(path: str, digest: str, version: int) -> Iterator[dict[str, Any]]:
-    # `digest` and `version` are here to be hashed: they key the cache.
-    yield from flat_rows(parse_rows(path))
+@dataclass(frozen=True)
+class RowFile:
+    """The rows of a file, as `parse_rows` reads them. The digest of its content keys the cache."""
+
+    path: str
+    digest: str
+
+    def __iter__(self) -> Iterator[Any]:
+        return parse_rows(self.path)
 
 
-def _generate_from_hub(rows: Iterable[Any], version: int) -> Iterator[dict[str, Any]]:
-    yield from flat_rows(rows)
+def raw_rows(data: str, name: str | None = None, cache_dir: str | None = None) -> tuple[Iterable[Any], str]:
+    """The rows that `load_rows` makes a table of, as parsed and in the same order, and the same digest.
+
+    Raises:
+        DataError: as `load_rows`; for a file that breaks off, not before its rows are read.
+    """
+    import datasets
+
+    path = Path(data).expanduser()
+    try:
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return RowFile(str(path), digest), digest
+    except OSError as error:
+        raise DataError(f"data.data: cannot read {path}: {error.strerror}") from error
+    try:
+        rows = datasets.load_dataset(data, name, split="train", cache_dir=cache_dir)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"data.data: no file {data!r} here, and as a hub data set (data.name={name}) it fails to load: "
+            f"{error}. Without a network, download the JSON file elsewhere and give its path."
+        ) from error
+    return rows, rows._fingerprint
 
 
-def load_rows(data: str, name: str | None = None, cache_dir: str | None = None) -> tuple[Dataset, str]:
-    """The data set as a memory-mapped table with the columns of `normalise`.
+def _generate(rows: Iterable[Any], columns: tuple[str, ...], version: int) -> Iterator[dict[str, Any]]:
+    # `version` is here to be hashed: it keys the cache.
+    yield from flat_rows(rows, columns)
+
+
+def load_rows(
+    data: str, name: str | None = None, cache_dir: str | None = None, columns: Sequence[str] = ()
+) -> tuple[Dataset, str]:
+    """The data set as a memory-mapped table of the rows of `flat_rows`.
 
     The table is written once into the Hugging Face cache under a lock, whichever process comes first, and
-    is keyed on the content of the file.
+    is keyed on the content of the file and the columns.
 
     Args:
         data: path of a ``.json`` or ``.jsonl`` file, or a hub id such as ``Lin-Chen/ShareGPT4V``.
         name: configuration on the hub, such as ``ShareGPT4V``.
         cache_dir: folder of the cache; None for Hugging Face's own (``HF_DATASETS_CACHE``).
+        columns: further keys of the rows to keep, besides ``reference_units``.
 
     Returns:
         The table, and a digest of the content it was made from.
 
     Raises:
-        DataError: the file or hub data set cannot be read.
+        DataError: the file or hub data set cannot be read, or no row has one of the columns.
     """
     import datasets
 
-    path = Path(data).expanduser()
     text = datasets.Value("string")
-    features = datasets.Features(
-        row=datasets.Value("int64"),
-        reference_units=datasets.List(text),
-        **dict.fromkeys(("sample_id", "question", "caption", "problem", "detail"), text),
-    )
-    if path.is_file():
-        digest = _digest(path)
-        generator: Any = _generate
-        arguments: dict[str, Any] = {"path": str(path), "digest": digest, "version": _FORMAT}
-    else:
-        rows = _load_from_hub(data, name, cache_dir)
-        digest = rows._fingerprint
-        generator, arguments = _generate_from_hub, {"rows": rows, "version": _FORMAT}
+    kept = dict.fromkeys(Columns(columns).names, text)
+    features = dict.fromkeys(flat_row(0), text) | {"row": datasets.Value("int64"), "columns": kept}
+    rows, digest = raw_rows(data, name, cache_dir)
     try:
         table = datasets.Dataset.from_generator(
-            generator, features=features, cache_dir=cache_dir, gen_kwargs=arguments
+            _generate,
+            features=datasets.Features(features),
+            cache_dir=cache_dir,
+            gen_kwargs={"rows": rows, "columns": tuple(sorted(set(columns))), "version": _FORMAT},
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
@@ -272,39 +270,6 @@ def load_rows(data: str, name: str | None = None, cache_dir: str | None = None) 
     return table, digest
 
 
-def raw_rows(data: str, name: str | None = None, cache_dir: str | None = None) -> tuple[Iterator[Any], str]:
-    """The rows that `load_rows` makes a table of, as parsed and in the same order, and the same digest.
-
-    Raises:
-        DataError: as `load_rows`; for a file that breaks off, not before its rows are read.
-    """
-    path = Path(data).expanduser()
-    if path.is_file():
-        return parse_rows(path), _digest(path)
-    rows = _load_from_hub(data, name, cache_dir)
-    return iter(rows), rows._fingerprint
-
-
 def column(table: Dataset, name: str) -> list[str]:
     """One column as a list: much faster than row by row."""
     return table.data.column(name).to_pylist()
-
-
-def _digest(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"data.data: cannot read {path}: {error.strerror}") from error
-
-
-def _load_from_hub(data: str, name: str | None, cache_dir: str | None) -> Dataset:
-    import datasets
-
-    try:
-        return datasets.load_dataset(data, name, split="train", cache_dir=cache_dir)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"data.data: no file {data!r} here, and as a hub data set (data.name={name}) it fails to load: "
-            f"{error}. Without a network, download the JSON file elsewhere and give its path."
-        ) from error

@@ -4,23 +4,26 @@ Training: each data worker of each rank plays one shard (`balcap.data.order`). B
 places filled from the rows behind them, so that every batch of every rank has `batch_size` images. A rank's
 batch number b comes from its shard ``b % workers``, the order in which `DataLoader` asks its workers.
 
-Where the stream stands is told by the batches that were *consumed*, not by what workers have prefetched: each
-batch carries a `Cursor`, and whoever has trained on it hands the cursor back.
+The stream's position counts the batches that were *consumed*, not what workers have prefetched: each batch
+carries a `Cursor`, and whoever has trained on it hands the cursor back.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from balcap.data.bad_rows import TooManyBadRows
-from balcap.data.order import read_order
+from balcap.data.order import common_position, positions_from, read_order
 from balcap.data.reader import RowReader, Sample, to_batch
+from balcap.data.settings import DataSettings
 from balcap.types import CaptionBatch, Cursor
 
 log = logging.getLogger(__name__)
@@ -38,33 +41,18 @@ class CaptionStream(IterableDataset[CaptionBatch]):
     Args:
         reader: reads rows.
         rows: table indices of the rows to train on.
-        batch_size: images per batch.
-        seed: of the order.
+        settings: batch size, seed of the order, `num_workers` that will read the stream (0: this process), and
+            `max_bad_share`, of the rows that this rank has read.
         rank: of this process.
         world_size: number of ranks.
-        num_workers: workers of the `DataLoader` that will read the stream; 0 reads in this process.
-        max_bad_share: stop when more than this share of the rows read by this rank is bad.
     """
 
     def __init__(
-        self,
-        reader: RowReader,
-        rows: np.ndarray,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        max_bad_share: float = 1.0,
+        self, reader: RowReader, rows: np.ndarray, settings: DataSettings, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.reader = reader
-        self.rows = rows
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.workers = max(1, num_workers)
-        self.max_bad_share = max_bad_share
+        self.reader, self.rows, self.settings = reader, rows, settings
+        self.rank, self.world_size = rank, world_size
+        self.workers = max(1, settings.num_workers)
         self.positions = [0] * self.workers  # rows that each of this rank's shards has read
         self.batches = 0
         # (worker, [rows read, bad ones]): each worker writes its own line, everybody reads.
@@ -72,7 +60,7 @@ class CaptionStream(IterableDataset[CaptionBatch]):
 
     def __len__(self) -> int:
         """Batches per rank in one pass over the rows, at least 1: Lightning's epoch."""
-        return max(1, len(self.rows) // (self.batch_size * self.world_size))
+        return max(1, len(self.rows) // (self.settings.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[CaptionBatch]:
         info = get_worker_info()
@@ -80,17 +68,12 @@ class CaptionStream(IterableDataset[CaptionBatch]):
         # Workers are asked in the order 0, 1, …: after b batches, worker 0 must play shard b % workers.
         shard = (self.batches + worker) % self.workers
         position = self.positions[shard]
-        order = read_order(
-            len(self.rows),
-            self.seed,
-            self.world_size * self.workers,
-            self.rank * self.workers + shard,
-            position,
-        )
+        shards, first = self.world_size * self.workers, self.rank * self.workers
+        order = read_order(len(self.rows), self.settings.seed, shards, first + shard, position)
         for number in range(self.batches + worker, self.batches + len(self), self.workers):
             samples: list[Sample] = []
             bad_in_a_row = 0
-            while len(samples) < self.batch_size:
+            while len(samples) < self.settings.batch_size:
                 sample = self.reader.read(int(self.rows[next(order)]))
                 position += 1
                 self._counts[worker, 0] += 1
@@ -108,6 +91,44 @@ class CaptionStream(IterableDataset[CaptionBatch]):
         self.positions[cursor.shard] = cursor.position
         self.batches = cursor.batches
 
+    def state(self) -> dict[str, Any]:
+        """Where the streams of all ranks stand, plain numbers. A collective: call it on every rank."""
+        positions = [self.positions]
+        if dist.is_available() and dist.is_initialized() and self.world_size > 1:
+            positions = [[] for _ in range(self.world_size)]
+            dist.all_gather_object(positions, self.positions)
+        return {
+            "world_size": self.world_size,
+            "num_workers": self.workers,
+            "positions": [list(p) for p in positions],
+            "batches": self.batches,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken, over the same rows in the same order.
+
+        Exact for the same number of ranks and of workers, whatever the batch size. Otherwise training goes on
+        from the last place that all shards had reached: no row is left out, some rows of that epoch come
+        again.
+        """
+        self.batches = state["batches"]
+        if (state["world_size"], state["num_workers"]) == (self.world_size, self.workers):
+            self.positions = list(state["positions"][self.rank])
+            return
+        positions = [p for rank in state["positions"] for p in rank]
+        rows, first = len(self.rows), self.rank * self.workers
+        place = common_position(rows, positions)
+        continued = positions_from(rows, self.world_size * self.workers, place)
+        self.positions = continued[first : first + self.workers]
+        if self.rank == 0:
+            again = max(0, sum(positions) - place) if rows >= len(positions) else 0
+            log.warning(
+                f"the checkpoint was written with {state['world_size']} rank(s) of {state['num_workers']} "
+                f"data worker(s), this run has {self.world_size} of {self.workers}: the order continues from "
+                f"row {place % rows} of epoch {place // rows}, the last place that all shards had reached; no "
+                f"image is left out, about {again} come again (same ranks and data.num_workers: none)"
+            )
+
     def rows_read(self) -> tuple[int, int]:
         """Rows read by this rank since the process started, and how many of them were bad."""
         read, bad = self._counts.sum(0).tolist()
@@ -115,7 +136,7 @@ class CaptionStream(IterableDataset[CaptionBatch]):
 
     def _check_share(self, bad_in_a_row: int) -> None:
         read, bad = self.rows_read()
-        too_many = read >= LEAST_ROWS_READ and bad > self.max_bad_share * read
+        too_many = read >= LEAST_ROWS_READ and bad > self.settings.max_bad_share * read
         # Without a single good row the search would never end, whatever share is allowed.
         if too_many or bad_in_a_row >= max(LONGEST_SEARCH, len(self.rows)):
             raise TooManyBadRows(self.stop_message())
@@ -123,36 +144,34 @@ class CaptionStream(IterableDataset[CaptionBatch]):
     def stop_message(self) -> str:
         """Why `TooManyBadRows` stops the run, and what to do."""
         read, bad = self.rows_read()
-        finding = (
-            f"none of the {read} rows read so far can be used"
-            if bad == read
-            else f"{bad} of the {read} rows read so far are bad, more than "
-            f"data.max_bad_share={self.max_bad_share} allows"
-        )
+        finding = f"none of the {read} rows read so far can be used"
+        if bad < read:
+            limit = self.settings.max_bad_share
+            finding = (
+                f"{bad} of the {read} rows read so far are bad, more than data.max_bad_share={limit} allows"
+            )
         return (
             f"{finding}: {self.reader.bad_rows.summary()}. Check data.image_root and data.folders if files "
             "are missing; repair or remove what is listed; or raise data.max_bad_share."
         )
 
 
+@dataclass(eq=False)
 class PlannedBatches(IterableDataset[CaptionBatch]):
     """The same batches in the same order each time, for validation and prediction.
 
     A bad row is replaced by the next of `spares`; when these run out, its batch gets smaller, and a batch
     that has nothing left is not yielded.
 
-    Args:
+    Attributes:
         reader: reads rows.
         chunks: table indices of each batch of this rank.
         spares: table indices to fall back on. Each worker has its own share of them.
     """
 
-    def __init__(
-        self, reader: RowReader, chunks: Sequence[np.ndarray], spares: np.ndarray | Sequence[int] = ()
-    ) -> None:
-        self.reader = reader
-        self.chunks = chunks
-        self.spares = list(map(int, spares))
+    reader: RowReader
+    chunks: Sequence[np.ndarray]
+    spares: np.ndarray | Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -192,11 +211,8 @@ class StreamLoader(DataLoader[CaptionBatch]):
     report = True
     """Whether this process logs; one rank is enough."""
 
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
     def __iter__(self) -> Iterator[CaptionBatch]:  # type: ignore[override]
-        stream: CaptionStream | PlannedBatches = self.dataset  # type: ignore[assignment]
+        stream: Any = self.dataset
         bad_rows = stream.reader.bad_rows
         reported = bad_rows.total()
         iterator = super().__iter__()
@@ -207,8 +223,6 @@ class StreamLoader(DataLoader[CaptionBatch]):
                     log.warning("skipped %s", bad_rows.summary())
                 yield batch
         except TooManyBadRows:
-            if not isinstance(stream, CaptionStream):
-                raise
             # What arrives from a worker has its traceback inside the message.
             raise TooManyBadRows(stream.stop_message()) from None
         finally:

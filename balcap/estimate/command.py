@@ -41,7 +41,7 @@ def estimate(
         ValueError: if the ledger cannot be read.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        data.run_dir = scratch  # bad rows are listed there
+        data.settings = replace(data.settings, run_dir=scratch)  # bad rows are listed there
         return _Estimate(trainer, module, data, launch, options).report()
 
 
@@ -115,7 +115,7 @@ class _Estimate:
         """Sampled rows of both kinds, with captions where the policy is asked."""
         import numpy as np
 
-        rng = np.random.default_rng(self.data.seed)
+        rng = np.random.default_rng(self.data.settings.seed)
         train = self._read(rng.permutation(self.data.split.train)) if plan.batches else []
         val = self._read(rng.permutation(self.data.split.val)) if plan.validations else []
         drawn = f"{len(train):,} training and {len(val):,} validation images"
@@ -126,7 +126,7 @@ class _Estimate:
             sampled = [sample_policy(self.module, part, captions) if part else [] for part, captions in rows]
         return tuple(  # type: ignore[return-value]
             [
-                Sample(row.sample_id, row.image_bytes, row.reference, row.reference_units, texts)
+                Sample(row.sample_id, row.image_bytes, row.reference, row.extras["reference_units"], texts)
                 for row, texts in zip(part, said, strict=True)
             ]
             for part, said in zip((train, val), sampled, strict=True)
@@ -134,7 +134,7 @@ class _Estimate:
 
     def _read(self, rows: Iterable[int]) -> list[Row]:
         data = self.data
-        reader = data._reader(data._source[0], data._root)
+        reader = data.reader(data.table, data.root)
         found: list[Row] = []
         for row in rows:
             sample = reader.read(int(row))

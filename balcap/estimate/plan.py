@@ -148,13 +148,13 @@ def plan_of(trainer: Trainer, data: CaptionDataModule, ranks: int, updates_per_r
     from balcap.data.sharegpt4v import column
 
     split = data.split
-    causes = column(data._source[0], "problem")
-    per_epoch = max(1, len(split.train) // (data.batch_size * ranks))
+    causes = column(data.table, "problem")
+    per_epoch = max(1, len(split.train) // (data.settings.batch_size * ranks))
     per_epoch = _limited(per_epoch, trainer.limit_train_batches)
     batches = training_batches(per_epoch, trainer.max_steps, trainer.max_epochs, updates_per_rollout)
     validated = sanity = 0
-    if data.val_size and trainer.limit_val_batches:
-        size = data.val_batch_size or data.batch_size
+    if data.settings.val_size and trainer.limit_val_batches:
+        size = data.settings.eval_batch_size
         validated = val_images(split.val, ranks, size, trainer.limit_val_batches)
         checks = trainer.num_sanity_val_steps
         sanity = validated if checks == math.inf else val_images(split.val, ranks, size, int(checks))
@@ -163,7 +163,7 @@ def plan_of(trainer: Trainer, data: CaptionDataModule, ranks: int, updates_per_r
     due = validations(batches, per_epoch, None if timed else trainer.val_check_interval, every)
     return Plan(
         batches=batches,
-        images_per_batch=data.batch_size * ranks,
+        images_per_batch=data.settings.batch_size * ranks,
         train_rows=sum(not causes[int(row)] for row in split.train),
         validations=due if validated else (),
         val_images=validated,

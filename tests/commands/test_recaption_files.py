@@ -11,7 +11,7 @@ import pytest
 
 from balcap.cli import ConfigError
 from balcap.commands.recaption_files import Quarantine, QuarantinedRow, claim, output_row, write_rows
-from balcap.data.sharegpt4v import normalise
+from balcap.data.sharegpt4v import flat_rows, normalise
 from tests.support import ROOT
 
 ROW = {
@@ -41,9 +41,9 @@ def test_a_row_keeps_what_it_was_but_for_its_caption() -> None:
         "reference_units": ["There is a cat."],
         "units_model": "c/d",
     }
-    flat = normalise(new, 0)
+    (flat,) = flat_rows([new])
     assert (flat["problem"], flat["caption"], flat["question"]) == ("", "A red cat sits.", "What is it?")
-    assert flat["reference_units"] == ["There is a cat."]
+    assert json.loads(flat["columns"]["reference_units"]) == ["There is a cat."]
 
 
 def test_units_of_the_caption_that_is_replaced_do_not_survive_it() -> None:

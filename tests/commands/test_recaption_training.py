@@ -20,8 +20,8 @@ def new(recaption_arguments, cli, out: Path) -> Path:
 
 def test_the_data_module_carries_the_units_to_the_batch(new: Path, world: Path, tmp_path: Path) -> None:
     data = CaptionDataModule(
-        str(new),
-        str(world),
+        data=str(new),
+        image_root=str(world),
         batch_size=4,
         val_size=2,
         num_workers=0,

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from balcap.data.files import ImageFolder, find_images, folder_rows, spellings
 from balcap.data.images import BadImage
+from balcap.data.reader import ImageFolder, folder_rows, spellings
 
 
 @pytest.fixture
@@ -133,8 +133,8 @@ def test_images_of_a_folder_are_found_recursively_in_order(root: Path) -> None:
         (root / name).write_bytes(b"x")
     (root / ".cache").mkdir()
     (root / ".cache" / "c.png").write_bytes(b"x")
-    assert list(find_images(root)) == ["b.JPG", "a/ok.png", "a/deep/z.webp"]
-    assert [row["row"] for row in folder_rows(root)] == [0, 1, 2]
+    rows = [(row["row"], row["sample_id"]) for row in folder_rows(root)]
+    assert rows == [(0, "b.JPG"), (1, "a/ok.png"), (2, "a/deep/z.webp")]
 
 
 def test_a_file_name_that_is_not_utf8_is_a_bad_row(root: Path) -> None:

@@ -1,0 +1,107 @@
+"""Columns: further keys of the rows (`data.columns`), each of one JSON kind, kept as JSON text in the table.
+
+``reference_units``, the assertions of the caption as recaptioning writes them, is always one of them. A value
+that is not as it should be makes its row bad: to pay a judge for what was to be there already, or to score
+against half a column, would be a surprise.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from balcap.data.settings import SHAREGPT4V_KEYS
+
+REFERENCE_UNITS = "reference_units"
+
+MALFORMED_COLUMN = "malformed_column"
+"""Cause of a bad row: the value of a column is of another kind than in the rows before."""
+
+_KINDS = {str: "text", bool: "boolean", int: "number", float: "number", dict: "object", list: "list"}
+
+
+def storable(text: str) -> str:
+    """Arrow stores UTF-8: half of a surrogate pair, legal in JSON, becomes U+FFFD."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def kind_of(value: Any) -> str:
+    """``text``, ``number``, ``boolean``, ``object``, or ``list of texts`` and so on; objects are not looked into.
+
+    An empty list is a ``list``, which fits every kind of list; one of several kinds is a ``list of mixed
+    values``. What JSON does not know has the name of its Python type.
+    """
+    if not isinstance(value, list):
+        return _KINDS.get(type(value), type(value).__name__)
+    kinds = {kind_of(item).split()[0] for item in value}
+    if len(kinds) > 1:
+        return "list of mixed values"
+    return f"list of {kinds.pop()}s" if kinds else "list"
+
+
+class Columns:
+    """Takes the columns out of one raw row after the other; the first row that has a column decides its kind.
+
+    Args:
+        names: the columns to take, besides ``reference_units``.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.names = sorted({REFERENCE_UNITS, *names})
+        self._required = set(names)
+        self._keys: set[str] = set()
+        self._kinds = {REFERENCE_UNITS: ("list of texts", "")}  # and where it was seen
+
+    def take(self, raw: Mapping[str, Any], row: int) -> tuple[dict[str, str | None], str]:
+        """The columns of a row that is good otherwise.
+
+        Args:
+            raw: the row as parsed.
+            row: its number in the file.
+
+        Returns:
+            JSON text by column, None where the row has no value or a malformed one; and what is malformed,
+            "" if nothing is.
+        """
+        self._keys.update(raw)
+        texts: dict[str, str | None] = dict.fromkeys(self.names)
+        problem = ""
+        for name in self.names:
+            value = raw.get(name)
+            if value is None:
+                continue
+            try:
+                text = storable(json.dumps(value, ensure_ascii=False))
+                self._check_kind(name, value, row)
+                texts[name] = text
+                self._required.discard(name)
+            except (TypeError, ValueError, RecursionError) as error:
+                problem = f'column "{name}": {error}'
+        return texts, problem
+
+    def _check_kind(self, name: str, value: Any, row: int) -> None:
+        kind, here = kind_of(value), f" as in row {row}"
+        expected, where = self._kinds.setdefault(name, (kind, here))
+        both_lists = kind.startswith("list") and expected.startswith("list")
+        if name == REFERENCE_UNITS and kind == expected and not all(unit.strip() for unit in value):
+            kind = "a blank text among them"
+        elif both_lists and expected == "list":
+            self._kinds[name] = kind, here
+            return
+        elif kind == expected or (both_lists and (kind == "list" or expected == "list of mixed values")):
+            return
+        raise ValueError(f"expected {expected}{where}, found {kind}: {value!r:.60}")
+
+    def missing(self) -> str:
+        """What to say about columns that no row had, "" if each was there."""
+        if not self._required:
+            return ""
+        there = ", ".join(sorted(self._keys.difference(SHAREGPT4V_KEYS))) or "none"
+        return f"data.columns: no good row has {', '.join(sorted(self._required))}; columns that rows have: {there}"
+
+
+def read_columns(texts: Mapping[str, str | None]) -> dict[str, Any]:
+    """Column -> value of one row of the table; None where it has none."""
+    return {name: None if text is None else json.loads(text) for name, text in texts.items()}
