@@ -13,8 +13,8 @@ from importlib import import_module
 
 COMMANDS = {
     "recaption": ("balcap.commands.recaption", "main"),
-    "cache": ("balcap.judge.inspect", "run_cache"),
-    "ledger": ("balcap.judge.inspect", "run_ledger"),
+    "cache": ("balcap.commands.ledger", "run_cache"),
+    "ledger": ("balcap.commands.ledger", "run_ledger"),
     "serve": ("balcap.rollout.serve", "main"),
 }
 """Commands beside Lightning's own -> module and function that run them."""

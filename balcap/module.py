@@ -20,9 +20,8 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from balcap.algorithms import cgdpo, grpo, length_mask, linear_length_penalty
 from balcap.algorithms.loss import LossAggregation
-from balcap.judge import Judge, JudgeStats
+from balcap.judge import Judge, JudgeStats, Judgments
 from balcap.judge.cache import describe
-from balcap.judge.judgments import Judgments
 from balcap.policy import PolicyConfig
 from balcap.rewards import Reward, RewardSuite
 from balcap.rollout import EngineFailed, Finished, RolloutEngine, Sampling
@@ -210,11 +209,13 @@ class BalCapModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         rank_zero_info(
-            f"judge: {self.judge.model}; rewards: {', '.join(self.rewards.names)}; {self.advantage}"
+            f"judge: {self.judge.settings.model}; rewards: {', '.join(self.rewards.names)}; {self.advantage}"
         )
-        if self.judge.cache is not None and stage != "predict":
-            answers, size = describe(self.judge.cache)
-            rank_zero_info(f"judge cache: {self.judge.cache}, {answers:,} answers, {size / 1e6:,.1f} MB")
+        if self.judge.settings.cache is not None and stage != "predict":
+            answers, size = describe(self.judge.settings.cache)
+            rank_zero_info(
+                f"judge cache: {self.judge.settings.cache}, {answers:,} answers, {size / 1e6:,.1f} MB"
+            )
 
     # ── the step ─────────────────────────────────────────────────────────────────────────────────────
 

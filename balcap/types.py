@@ -24,7 +24,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
-    from balcap.judge.judgments import Judgments
+    from balcap.judge import Judgments
 
 
 @dataclass(frozen=True)

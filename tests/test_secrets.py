@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from balcap.judge import Judge, JudgeFailure, TaskModel
 from balcap.judge.client import Deployment
 from balcap.judge.errors import JudgeUnavailable
-from balcap.judge.secrets import resolve, secret_problems
-from balcap.utils.redact import keep_secret, redact
+from balcap.utils.redact import keep_secret, redact, resolve, secret_problems
 from examples.shapes.oracle import answer
+from tests.judge_questions import rate
 from tests.judge_server import JudgeServer
 
 # Of no known shape, and with characters that URLs, JSON and base64 write in other ways.
@@ -346,8 +346,8 @@ def test_a_header_by_reference_reaches_the_provider_and_nothing_else(
     try:
         assert judge.problems() == []
         with pytest.raises(JudgeFailure, match="went wrong") as failure:
-            judge.run(judge.rate("A cat."))
-        assert judge.run(judge.rate("A cat.")).clarity == 1.0
+            judge.run(rate(judge, "A cat."))
+        assert judge.run(rate(judge, "A cat.")).clarity == 1.0
     finally:
         judge.close()
         server.close()

@@ -116,8 +116,8 @@ class RecaptionSettings:
 
     def __post_init__(self) -> None:
         for judge in self.judges().values():
-            if judge.ledger is None and self.out is not None:
-                judge.ledger = str(self.beside_out("ledger.sqlite"))
+            if judge.settings.ledger is None and self.out is not None:
+                judge.settings.ledger = str(self.beside_out("ledger.sqlite"))
 
     @property
     def out_path(self) -> Path:
@@ -166,7 +166,7 @@ class RecaptionSettings:
             problems.append("decompose_judge is set, but decompose is false: change one of them")
         for key, judge in self.judges().items():
             problems += judge.problems(key=key)
-            if judge.cache is None:
+            if judge.settings.cache is None:
                 problems.append(f"{key}.cache must be a file: an interrupted run goes on from its answers")
         return problems
 
@@ -177,7 +177,7 @@ class RecaptionSettings:
             "data (digest of its content)": digest,
             "prompts": self.prompts,
             "seed": self.seed if self.prompts else None,
-            "judge.images": repr(self.judge.images),
+            "judge.images": repr(self.judge.settings.images),
             **_asked("judge", self.judge, Recaption),
             "decompose": self.decompose,
         }
@@ -187,19 +187,19 @@ class RecaptionSettings:
 
 
 def _asked(key: str, judge: Judge, task: type[Task[Any]]) -> dict[str, Any]:
-    first, *others = judge.routes(task.name)
+    first, *others = judge.settings.routes(task.name)
     return {
         f"{key}.model": first.model,
         f"{key}.params": first.content,
         f"{key}.fallbacks": [[other.model, other.content] for other in others],
-        f"{key}.cache": str(Path(judge.cache or "").expanduser().resolve()),
+        f"{key}.cache": str(Path(judge.settings.cache or "").expanduser().resolve()),
         f"{task.name} (version of its prompt)": task.version,
     }
 
 
 def asked_model(judge: Judge, task: type[Task[Any]]) -> str:
     """Who is asked, for whoever reads the file: with fallbacks, any of them may have answered."""
-    return " or ".join(dict.fromkeys(route.model for route in judge.routes(task.name)))
+    return " or ".join(dict.fromkeys(route.model for route in judge.settings.routes(task.name)))
 
 
 def own_keys(text: str, judge: str = "judge") -> str:
@@ -337,12 +337,12 @@ class RecaptionRun:
     async def _ask_rows(self) -> None:
         size = 1
         if self.settings.decompose:
-            size = self.decomposer.per_call.get(Decompose.name, Decompose.per_call)
-        size = max(1, min(size, 2 * self.judge.concurrency))
+            size = (self.decomposer.settings.per_call or {}).get(Decompose.name, Decompose.per_call)
+        size = max(1, min(size, 2 * self.judge.settings.concurrency))
         chunks = iter([self.todo[start : start + size] for start in range(0, len(self.todo), size)])
         try:
             async with asyncio.TaskGroup() as workers:
-                for _ in range(2 * self.judge.concurrency // size):
+                for _ in range(2 * self.judge.settings.concurrency // size):
                     workers.create_task(self._work(chunks))
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from None

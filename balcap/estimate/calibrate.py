@@ -14,7 +14,7 @@ from balcap.estimate.language import Language
 from balcap.estimate.rehearsal import PaidAnswers, open_to_read
 from balcap.estimate.usage import Key, Usage, Usages
 from balcap.judge import Decompose, Judge
-from balcap.judge.request import Question
+from balcap.judge.prompt import Question
 
 _LEAST_UNITS = 30  # that say more than the assumption
 _LEAST_CALLS = 8
@@ -26,7 +26,7 @@ def with_paid_units(
     """What each reference asserts, where the data hold it or the judge has said it before."""
     found: list[list[str] | None] = []
     task = Decompose()
-    question = Question(task, {}, judge.routes(task.name), judge.images)
+    question = Question(task, {}, judge.settings.routes(task.name), judge.settings.images)
     for sample in samples:
         if sample.reference_units is not None:
             found.append(list(sample.reference_units))

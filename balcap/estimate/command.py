@@ -20,7 +20,7 @@ from balcap.estimate.report import Note, Report
 from balcap.estimate.tokens import reasoning_tokens, text_counter
 from balcap.estimate.usage import Usages
 from balcap.judge import Decompose, Task, Verify
-from balcap.judge.client import Price, import_litellm, listed_price
+from balcap.judge.client import Price, listed_price
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -65,7 +65,7 @@ class _Estimate:
     def report(self) -> Report:
         plan = self._plan()
         train, val = self._rows(plan)
-        paid = None if self.judge.cache is None else PaidAnswers(self.judge.cache)
+        paid = None if self.judge.settings.cache is None else PaidAnswers(self.judge.settings.cache)
         try:
             language = self._language(train, val, paid)
             counting, captions = self._counting(train), self._caption_of(train)
@@ -79,7 +79,7 @@ class _Estimate:
         def play(grouping: str, adjust: Callable[[Usages], Usages]) -> Forecast:
             return forecast(setting, grouping, plan, train, val, self.captions, adjust)
 
-        grouping = self.judge.grouping
+        grouping = self.judge.settings.grouping
         adjust: Callable[[Usages], Usages] = _unchanged
         main = play(grouping, adjust)
         if self.options.ledger is not None:
@@ -88,7 +88,7 @@ class _Estimate:
         other = "per_rollout" if grouping == "group" else "group"
         compared = play(other, adjust)
         self._closing_notes(main, plan)
-        return Report(main, (other, compared), self._price_of, self.notes, self.judge.budget_usd)
+        return Report(main, (other, compared), self._price_of, self.notes, self.judge.settings.budget_usd)
 
     # ---- what is judged
 
@@ -205,7 +205,7 @@ class _Estimate:
             "--chars_per_token",
         )
         asked: set[type[Task[Any]]] = {Decompose, *self.module.rewards.needs}
-        routes = {task: judge.routes(task.name)[0] for task in asked}
+        routes = {task: judge.settings.routes(task.name)[0] for task in asked}
         for model in sorted({route.model for task, route in routes.items() if issubclass(task, Verify)}):
             if options.image_tokens is None and train:
                 rule = rule_for(place_of(judge, model))
@@ -227,14 +227,16 @@ class _Estimate:
         tasks = ", ".join(f"{task} ({figures.all.calls:,.0f} calls)" for (task, _), figures in mine.items())
         few = f"{path} holds too few calls of this judge to measure anything"
         self._note(f"measured in {path}: {tasks}" if mine else few, "--ledger")
-        captions = self.captions[0] * len(played.plan.visits()) if self.judge.grouping == "group" else 1
+        captions = (
+            self.captions[0] * len(played.plan.visits()) if self.judge.settings.grouping == "group" else 1
+        )
         language = calibrate.language_of_ledger(setting.language, mine, played.used, captions)
         setting = setting if language is None else replace(setting, language=language)
         return setting, lambda used: calibrate.as_booked(used, mine)
 
     def _price_of(self, model: str) -> Price | None:
-        prices, place = self.judge.prices, place_of(self.judge, model)
-        return prices.get(place) or prices.get(model) or listed_price(import_litellm(), place)
+        prices, place = self.judge.settings.prices or {}, place_of(self.judge, model)
+        return prices.get(place) or prices.get(model) or listed_price(place)
 
     # ---- what is assumed
 
@@ -242,13 +244,13 @@ class _Estimate:
         judge = self.judge
         if self.options.ledger is None:
             self._note("every call succeeds at once; what is repeated costs again", "--ledger")
-        if judge.fallbacks:
+        if judge.settings.fallbacks:
             self._note("nobody falls back to another judge")
-        if len(judge.deployments) > 1:
-            first = judge.deployments[0].model
+        if len(places := judge.settings.deployments or []) > 1:
+            first = places[0].model
             self._note(f"all deployments cost what {first} costs", "model.judge.prices")
         self._note("no discount for prompts that begin like an earlier one (prefix caches)")
-        if judge.cache is None:
+        if judge.settings.cache is None:
             self._note("no answer is remembered: model.judge.cache is null", "--model.judge.cache")
         for task in sorted(main.course.unknown | main.val_course.unknown):
             self._note(f"answers of {task} are short, and nothing else is asked because of them")

@@ -23,11 +23,10 @@ from balcap.estimate.language import Language, Said
 from balcap.estimate.tokens import TextTokens, reasoning_tokens
 from balcap.estimate.usage import Key, Usage, Usages
 from balcap.judge import Judge
-from balcap.judge.cache import JudgmentCache
-from balcap.judge.client import Bill, CallFailed, Client, Reply, import_litellm, provider_of
+from balcap.judge.cache import JudgmentCache, node_path
+from balcap.judge.client import Bill, CallFailed, Client, Reply, provider_of
 from balcap.judge.images import ImagePolicy, image_url
-from balcap.judge.request import Question, Route, response_format
-from balcap.judge.store import node_path
+from balcap.judge.prompt import Question, Route, response_format
 
 _FENCE = re.compile(r"<(\w+)>\n(.*?)\n</\1>", re.DOTALL)
 _SCHEMA_IN_PROMPT = {"openai", "azure", "anthropic", "gemini", "vertex_ai", "bedrock"}
@@ -105,7 +104,7 @@ class Understudy:
         return Reply(content, Bill())
 
     def _provider(self, model: str) -> str:
-        return provider_of(import_litellm(), place_of(self._judge, model), self._judge.providers) or ""
+        return provider_of(place_of(self._judge, model), self._judge.settings.providers) or ""
 
     def _book(self, task: str, model: str, items: int, tokens_in: int, tokens_out: int) -> None:
         key: Key = (task, model)
@@ -155,12 +154,12 @@ class Rehearsal(Judge):
     """
 
     def __init__(self, judge: Judge, understudy: Understudy, grouping: str, paid: PaidAnswers | None) -> None:
-        vars(self).update(judge.__getstate__())
-        self.grouping = grouping  # type: ignore[assignment]
+        alone = {"cache": None, "ledger": None, "budget_usd": None, "fallbacks": None}
+        settings = (
+            vars(judge.settings) | alone | {"retries": 0, "max_failed_share": 1.0, "grouping": grouping}
+        )
+        super().__init__(**settings)
         self.understudy = understudy
-        self.cache = self.ledger = self.budget_usd = None
-        self.fallbacks = []
-        self.retries, self.max_failed_share = 0, 1.0
         session = self._open()
         if paid is not None:
             session.cache = Memory(paid)
@@ -227,7 +226,11 @@ def open_to_read(path: str | Path) -> sqlite3.Connection | None:
 
 def place_of(judge: Judge, model: str) -> str:
     """Where a model is served, as litellm writes it: the first of its deployments."""
-    return judge.deployments[0].model if judge.deployments and model == judge.model else model
+    return (
+        judge.settings.deployments[0].model
+        if judge.settings.deployments and model == judge.settings.model
+        else model
+    )
 
 
 def _parts(messages: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[bytes]]:
@@ -246,8 +249,8 @@ def _parts(messages: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[bytes
 def image_tokens(judge: Judge, model: str, image: bytes) -> int:
     """Tokens of an image file as `judge` sends it to `model`, by the model's rule."""
     place = place_of(judge, model)
-    detail = judge.images.detail_for(provider_of(import_litellm(), place, judge.providers) or "")
-    return rule_for(place).tokens(*_size(image, judge.images), detail)
+    detail = judge.settings.images.detail_for(provider_of(place, judge.settings.providers) or "")
+    return rule_for(place).tokens(*_size(image, judge.settings.images), detail)
 
 
 @lru_cache(maxsize=1024)

@@ -111,14 +111,14 @@ class BalCapTrainer(Trainer):
 def estimate_problems(module: BalCapModule, data: CaptionDataModule) -> list[str]:
     """What contradicts itself in the config of a fit, but for keys, which only paying needs."""
     judge = module.judge
-    cache, ledger = judge.cache, judge.ledger
+    cache, ledger = judge.settings.cache, judge.settings.ledger
     # Checking these files would make them.
-    judge.cache = cache if cache is not None and os.path.exists(cache) else None
-    judge.ledger = None
+    judge.settings.cache = cache if cache is not None and os.path.exists(cache) else None
+    judge.settings.ledger = None
     try:
         found = module.problems()
     finally:
-        judge.cache, judge.ledger = cache, ledger
+        judge.settings.cache, judge.settings.ledger = cache, ledger
     return [said for said in found if " in the environment" not in said] + data.problems("fit")
 
 

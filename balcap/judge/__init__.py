@@ -1,16 +1,17 @@
 """Judgments about captions, asked of any model that litellm reaches.
 
-`judge.py`        `Judge`, the one class that a YAML and the rewards know
-`tasks/`          what is asked: schema -> prompt -> parser, one file per kind of judgment
-`group.py`        one image's captions while they are judged: every question once
-`judgments.py`    the answers, as the rewards read them
-`session.py`      one process at work: event loop (`loop.py`), memory, how questions are packed into calls
-`asking.py`       one question until it is answered or given up: retries, repair, fallbacks, deadline, budget
-`client.py`       the one place that calls litellm: one call, what it cost, what its failure means
-`cache.py`, `ledger.py`: answers and calls on disk (`store.py`)
-`settings.py`     what is wrong with a config, before anything is asked
-`health.py`, `images.py`, `fence.py`, `answers.py`, `request.py`, `redact.py`, `stats.py`, `errors.py`: the
-small parts
+`judge.py`      `Judge`, the one class that a YAML and the rewards know
+`settings.py`   `JudgeSettings`: what a YAML may set, checked before anything is asked
+`tasks/`        what is asked: schema -> prompt -> parser, one file per kind of judgment
+`task.py`       `Task`, their base; `Group`, an image's captions while they are judged; `Judgments`, the answers
+`prompt.py`     fences, numbered items, JSON in prose; a `Question` and its keys in the cache
+`images.py`     how an image is sent
+`session.py`    one process at work: event loop, cache, and how questions share calls
+`retry.py`      one question until it is answered or given up: retries, repair, fallbacks, deadline, budget
+`client.py`     the one place that calls litellm: one call, what it cost, what its failure means
+`cache.py`      answers on disk
+`ledger.py`     calls on disk, and `JudgeStats`, the counts
+`errors.py`     what can go wrong
 
 A question travels `Judge.ask` -> cache -> an equal question under way -> a call that it may share with
 others -> validation. What comes back wrong, late or not at all is a `JudgeFailure`, and in the end a NaN:
@@ -28,44 +29,17 @@ from balcap.judge.errors import (
     LedgerError,
     StoreError,
 )
-from balcap.judge.group import Group
 from balcap.judge.images import ImagePolicy
-from balcap.judge.judge import Judge, TaskModel
-from balcap.judge.judgments import Judgments
-from balcap.judge.request import Question, Route
-from balcap.judge.stats import JudgeStats
+from balcap.judge.judge import Judge
+from balcap.judge.ledger import JudgeStats
+from balcap.judge.prompt import Question, Route
+from balcap.judge.settings import JudgeSettings, TaskModel
+from balcap.judge.task import Asks, Group, Judgments
 from balcap.judge.tasks import Decompose, Match, Rate, Rating, Recaption, Task, Verdict, Verify
 
 __all__ = [
-    "Bill",
-    "BudgetSpent",
-    "CacheError",
-    "CallFailed",
-    "Client",
-    "Decompose",
-    "Deployment",
-    "Group",
-    "ImagePolicy",
-    "InvalidAnswer",
-    "Judge",
-    "JudgeFailure",
-    "JudgeStats",
-    "JudgeUnavailable",
-    "Judgments",
-    "LedgerError",
-    "Match",
-    "Price",
-    "Question",
-    "Rate",
-    "Rating",
-    "Recaption",
-    "Reply",
-    "Route",
-    "StoreError",
-    "Task",
-    "TaskModel",
-    "Verdict",
-    "Verify",
-    "errors",
-    "tasks",
-]
+    "Asks", "Bill", "BudgetSpent", "CacheError", "CallFailed", "Client", "Decompose", "Deployment", "Group",
+    "ImagePolicy", "InvalidAnswer", "Judge", "JudgeFailure", "JudgeSettings", "JudgeStats", "JudgeUnavailable",
+    "Judgments", "LedgerError", "Match", "Price", "Question", "Rate", "Rating", "Recaption", "Reply", "Route",
+    "StoreError", "Task", "TaskModel", "Verdict", "Verify", "errors", "tasks",
+]  # fmt: skip

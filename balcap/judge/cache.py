@@ -1,7 +1,6 @@
 """Judgments on disk: an answer that was paid for is not paid for again.
 
-One SQLite file, shared by the processes of a machine (`balcap.judge.store`). It only grows while runs use
-it; ``python main.py cache`` shows what is in it and prunes it.
+The SQLite file only grows while runs use it; ``python main.py cache`` shows what is in it and prunes it.
 """
 
 from __future__ import annotations
@@ -13,47 +12,142 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
-from balcap.judge.errors import CacheError
-from balcap.judge.store import Format, Statement, Unusable, Writer, node_path, open_store
+from balcap.judge.errors import CacheError, StoreError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = Format(
-    name="a cache of judgments",
-    application_id=0x62616C63,  # "balc"
-    version=2,
-    tables=(
-        "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, task TEXT NOT NULL, model TEXT NOT NULL,"
-        " answer TEXT NOT NULL, at REAL NOT NULL DEFAULT 0) WITHOUT ROWID",
-    ),
-    upgrades={1: ("ALTER TABLE answers ADD COLUMN at REAL NOT NULL DEFAULT 0",)},
-)
-_PUT = "INSERT OR REPLACE INTO answers (key, task, model, answer, at) VALUES (?, ?, ?, ?, ?)"
-_AT_ONCE = 500  # keys per query; SQLite takes 999 in its older versions
+BUSY_S = 10.0
+"""Seconds that a process waits for another one's transaction."""
+_KEYS_PER_QUERY = 500  # SQLite takes 999 in its older versions
 
 
-class JudgmentCache:
-    """Key -> the validated answer's JSON, and nothing else: no prompts, no captions' images, no keys.
+class Store:
+    """A SQLite file that several processes of a machine write at once, and that survives ``kill -9``.
 
-    `put` returns at once; what it was given can be read at once, and is on disk a few milliseconds later.
+    What `_write` was given is in the file when it returns. A power cut may lose the last rows but not the file.
+    Write-ahead logs need shared memory: machines of a cluster use one file each, not one on a network share.
 
     Args:
         path: the file; it and its folder are made if they are missing. None keeps nothing.
 
+    Attributes:
+        what: what the file is called in messages.
+        setting: the key of its path under ``model.judge``.
+        application_id: tells our file from any other SQLite file.
+        version: of the tables.
+        tables: statements that make them in an empty file.
+
     Raises:
-        CacheError: if the file cannot be opened or is not a cache of judgments.
+        StoreError: if the file cannot be opened, or is something else.
     """
 
+    what: ClassVar[str]
+    setting: ClassVar[str]
+    application_id: ClassVar[int]
+    version: ClassVar[int]
+    tables: ClassVar[tuple[str, ...]]
+    error: ClassVar[type[StoreError]]
+
     def __init__(self, path: str | Path | None):
-        self.path = None if path is None else Path(node_path(str(path)))
+        self.path = None if path is None else node_path(path)
+        self._connection = None if self.path is None else self.connect(self.path)
         self._lock = threading.Lock()
-        self._waiting: dict[str, str] = {}
         self._warned = False
-        self._reader: sqlite3.Connection | None = None
-        if self.path is not None:
-            self._reader = _open(self.path)
-            self._writer = Writer(_open(self.path), self._written, lambda error: self._warn("write", error))
+
+    @classmethod
+    def connect(cls, path: Path) -> sqlite3.Connection:
+        """A connection to the file, which is made, with its folder, if it is missing; raises `StoreError`."""
+        connection = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False)
+            cls._prepare(connection)
+        except (OSError, sqlite3.Error) as error:
+            if connection is not None:
+                connection.close()
+            raise cls.unusable(path, str(error)) from None
+        return connection
+
+    @classmethod
+    def problem(cls, path: str | Path) -> str | None:
+        """What is wrong with `path`, worded with its key; None if it works or is not there yet. Makes nothing."""
+        file = node_path(path).absolute()
+        try:
+            if file.exists():
+                cls.connect(file).close()
+                return None
+            folder = next(parent for parent in file.parents if parent.exists())
+            if not (folder.is_dir() and os.access(folder, os.W_OK)):
+                raise cls.unusable(file, f"{folder} is not a folder that can be written")
+        except StoreError as error:
+            return str(error)
+        return None
+
+    @classmethod
+    def unusable(cls, path: str | Path | None, why: str) -> StoreError:
+        """The error for a person."""
+        key = f"model.judge.{cls.setting}"
+        message = (
+            f"{key}: {path} cannot be used as {cls.what} ({why}). Name another file, move this one away, "
+        )
+        return cls.error(f"{message}or set {key} to null.", why)
+
+    @classmethod
+    def _prepare(cls, connection: sqlite3.Connection) -> None:
+        # The tables first: another rank may finish preparing the file between the two questions.
+        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        application_id = connection.execute("PRAGMA application_id").fetchone()[0]
+        if tables == 0 and application_id == 0:
+            _write_ahead(connection)
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")
+                for statement in cls.tables:
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA application_id = {cls.application_id}")
+                connection.execute(f"PRAGMA user_version = {cls.version}")
+        elif application_id != cls.application_id:
+            raise sqlite3.DatabaseError("it is a database of something else")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version != cls.version:
+            raise sqlite3.DatabaseError(f"it has format {version}, this version reads format {cls.version}")
+        connection.execute("PRAGMA synchronous = NORMAL")
+
+    def close(self) -> None:
+        """Close the file; safe to call twice."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _write(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
+        """Run the statements as one transaction; a failure is a warning, once."""
+        with self._lock:
+            if self._connection is None:
+                return
+            try:
+                with self._connection:
+                    for sql, values in statements:
+                        self._connection.execute(sql, values)
+            except sqlite3.Error as error:
+                self._warn("write", error)
+
+    def _warn(self, verb: str, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning("model.judge.%s: cannot %s %s (%s)", self.setting, verb, self.path, error)
+
+
+class JudgmentCache(Store):
+    """Key -> the validated answer's JSON, and nothing else: no prompts, no captions' images, no keys."""
+
+    what, setting, error = "a cache of judgments", "cache", CacheError
+    application_id, version = 0x62616C63, 2  # "balc"
+    tables = (
+        "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, task TEXT NOT NULL, model TEXT NOT NULL,"
+        " answer TEXT NOT NULL, at REAL NOT NULL DEFAULT 0) WITHOUT ROWID",
+    )
 
     def get(self, key: str) -> str | None:
         """The answer's JSON, or None; errors as `get_many`."""
@@ -65,94 +159,69 @@ class JudgmentCache:
         Raises:
             CacheError: if the file turns out to be damaged.
         """
-        found: dict[str, str] = {}
-        if self._reader is None:
-            return found
+        answers: dict[str, str] = {}
         with self._lock:
-            for start in range(0, len(keys), _AT_ONCE):
-                some = keys[start : start + _AT_ONCE]
-                marks = ", ".join("?" * len(some))
+            for start in range(0, len(keys) if self._connection else 0, _KEYS_PER_QUERY):
+                some = keys[start : start + _KEYS_PER_QUERY]
+                query = f"SELECT key, answer FROM answers WHERE key IN ({', '.join('?' * len(some))})"
                 try:
-                    rows = self._reader.execute(
-                        f"SELECT key, answer FROM answers WHERE key IN ({marks})", tuple(some)
-                    ).fetchall()
+                    answers.update(self._connection.execute(query, tuple(some)))  # type: ignore[union-attr]
                 except sqlite3.OperationalError as error:
                     self._warn("read", error)
-                    rows = []
                 except sqlite3.DatabaseError as error:
-                    raise _unusable(self.path, str(error)) from None
-                found.update(rows)
-            found.update((key, self._waiting[key]) for key in keys if key in self._waiting)
-        return found
+                    raise self.unusable(self.path, str(error)) from None
+        return answers
 
     def put(self, key: str, task: str, model: str, answer: str) -> None:
         """Keep `answer`, a JSON text, under `key`; `task` and `model` are for people who look inside."""
-        if self._reader is None:
-            return
-        with self._lock:
-            self._waiting[key] = answer
-        self._writer.put((_PUT, (key, task, model, answer, time.time())))
-
-    def close(self) -> None:
-        """Write what is waiting and close the file; safe to call twice."""
-        if self._reader is None:
-            return
-        self._writer.close()
-        with self._lock:
-            self._reader.close()
-            self._reader = None
-
-    def _written(self, batch: Sequence[Statement]) -> None:
-        with self._lock:
-            for _, (key, _, _, answer, _) in batch:
-                if self._waiting.get(key) is answer:
-                    del self._waiting[key]
-
-    def _warn(self, what: str, error: Exception) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "model.judge.cache: cannot %s %s (%s); judgments that are not stored are asked again",
-                what,
-                self.path,
-                error,
-            )
-
-
-def cache_problem(path: str | Path) -> str | None:
-    """What is wrong with `path` as a cache, worded with its key; None if it works. Makes its folder."""
-    try:
-        _open(Path(node_path(str(path)))).close()
-    except CacheError as error:
-        return str(error)
-    return None
+        row = (key, task, model, answer, time.time())
+        self._write(
+            ("INSERT OR REPLACE INTO answers (key, task, model, answer, at) VALUES (?, ?, ?, ?, ?)", row)
+        )
 
 
 def describe(path: str | Path) -> tuple[int, int]:
-    """Answers in the file, and its size in bytes, the log that belongs to it included.
+    """Answers in the cache, and its size in bytes, the log that belongs to it included.
 
     Raises:
         CacheError: if it cannot be used.
     """
-    file = Path(node_path(str(path)))
-    connection = _open(file)
+    file = node_path(path)
+    connection = JudgmentCache.connect(file)
     try:
         answers = connection.execute("SELECT count(*) FROM answers").fetchone()[0]
     finally:
         connection.close()
-    sizes = (Path(f"{file}{suffix}") for suffix in ("", "-wal"))
-    return answers, sum(part.stat().st_size for part in sizes if part.exists())
+    return answers, size_of(file)
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    try:
-        return open_store(path, FORMAT)
-    except Unusable as error:
-        raise _unusable(path, str(error)) from None
+def size_of(path: str | Path) -> int:
+    """Bytes of a SQLite file with its write-ahead log."""
+    parts = (Path(f"{path}{suffix}") for suffix in ("", "-wal"))
+    return sum(part.stat().st_size for part in parts if part.exists())
 
 
-def _unusable(path: str | os.PathLike[str] | None, why: str) -> CacheError:
-    return CacheError(
-        f"model.judge.cache: {path} cannot be used as a cache of judgments ({why}). "
-        "Name another file, move this one away, or set model.judge.cache to null."
-    )
+def node_path(path: str | Path) -> Path:
+    """`path`, with the number of the machine in its name on all machines of a cluster but the first.
+
+    Reads what torchrun (``GROUP_RANK``) and SLURM (``SLURM_NODEID``) set, or ``NODE_RANK``.
+    """
+    plain = Path(path)
+    for name in ("GROUP_RANK", "NODE_RANK", "SLURM_NODEID"):
+        node = os.environ.get(name, "")
+        if node.isdigit() and int(node):
+            return plain.with_name(f"{plain.stem}.node{node}{plain.suffix}")
+    return plain
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    # Ranks that start together switch the new file at once; SQLite does not wait by itself for this lock.
+    deadline = time.monotonic() + BUSY_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

@@ -15,18 +15,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from balcap.judge.answers import extract_json
 from balcap.judge.errors import FailureKind, InvalidAnswer
-from balcap.judge.request import Question, Route, response_format, wire
-from balcap.judge.secrets import resolve
-from balcap.judge.tasks.base import Message
-from balcap.utils.redact import redact
+from balcap.judge.images import ImageError, as_sent
+from balcap.judge.prompt import Question, Route, extract_json, response_format
+from balcap.judge.task import Message
+from balcap.utils.redact import redact, resolve
 
 # Set here, or a matter of how a question is asked; in `params` they would be silently overruled.
-RESERVED = {"model", "messages", "response_format", "stream", "n", "timeout", "drop_params"}
+RESERVED = {
+    "model", "messages", "response_format", "stream", "n", "timeout", "drop_params", "num_retries", "max_retries",
+    "fallbacks", "caching", "rpm", "tpm", "max_parallel_requests",
+}  # fmt: skip
+COOLDOWN_S = 5.0
+"""Seconds for which the router asks other deployments than one that has failed."""
 # litellm's words where the router's own limits, not the provider's, keep a call from being sent.
 _HELD_BACK = ("over defined", "max_parallel_requests slots in use")
-RESERVED |= {"num_retries", "max_retries", "fallbacks", "caching", "rpm", "tpm", "max_parallel_requests"}
+# Exceptions of litellm, the first that fits -> what sort of failure it is, and whether a repetition may succeed.
+_FAILURES: tuple[tuple[str, FailureKind, bool], ...] = (
+    ("AuthenticationError", "denied", False),
+    ("PermissionDeniedError", "denied", False),
+    ("NotFoundError", "denied", False),
+    ("RateLimitError", "limited", True),
+    ("Timeout", "timeout", True),
+    ("APIConnectionError", "connection", True),
+    ("ContextWindowExceededError", "too_long", False),
+    ("ContentPolicyViolationError", "filtered", False),
+    ("APIError", "server", True),
+)
 
 _CONNECTED: set[Client] = set()  # of this process
 
@@ -99,41 +114,47 @@ class Reply:
     bill: Bill
 
 
+@dataclass(eq=False)
 class CallFailed(Exception):
-    """A call that brought no answer.
+    """A call that brought no answer that can be used.
 
-    Args:
+    Attributes:
         kind: what sort of failure it is.
         reason: why, for a person; free of secrets.
         may_pass: a repetition may succeed.
         after: seconds that the provider asks to wait.
         bill: what it used all the same.
+        text: what the model wrote, where that was invalid.
+        sent: whether anybody was asked: not where our own limits held it back, where all deployments cool down, or
+            where the image cannot be sent.
         held_back: our own limits kept it from being sent.
-        sent: whether anybody was asked: neither where it was held back nor where all deployments rest.
     """
 
-    def __init__(
-        self,
-        kind: FailureKind,
-        reason: str,
-        may_pass: bool = False,
-        after: float = 0.0,
-        bill: Bill | None = None,
-        held_back: bool = False,
-        sent: bool = True,
-    ):
-        super().__init__(reason)
-        self.kind = kind
-        self.may_pass, self.after, self.held_back = may_pass, after, held_back
-        self.sent = sent and not held_back
-        self.bill = bill or Bill()
+    kind: FailureKind
+    reason: str
+    may_pass: bool = False
+    after: float = 0.0
+    bill: Bill = Bill()
+    text: str = ""
+    sent: bool = True
+    held_back: bool = False
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def invalid(route: Route, why: str, bill: Bill, text: str = "") -> CallFailed:
+    """The failure of an answer that is not what was asked for."""
+    return CallFailed(
+        "invalid", f"invalid answer of {route.model}: {redact(why)}", True, bill=bill, text=text
+    )
 
 
 class Client:
     """One call at a time, through a litellm `Router`.
 
-    The router chooses among the deployments of a judge, keeps their limits and rests those that fail; it
-    repeats nothing and falls back to nothing by itself, so that every call can be booked. Lives on one
+    The router chooses among the deployments of a judge, keeps their limits and gives those that fail time to cool
+    down; it repeats nothing and falls back to nothing by itself, so that every call can be counted. Lives on one
     event loop.
 
     Args:
@@ -141,7 +162,6 @@ class Client:
         model: the judge that `deployments` belong to.
         providers: litellm provider name -> import path of a `CustomLLM` subclass.
         prices: litellm model string -> what it costs, stronger than litellm's own table.
-        cooldown_s: seconds that a failing deployment rests.
     """
 
     def __init__(
@@ -150,13 +170,10 @@ class Client:
         model: str,
         providers: Mapping[str, str],
         prices: Mapping[str, Price],
-        cooldown_s: float = 5.0,
     ):
         self._deployments = {model: list(deployments)} if deployments else {}
         self._providers = providers
         self._prices = prices
-        self._cooldown_s = cooldown_s
-        self._litellm: Any = None
         self._routers: dict[str, Any] = {}
         self._schema_refused: set[str] = set()
 
@@ -172,84 +189,76 @@ class Client:
 
         Raises:
             CallFailed: whatever went wrong.
-            InvalidReply: the answer is empty.
-            ImageError: if the image cannot be sent.
         """
-        litellm = self.connect()
+        self.connect()
         try:
-            router = self._router(litellm, route)
-            settings = self._settings(litellm, question, route)
-            sent = (messages, question.images, _provider(litellm, self._places(route)[0].model))
+            router = self._router(route)
+            settings = self._settings(question, route)
+            sent = (messages, question.images, provider_of(self._places(route)[0].model) or "")
             # Decoding and encoding a picture takes long enough to hold up everybody else's answers.
-            chat = await asyncio.to_thread(wire, *sent) if question.shows_image else wire(*sent)
+            chat = await asyncio.to_thread(as_sent, *sent) if question.shows_image else as_sent(*sent)
             async with asyncio.timeout(timeout_s):
                 response = await router.acompletion(
                     model=route.name, messages=chat, timeout=timeout_s, **settings
                 )
+        except ImageError as error:
+            raise CallFailed("image", str(error), sent=False) from None
         except TimeoutError:
             raise CallFailed("timeout", f"no answer of {route.model} within {timeout_s:g} s", True) from None
-        except ValueError as error:
-            if type(error).__module__.startswith("balcap"):  # ImageError is ours
-                raise
-            raise self._understood(litellm, route, error) from None
         except Exception as error:  # providers, also our users' own, raise whatever they like
-            if route.name not in self._schema_refused and _refuses_schema(litellm, error):
+            if route.name not in self._schema_refused and _refuses_schema(error):
                 # Not every OpenAI-compatible server knows schemas. The prompt states the form as well.
                 self._schema_refused.add(route.name)
                 return await self.call(question, route, messages, timeout_s)
-            raise self._understood(litellm, route, error) from None
+            raise _failure(route, error) from None
         return _read(route, response, self._bill(route, response))
 
-    def connect(self) -> Any:
-        """litellm, with our providers; the first time it takes seconds."""
-        if self._litellm is None:
-            self._litellm = import_litellm()
-            register_providers(self._litellm, self._providers)
+    def connect(self) -> None:
+        """Import litellm and register our providers; the first time it takes seconds."""
+        if self not in _CONNECTED:
+            register_providers(self._providers)
             _CONNECTED.add(self)
-        return self._litellm
 
     async def close(self) -> None:
         """Close the connections: litellm shares them, so the last client of the process to close does it."""
-        if self._litellm is None:
+        if self not in _CONNECTED:
             return
         for router in self._routers.values():
             router.discard()
         self._routers.clear()
         _CONNECTED.discard(self)
         if not _CONNECTED:
-            await self._litellm.close_litellm_async_clients()
-            self._litellm.in_memory_llm_clients_cache.flush_cache()
+            await import_litellm().close_litellm_async_clients()
+            import_litellm().in_memory_llm_clients_cache.flush_cache()
 
     def _places(self, route: Route) -> list[Deployment]:
         return self._deployments.get(route.model) or [Deployment(route.model)]
 
-    def _router(self, litellm: Any, route: Route) -> Any:
+    def _router(self, route: Route) -> Any:
         if route.name not in self._routers:
             places = self._places(route)
             for place in places:
-                listed_price(litellm, place.model)  # looked up once, before the router writes into that table
+                listed_price(place.model)  # looked up once, before the router writes into that table
             limited = any(place.rpm or place.tpm for place in places)
-            self._routers[route.name] = litellm.Router(
+            self._routers[route.name] = import_litellm().Router(
                 model_list=[
-                    {"model_name": route.name, "litellm_params": _deployed(litellm, route, place)}
-                    for place in places
+                    {"model_name": route.name, "litellm_params": _deployed(route, place)} for place in places
                 ],
                 num_retries=0,
-                cooldown_time=self._cooldown_s,
+                cooldown_time=COOLDOWN_S,
                 disable_cooldowns=len(places) == 1,  # there is no other place to ask meanwhile
                 # the one strategy that counts requests and tokens itself
                 routing_strategy="usage-based-routing-v2" if limited else "simple-shuffle",
             )
         return self._routers[route.name]
 
-    def _settings(self, litellm: Any, question: Question, route: Route) -> dict[str, Any]:
+    def _settings(self, question: Question, route: Route) -> dict[str, Any]:
         settings: dict[str, Any] = {"drop_params": True, "max_retries": 0, "num_retries": 0}
         places = self._places(route)
         if len(places) == 1 and not (places[0].rpm or places[0].tpm):
-            # Callbacks keep limits and rest what fails. Where there is no choice they are a third of the time.
+            # Callbacks keep limits and cooldowns. Where there is no choice they are a third of the time.
             settings["no-log"] = True
-        takes = all(_takes_schema(litellm, place.model) for place in places)
-        if takes and route.name not in self._schema_refused:
+        if route.name not in self._schema_refused and all(_takes_schema(place.model) for place in places):
             settings["response_format"] = response_format(question.task.name, question.task.schema)
         return settings
 
@@ -259,65 +268,13 @@ class Client:
         tokens_out = getattr(usage, "completion_tokens", 0) or 0
         cached = getattr(getattr(usage, "prompt_tokens_details", None), "cached_tokens", 0) or 0
         hidden = getattr(response, "_hidden_params", None) or {}
-        price = self._prices.get(hidden.get("litellm_model_name") or "") or self._prices.get(route.model)
-        if price is not None:
+        model = hidden.get("litellm_model_name") or route.model
+        if price := self._prices.get(model) or self._prices.get(route.model):
             return Bill(tokens_in, tokens_out, cached, price.usd(tokens_in, tokens_out, cached))
         cost = hidden.get("response_cost")
-        if not cost and not self._free(hidden.get("litellm_model_name") or route.model):
+        if not cost and model.partition("/")[0] not in self._providers and listed_price(model) is None:
             cost = None  # litellm says 0 for models that it does not know
         return Bill(tokens_in, tokens_out, cached, cost)
-
-    def _free(self, model: str) -> bool:
-        return model.partition("/")[0] in self._providers or listed_price(self._litellm, model) is not None
-
-    def _understood(self, litellm: Any, route: Route, error: Exception) -> CallFailed:
-        """What an exception of litellm means for us, free of secrets."""
-        kinds = litellm.exceptions
-        text = str(error).partition(" LiteLLM: model group")[0].partition("\nLiteLLM: model group")[0]
-        reason = redact(
-            f"{route.model}: {type(error).__name__}: {text.removeprefix(f'litellm.{type(error).__name__}: ')}"
-        )
-        if isinstance(error, litellm.types.router.RouterRateLimitErrorBasic) or any(
-            words in text for words in _HELD_BACK
-        ):
-            return CallFailed("limited", reason, True, 1.0, held_back=True)
-        if isinstance(error, litellm.types.router.RouterRateLimitError):  # all deployments rest
-            rests = min(error.cooldown_time, self._cooldown_s)
-            return CallFailed("limited", reason, True, rests, sent=False)
-        body = getattr(error, "body", None)
-        spent = isinstance(body, dict) and body.get("code") == "insufficient_quota"  # comes as a rate limit
-        status = getattr(error, "status_code", None)
-        if spent or isinstance(
-            error, kinds.AuthenticationError | kinds.PermissionDeniedError | kinds.NotFoundError
-        ):
-            return CallFailed("denied", reason)
-        if isinstance(error, kinds.RateLimitError):
-            return CallFailed("limited", reason, True, _retry_after(error))
-        if isinstance(error, kinds.Timeout):
-            return CallFailed("timeout", reason, True)
-        if isinstance(error, kinds.APIConnectionError):
-            return CallFailed("connection", reason, True)
-        if isinstance(error, kinds.ContextWindowExceededError):
-            return CallFailed("too_long", reason)
-        if isinstance(error, kinds.ContentPolicyViolationError):
-            return CallFailed("filtered", reason)
-        if isinstance(error, kinds.APIError) or (isinstance(status, int) and status >= 500):
-            return CallFailed("server", reason, True, _retry_after(error))  # or no answer of a model at all
-        return CallFailed("rejected", reason)
-
-
-class InvalidReply(InvalidAnswer):
-    """An answer that is not what was asked for, with what it cost.
-
-    Args:
-        reason: what is wrong with it.
-        text: what the model wrote.
-        bill: what it used.
-    """
-
-    def __init__(self, reason: str, text: str, bill: Bill):
-        super().__init__(reason)
-        self.text, self.bill = text, bill
 
 
 @functools.cache
@@ -333,22 +290,23 @@ def import_litellm() -> Any:
     return litellm
 
 
-def register_providers(litellm: Any, providers: Mapping[str, str]) -> None:
+def register_providers(providers: Mapping[str, str]) -> None:
     """Make ``<name>/<model>`` reach our own providers; doing it again changes nothing.
 
     Raises:
         ImportError, AttributeError, TypeError: as `load_provider`.
     """
+    litellm = import_litellm()
     for name, path in providers.items():
-        provider = load_provider(litellm, path)
-        others = [item for item in litellm.custom_provider_map if item["provider"] != name]
-        registered = [item for item in litellm.custom_provider_map if item["provider"] == name]
-        if not registered or type(registered[-1]["custom_handler"]) is not provider:
-            litellm.custom_provider_map = [*others, {"provider": name, "custom_handler": provider()}]
+        entry = {"provider": name, "custom_handler": load_provider(path)}
+        if entry not in litellm.custom_provider_map:
+            others = [item for item in litellm.custom_provider_map if item["provider"] != name]
+            litellm.custom_provider_map = [*others, entry]
 
 
-def load_provider(litellm: Any, path: str) -> Any:
-    """The class at import path `path`.
+@functools.cache
+def load_provider(path: str) -> Any:
+    """An instance of the class at import path `path`, the same every time.
 
     Raises:
         ImportError, AttributeError: if there is none.
@@ -358,21 +316,22 @@ def load_provider(litellm: Any, path: str) -> Any:
     if not module:
         raise ImportError(f"{path!r} is not an import path of the form package.module.Class")
     provider = getattr(importlib.import_module(module), name)
-    if not (isinstance(provider, type) and issubclass(provider, litellm.CustomLLM)):
+    if not (isinstance(provider, type) and issubclass(provider, import_litellm().CustomLLM)):
         raise TypeError(f"{path} is not a subclass of litellm.CustomLLM")
-    return provider
+    return provider()
 
 
-def missing_keys(litellm: Any, model: str) -> list[str]:
+def missing_keys(model: str) -> list[str]:
     """Environment variables that the provider of `model` needs and that are not set."""
-    checked = litellm.validate_environment(model)
+    checked = import_litellm().validate_environment(model)
     return [] if checked["keys_in_environment"] else list(checked["missing_keys"])
 
 
-def provider_of(litellm: Any, model: str, providers: Mapping[str, str]) -> str | None:
+def provider_of(model: str, providers: Mapping[str, str] | None = None) -> str | None:
     """Name of the provider that `model` goes to, None if litellm knows none."""
-    if model.partition("/")[0] in providers:
+    if model.partition("/")[0] in (providers or ()):
         return model.partition("/")[0]
+    litellm = import_litellm()
     try:
         return litellm.get_llm_provider(model)[1]
     except litellm.exceptions.BadRequestError:
@@ -380,10 +339,10 @@ def provider_of(litellm: Any, model: str, providers: Mapping[str, str]) -> str |
 
 
 @functools.lru_cache(maxsize=64)
-def listed_price(litellm: Any, model: str) -> Price | None:
+def listed_price(model: str) -> Price | None:
     """litellm's own price of a model, None if its table does not hold it."""
     try:
-        info = litellm.get_model_info(model)
+        info = import_litellm().get_model_info(model)
     except Exception:  # it raises plain exceptions for models that it does not know
         return None
     given, made = info.get("input_cost_per_token"), info.get("output_cost_per_token")
@@ -393,33 +352,48 @@ def listed_price(litellm: Any, model: str) -> Price | None:
     return Price(given * 1e6, made * 1e6, None if cached is None else cached * 1e6)
 
 
-def _deployed(litellm: Any, route: Route, place: Deployment) -> dict[str, Any]:
+def _deployed(route: Route, place: Deployment) -> dict[str, Any]:
     params = resolve({"model": place.model, **route.params, **(place.params or {})})
-    if params.get("api_base") and not params.get("api_key") and missing_keys(litellm, place.model):
+    if params.get("api_base") and not params.get("api_key") and missing_keys(place.model):
         params["api_key"] = "none"  # a server of one's own rarely asks for a key, but the clients insist
     limits = {"rpm": place.rpm, "tpm": place.tpm, "max_parallel_requests": place.max_parallel}
     return params | {name: value for name, value in limits.items() if value is not None}
 
 
-def _provider(litellm: Any, model: str) -> str:
-    try:
-        return litellm.get_llm_provider(model)[1]
-    except litellm.exceptions.BadRequestError:
-        return ""
-
-
 @functools.lru_cache(maxsize=64)
-def _takes_schema(litellm: Any, model: str) -> bool:
+def _takes_schema(model: str) -> bool:
+    litellm = import_litellm()
     name, provider = litellm.get_llm_provider(model)[:2]
     if litellm.supports_response_schema(name, provider):
         return True
     return "response_format" in (litellm.get_supported_openai_params(name, provider) or ())
 
 
-def _refuses_schema(litellm: Any, error: Exception) -> bool:
+def _refuses_schema(error: Exception) -> bool:
     text = str(error).lower()
     refused = any(word in text for word in ("response_format", "json_schema", "structured output"))
-    return refused and isinstance(error, litellm.exceptions.BadRequestError)
+    return refused and isinstance(error, import_litellm().exceptions.BadRequestError)
+
+
+def _failure(route: Route, error: Exception) -> CallFailed:
+    """What an exception of litellm means for us, free of secrets."""
+    exceptions, router = import_litellm().exceptions, import_litellm().types.router
+    text = str(error).partition(" LiteLLM: model group")[0].partition("\nLiteLLM: model group")[0]
+    text = text.removeprefix(f"litellm.{type(error).__name__}: ")
+    reason = redact(f"{route.model}: {type(error).__name__}: {text}")
+    if isinstance(error, router.RouterRateLimitErrorBasic) or any(words in text for words in _HELD_BACK):
+        return CallFailed("limited", reason, True, after=1.0, sent=False, held_back=True)
+    if isinstance(error, router.RouterRateLimitError):  # all deployments cool down
+        return CallFailed("limited", reason, True, after=min(error.cooldown_time, COOLDOWN_S), sent=False)
+    body, status = getattr(error, "body", None), getattr(error, "status_code", None)
+    if isinstance(body, dict) and body.get("code") == "insufficient_quota":  # comes as a rate limit
+        return CallFailed("denied", reason)
+    for name, kind, may_pass in _FAILURES:
+        if isinstance(error, getattr(exceptions, name)):
+            return CallFailed(kind, reason, may_pass, _retry_after(error))
+    if isinstance(status, int) and status >= 500:
+        return CallFailed("server", reason, True, _retry_after(error))
+    return CallFailed("rejected", reason)
 
 
 def _retry_after(error: Exception) -> float:
@@ -432,24 +406,28 @@ def _retry_after(error: Exception) -> float:
 
 
 def _read(route: Route, response: Any, bill: Bill) -> Reply:
-    """The text of the answer; raises `CallFailed` or `InvalidReply`."""
+    """The text of the answer; raises `CallFailed`."""
     choices = getattr(response, "choices", None) or []
     if not choices:
-        raise InvalidReply("it holds no choice", "", bill)
-    message = choices[0].message
+        raise invalid(route, "it holds no choice", bill)
+    message, finish = choices[0].message, choices[0].finish_reason
     text = message.content or ""
     fields = getattr(message, "provider_specific_fields", None) or {}
     if getattr(message, "refusal", None) or fields.get("refusal"):
         raise CallFailed("refused", f"{route.model} refused to answer", bill=bill)
-    if choices[0].finish_reason == "content_filter":
-        reason = f"the content filter of {route.model} stopped the answer"
-        raise CallFailed("filtered", reason, bill=bill)
-    if choices[0].finish_reason == "length":
-        try:
-            extract_json(text)
-        except InvalidAnswer:
-            reason = f"the answer of {route.model} was cut short: raise model.judge.params.max_tokens"
-            raise CallFailed("cut", reason, bill=bill) from None
+    if finish == "content_filter":
+        raise CallFailed("filtered", f"the content filter of {route.model} stopped the answer", bill=bill)
+    if finish == "length" and not _is_complete(text):
+        reason = f"the answer of {route.model} was cut short: raise model.judge.params.max_tokens"
+        raise CallFailed("cut", reason, bill=bill)
     if not text.strip():
-        raise InvalidReply("it is empty", "", bill)
+        raise invalid(route, "it is empty", bill)
     return Reply(text, bill)
+
+
+def _is_complete(text: str) -> bool:
+    try:
+        extract_json(text)
+    except InvalidAnswer:
+        return False
+    return True

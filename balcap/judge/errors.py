@@ -60,7 +60,16 @@ class BudgetSpent(RunStopped):
 
 
 class StoreError(RuntimeError):
-    """A file that keeps judgments or their cost cannot be used."""
+    """A file that keeps judgments or their cost cannot be used.
+
+    Args:
+        message: with the key of the setting and what to do.
+        why: the reason alone.
+    """
+
+    def __init__(self, message: str, why: str = ""):
+        super().__init__(message)
+        self.why = why
 
 
 class CacheError(StoreError):

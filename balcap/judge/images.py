@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,6 +98,28 @@ def image_url(image: bytes, policy: ImagePolicy) -> str:
         if len(content) <= policy.max_mb * 1e6:
             return _url("image/png", content)
     return _url("image/jpeg", _small_jpeg(pixels, policy))
+
+
+def as_sent(messages: Sequence[dict[str, Any]], images: ImagePolicy, provider: str) -> list[dict[str, Any]]:
+    """The chat as a provider takes it: images as ``data:`` URLs under the policy.
+
+    Raises:
+        ImageError: if an image cannot be decoded, or not be made to fit.
+    """
+    detail = images.detail_for(provider)
+
+    def part(given: dict[str, Any]) -> dict[str, Any]:
+        if given["type"] != "image":
+            return given
+        url = {"url": image_url(given["image"], images)}
+        return {"type": "image_url", "image_url": url if detail is None else {**url, "detail": detail}}
+
+    return [
+        {**message, "content": [part(given) for given in message["content"]]}
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
 
 
 def _inspect(image: bytes, max_side: int) -> tuple[str, bool]:

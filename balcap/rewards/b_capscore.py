@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from balcap.judge.judgments import Judgments
+from balcap.judge import Judgments
 from balcap.judge.tasks import Match, Rate, Verify
 from balcap.rewards.base import Reward, per_rollout
 from balcap.rewards.linguistic import score_linguistic

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from balcap.judge.judgments import Judgments
+from balcap.judge import Judgments
 from balcap.judge.tasks import Rate, Rating
 from balcap.rewards.base import Reward, per_rollout
 from balcap.types import Rollouts

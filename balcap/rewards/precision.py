@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from balcap.judge.judgments import Judgments
+from balcap.judge import Judgments
 from balcap.judge.tasks import Verdict, Verify
 from balcap.rewards.base import Reward, per_rollout
 from balcap.types import Rollouts

@@ -11,10 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from balcap.judge.group import Group
-from balcap.judge.judgments import Judgments
+from balcap.judge import Asks, Group, Judgments
 from balcap.judge.tasks import Task
-from balcap.judge.tasks.base import Asks
 from balcap.rewards.base import Reward
 from balcap.types import Rollouts
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from balcap.algorithms import length_ratio, within_length_bounds
-from balcap.judge.judgments import Judgments
+from balcap.judge import Judgments
 from balcap.policy.flops import peak_flops, peak_memory
 from balcap.rewards import b_capscore
 from balcap.trainer.tally import Tally
 from balcap.types import Rollouts
 
 if TYPE_CHECKING:
-    from balcap.judge.stats import JudgeStats
+    from balcap.judge import JudgeStats
     from balcap.module import BalCapModule
 
 COUNTS = ("calls", "cache_hits", "tokens_in", "tokens_out")
@@ -77,7 +77,7 @@ def caption_scores(module: BalCapModule, rollouts: Rollouts, rewards: Tensor) ->
 def judge_costs(module: BalCapModule) -> dict[str, float]:
     """Dollars of the whole run, and per 1,000 rollouts that these processes have had judged."""
     # The ranks of a machine share a ledger: one of them speaks for all.
-    speaks = module.judge.ledger is None or module.trainer.local_rank == 0
+    speaks = module.judge.settings.ledger is None or module.trainer.local_rank == 0
     spent = module.judge.spent() if speaks else 0.0
     total, here, judged = _sums(module, [spent, module.judge.stats().cost_usd, module.judged])
     return {"judge/cost_usd": total, "judge/usd_per_1k_rollouts": 1000 * here / max(1, judged)}

@@ -14,8 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from balcap.judge import Judge
-from balcap.judge.judgments import Judgments
+from balcap.judge import Judge, Judgments
 from balcap.rewards.suite import RewardSuite, merge
 from balcap.types import CaptionBatch, Rollouts
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-from balcap.judge.judgments import Judgments
+from balcap.judge import Judgments
 from balcap.types import CaptionBatch, Rollouts, StepRecord
 
 NAN = float("nan")

@@ -69,9 +69,9 @@ def test_the_shipped_configs_repeat_no_default(name: str) -> None:
 
 def test_the_ledger_lies_beside_the_file_unless_it_is_named(tmp_path: Path) -> None:
     settings = configured("recaption_shapes.yaml", "--out", str(tmp_path / "a.b.json"))
-    assert settings.judge.ledger == str(tmp_path / "a.b.json.ledger.sqlite")
+    assert settings.judge.settings.ledger == str(tmp_path / "a.b.json.ledger.sqlite")
     own = configured("recaption_shapes.yaml", "--judge.ledger", "mine.sqlite")
-    assert own.judge.ledger == "mine.sqlite"
+    assert own.judge.settings.ledger == "mine.sqlite"
 
 
 def test_no_key_is_written_anywhere(

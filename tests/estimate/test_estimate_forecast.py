@@ -23,7 +23,7 @@ from balcap.estimate.tokens import reasoning_tokens, text_counter
 from balcap.estimate.usage import Usage, Usages
 from balcap.judge import Group, Judge, Task
 from balcap.judge.client import Price
-from balcap.judge.tasks.base import Message, Schema
+from balcap.judge.tasks import Message, Schema
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
 
 MODEL = "openai/gpt-4o-mini"

@@ -12,7 +12,7 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 from judge_fakes import JudgeServer
 from PIL import Image
 
-from balcap.judge import Judge, asking
+from balcap.judge import Judge, retry
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def server(one_server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> JudgeSer
     one_server.script, one_server.always = [], None
     one_server.requests.clear()
     one_server.keys.clear()
-    monkeypatch.setattr(asking, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(retry, "BACKOFF_S", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     return one_server
 

@@ -8,8 +8,9 @@ import time
 import pytest
 from judge_fakes import JudgeServer
 
-from balcap.judge import Deployment, JudgeFailure, JudgeUnavailable, Rate, TaskModel, asking
-from balcap.judge.health import Health
+from balcap.judge import Deployment, JudgeFailure, JudgeUnavailable, Rate, TaskModel, retry
+from balcap.judge.retry import Health
+from tests.judge_questions import rate
 
 NOWHERE = "http://127.0.0.1:9/v1"
 
@@ -24,7 +25,7 @@ def other():
 def test_a_wrong_answer_is_repaired_in_one_round(make_judge, server):
     server.script = ["out_of_range"]
     judge = make_judge(retries=3)
-    assert judge.run(judge.rate("A cat.")).clarity == 1.0
+    assert judge.run(rate(judge, "A cat.")).clarity == 1.0
     first, second = (body["messages"] for body in server.requests)
     assert second[:2] == first
     assert [message["role"] for message in second] == ["system", "user", "user"]
@@ -35,14 +36,14 @@ def test_a_wrong_answer_is_repaired_in_one_round(make_judge, server):
 def test_repair_is_tried_once_and_then_the_question_is_put_again(make_judge, server):
     server.script = ["out_of_range", "out_of_range"]
     judge = make_judge(retries=3)
-    assert judge.run(judge.rate("A cat.")).clarity == 1.0
+    assert judge.run(rate(judge, "A cat.")).clarity == 1.0
     assert [len(body["messages"]) for body in server.requests] == [2, 3, 2]
 
 
 def test_an_empty_answer_has_nothing_to_repair(make_judge, server):
     server.script = ["empty"]
     judge = make_judge(retries=1)
-    assert judge.run(judge.rate("A cat.")).clarity == 1.0
+    assert judge.run(rate(judge, "A cat.")).clarity == 1.0
     assert [len(body["messages"]) for body in server.requests] == [2, 2]
 
 
@@ -53,7 +54,7 @@ def test_one_hanging_call_cannot_hold_a_judgment_beyond_its_deadline(make_judge,
     judge.run(judge.ask(Rate, [""]))  # the first question imports litellm
     start = time.monotonic()
     with pytest.raises(JudgeFailure, match="calls in 1 s") as failure:
-        judge.run(judge.rate("A cat."))
+        judge.run(rate(judge, "A cat."))
     assert time.monotonic() - start < 5
     assert failure.value.kind == "timeout"
     assert 2 <= server.calls <= 4
@@ -63,7 +64,7 @@ def test_one_hanging_call_cannot_hold_a_judgment_beyond_its_deadline(make_judge,
 def test_what_may_pass_is_repeated(make_judge, server, fault):
     server.script = [fault, fault]
     judge = make_judge(retries=2)
-    assert judge.run(judge.rate("A cat.")).clarity == 1.0
+    assert judge.run(rate(judge, "A cat.")).clarity == 1.0
     assert server.calls == 3
 
 
@@ -71,16 +72,16 @@ def test_a_fallback_answers_and_is_remembered_as_itself(make_judge, server, tmp_
     fallback = TaskModel("openai/gpt-5-mini", {"api_base": server.url})
     settings = {"params": {"api_base": NOWHERE}, "fallbacks": [fallback], "cache": str(tmp_path / "c.sqlite")}
     judge = make_judge(retries=0, **settings)
-    assert judge.run(judge.rate("A cat.")).clarity == 1.0
+    assert judge.run(rate(judge, "A cat.")).clarity == 1.0
     assert [body["model"] for body in server.requests] == ["gpt-5-mini"]
-    assert judge.run(judge.rate("A cat.")).clarity == 1.0  # still remembered while the first is away
+    assert judge.run(rate(judge, "A cat.")).clarity == 1.0  # still remembered while the first is away
     assert server.calls == 1
     judge.close()
     alone = make_judge(model="openai/gpt-4o-mini", cache=settings["cache"])
-    alone.run(alone.rate("A cat."))  # who asks the first one only must not get the other's answer
+    alone.run(rate(alone, "A cat."))  # who asks the first one only must not get the other's answer
     assert [body["model"] for body in server.requests] == ["gpt-5-mini", "gpt-4o-mini"]
     again = make_judge(model="openai/gpt-5-mini", cache=settings["cache"])
-    again.run(again.rate("A cat."))
+    again.run(rate(again, "A cat."))
     assert server.calls == 2
 
 
@@ -89,7 +90,7 @@ def test_a_fallback_is_asked_whatever_the_first_one_lacks(make_judge, server, ot
     other.always = fault
     fallback = TaskModel("openai/gpt-5-mini", {"api_base": server.url})
     judge = make_judge(params={"api_base": other.url}, fallbacks=[fallback], retries=1)
-    assert judge.run(judge.rate("A cat.")).clarity == 1.0
+    assert judge.run(rate(judge, "A cat.")).clarity == 1.0
     assert judge.stats().failures == {}
 
 
@@ -97,14 +98,14 @@ def test_a_judge_that_is_away_is_not_asked_first_for_a_while(make_judge, server,
     other.always = "503"
     fallback = TaskModel("openai/gpt-5-mini", {"api_base": server.url})
     judge = make_judge(params={"api_base": other.url}, fallbacks=[fallback], retries=0)
-    for number in range(asking.MISSED + 5):
-        judge.run(judge.rate(f"A cat {number}."))
-    assert other.calls == asking.MISSED
-    monkeypatch.setattr(asking, "RESTS_S", 0.0)
-    judge._session.asker._rests_until.clear()
+    for number in range(retry.COOL_DOWN_AFTER + 5):
+        judge.run(rate(judge, f"A cat {number}."))
+    assert other.calls == retry.COOL_DOWN_AFTER
+    monkeypatch.setattr(retry, "COOL_DOWN_S", 0.0)
+    judge._session.retrier._cools_until.clear()
     other.always = None
-    judge.run(judge.rate("A dog."))
-    assert other.calls == asking.MISSED + 1
+    judge.run(rate(judge, "A dog."))
+    assert other.calls == retry.COOL_DOWN_AFTER + 1
 
 
 def test_deployments_share_the_work(make_judge, server, other):
@@ -112,7 +113,7 @@ def test_deployments_share_the_work(make_judge, server, other):
     judge = make_judge(params={"temperature": 0}, deployments=places)
 
     async def many():
-        return await asyncio.gather(*(judge.rate(f"A cat {number}.") for number in range(40)))
+        return await asyncio.gather(*(rate(judge, f"A cat {number}.") for number in range(40)))
 
     assert len(judge.run(many())) == 40
     assert server.calls + other.calls == 40
@@ -125,7 +126,7 @@ def test_a_deployment_that_is_down_costs_retries_not_judgments(make_judge, serve
     judge = make_judge(params=None, deployments=places, retries=8)
 
     async def many():
-        return await asyncio.gather(*(judge.rate(f"A cat {number}.") for number in range(20)))
+        return await asyncio.gather(*(rate(judge, f"A cat {number}.") for number in range(20)))
 
     assert len(judge.run(many())) == 20
     assert judge.stats().failures == {}
@@ -136,7 +137,7 @@ def test_a_deployment_that_is_too_busy_rests(make_judge, server, other):
     places = [Deployment("openai/gpt-4o-mini", {"api_base": url}) for url in (server.url, other.url)]
     judge = make_judge(params=None, deployments=places, retries=8)
     for number in range(30):
-        judge.run(judge.rate(f"A cat {number}."))
+        judge.run(rate(judge, f"A cat {number}."))
     assert server.calls == 30
     assert other.calls < 5  # half of 30 without the rest
 
@@ -149,7 +150,7 @@ def test_requests_per_minute_are_kept_without_losing_a_judgment(make_judge, serv
     judge = make_judge(params=None, deployments=places, retries=1)
 
     async def many():
-        return await asyncio.gather(*(judge.rate(f"A cat {number}.") for number in range(30)))
+        return await asyncio.gather(*(rate(judge, f"A cat {number}.") for number in range(30)))
 
     assert len(judge.run(many())) == 30
     assert judge.stats().failures == {}
@@ -162,11 +163,11 @@ def test_keys_of_deployments_come_from_named_variables(make_judge, server, monke
     place = Deployment("openai/gpt-4o-mini", {"api_base": server.url, "api_key": "os.environ/MY_SECOND_KEY"})
     judge = make_judge(params=None, deployments=[place])
     assert judge.problems() == []
-    judge.run(judge.rate("A cat."))
+    judge.run(rate(judge, "A cat."))
     assert server.keys == ["Bearer planted-second-key"]
 
 
-def test_too_many_failures_stop_the_asking(make_judge, server):
+def test_too_many_failures_stop_the_retry(make_judge, server):
     server.always = "503"
     judge = make_judge(retries=0, concurrency=4)
 
@@ -201,11 +202,11 @@ def test_a_share_of_one_never_stops(make_judge, server):
 def test_a_cached_answer_needs_no_judge(make_judge, server, tmp_path):
     path = str(tmp_path / "c.sqlite")
     judge = make_judge(cache=path, retries=0)
-    judge.run(judge.rate("A cat."))
+    judge.run(rate(judge, "A cat."))
     server.always = "503"
     judge.run(judge.ask(Rate, [f"A dog {number}." for number in range(20)]))
     assert judge.stopped is not None
-    assert judge.run(judge.rate("A cat.")).clarity == 1.0
+    assert judge.run(rate(judge, "A cat.")).clarity == 1.0
 
 
 def test_health_is_kept_for_each_kind_of_judgment():

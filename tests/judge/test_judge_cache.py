@@ -12,20 +12,21 @@ import time
 import pytest
 
 from balcap.judge import CacheError, Judge, JudgeFailure
-from balcap.judge.cache import JudgmentCache, cache_problem
+from balcap.judge.cache import JudgmentCache
 from balcap.judge.images import ImagePolicy
-from balcap.judge.request import Question, Route
+from balcap.judge.prompt import Question, Route
 from balcap.judge.tasks import Rate, Verify
+from tests.judge_questions import rate, verify
 
 
 def test_the_second_time_is_free(make_judge, server, tmp_path):
     path = str(tmp_path / "runs" / "c.sqlite")
     first = make_judge(cache=path)
-    rating = first.run(first.rate("A cat."))
-    assert first.run(first.rate("A cat.")) == rating  # at once: the write may still be under way
+    rating = first.run(rate(first, "A cat."))
+    assert first.run(rate(first, "A cat.")) == rating  # at once: the write may still be under way
     first.close()
     second = make_judge(cache=path)
-    assert second.run(second.rate("A cat.")) == rating
+    assert second.run(rate(second, "A cat.")) == rating
     assert server.calls == 1
     assert (second.stats().calls, second.stats().cache_hits) == (0, 1)
 
@@ -34,26 +35,26 @@ def test_failures_are_not_kept(make_judge, server, tmp_path):
     judge = make_judge(cache=str(tmp_path / "c.sqlite"), retries=0)
     server.script = ["out_of_range"]
     with pytest.raises(JudgeFailure):
-        judge.run(judge.rate("A cat."))
-    assert judge.run(judge.rate("A cat.")).clarity == 1.0
+        judge.run(rate(judge, "A cat."))
+    assert judge.run(rate(judge, "A cat.")).clarity == 1.0
 
 
 def test_another_version_of_the_prompt_asks_again(make_judge, server, tmp_path, monkeypatch):
     judge = make_judge(cache=str(tmp_path / "c.sqlite"))
-    judge.run(judge.rate("A cat."))
+    judge.run(rate(judge, "A cat."))
     monkeypatch.setattr(Rate, "version", "another")
-    judge.run(judge.rate("A cat."))
+    judge.run(rate(judge, "A cat."))
     assert server.calls == 2
 
 
 def test_a_stored_answer_that_no_longer_fits_is_asked_again(make_judge, server, tmp_path):
     path = tmp_path / "c.sqlite"
     judge = make_judge(cache=str(path))
-    judge.run(judge.rate("A cat."))
+    judge.run(rate(judge, "A cat."))
     judge.close()
     with sqlite3.connect(path) as database:
         database.execute("UPDATE answers SET answer = ?", ('{"clarity": 99}',))
-    assert judge.run(judge.rate("A cat.")).clarity == 1.0
+    assert judge.run(rate(judge, "A cat.")).clarity == 1.0
     assert server.calls == 2
 
 
@@ -85,28 +86,11 @@ def test_the_key_depends_on_all_that_changes_an_answer(png, monkeypatch):
 def test_no_text_of_the_prompt_is_stored(make_judge, tmp_path, png):
     path = tmp_path / "c.sqlite"
     judge = make_judge(cache=str(path))
-    judge.run(judge.verify(png, ["A planted assertion"]))
+    judge.run(verify(judge, png, ["A planted assertion"]))
     judge.close()
     rows = sqlite3.connect(path).execute("SELECT task, model, answer FROM answers").fetchall()
     assert rows == [("verify", "openai/gpt-4o-mini", '{"true":true,"pointable":true}')]
     assert b"planted" not in path.read_bytes()
-
-
-def test_a_cache_of_the_first_format_is_read(tmp_path):
-    path = tmp_path / "old.sqlite"
-    with sqlite3.connect(path) as database:
-        database.execute("PRAGMA application_id = 0x62616C63")
-        database.execute("PRAGMA user_version = 1")
-        database.execute(
-            "CREATE TABLE answers (key TEXT PRIMARY KEY, task TEXT NOT NULL, model TEXT NOT NULL,"
-            " answer TEXT NOT NULL) WITHOUT ROWID"
-        )
-        database.execute("INSERT INTO answers VALUES ('k', 'rate', 'm', '{}')")
-    database.close()
-    cache = JudgmentCache(path)
-    cache.put("new", "rate", "m", "[]")
-    assert cache.get_many(["k", "new", "absent"]) == {"k": "{}", "new": "[]"}
-    cache.close()
 
 
 def test_machines_of_a_cluster_keep_their_own_files(tmp_path, monkeypatch):
@@ -199,14 +183,14 @@ def test_a_file_that_is_something_else(tmp_path):
     for path, why in ((text, "not a database"), (other, "something else"), (newer, "format 99")):
         judge = Judge("openai/gpt-4o-mini", cache=str(path))
         with pytest.raises(CacheError, match=rf"model\.judge\.cache: .*{path.name}.*{why}"):
-            judge.run(judge.rate("A cat."))
-        assert str(path) in (cache_problem(path) or "")
+            judge.run(rate(judge, "A cat."))
+        assert str(path) in (JudgmentCache.problem(path) or "")
     assert text.read_text().startswith("not a database")
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
-    problem = cache_problem(tmp_path / "file" / "c.sqlite")
+    problem = JudgmentCache.problem(tmp_path / "file" / "c.sqlite")
     assert problem is not None
     assert problem.startswith("model.judge.cache: ")
 

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from balcap.judge import Judge, TaskModel
 from balcap.judge.client import Deployment, import_litellm
-from balcap.judge.secrets import secret_problems
+from balcap.utils.redact import secret_problems
 
 FOLDER = Path(__file__).parents[2] / "configs" / "judge"
 OVERLAYS = sorted(FOLDER.glob("*.yaml"))

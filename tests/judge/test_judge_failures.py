@@ -9,9 +9,10 @@ import pytest
 import torch
 from judge_fakes import JudgeServer
 
-from balcap.judge import Judge, JudgeFailure, Rating, Verdict, asking, client
+from balcap.judge import Judge, JudgeFailure, Rating, Verdict, client, retry
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
 from balcap.types import CaptionBatch, Rollouts
+from tests.judge_questions import match, rate, verify
 
 KEY = "sk-planted-0123456789abcdef"
 
@@ -42,7 +43,7 @@ def rollouts(captions: list[list[str]], image: bytes, reference: str = "A cat. A
 def test_repeated_until_it_works(make_judge, server, fault):
     server.script = [fault, fault]
     judge = make_judge(retries=2)
-    assert judge.run(judge.rate("A cat.")) == Rating(1.0, 0.5, 0.0)
+    assert judge.run(rate(judge, "A cat.")) == Rating(1.0, 0.5, 0.0)
     assert server.calls == 3
     assert judge.stats().retries == 2
     assert judge.stats().failures == {}
@@ -53,7 +54,7 @@ def test_missing_after_the_last_retry(make_judge, server, fault):
     server.always = fault
     judge = make_judge(retries=1)
     with pytest.raises(JudgeFailure, match="after 2 calls"):
-        judge.run(judge.rate("A cat."))
+        judge.run(rate(judge, "A cat."))
     assert server.calls == 2
     assert judge.stats().failures == {"rate": 1}
 
@@ -63,7 +64,7 @@ def test_not_repeated_where_it_cannot_help(make_judge, server, fault):
     server.always = fault
     judge = make_judge(retries=3)
     with pytest.raises(JudgeFailure):
-        judge.run(judge.rate("A cat."))
+        judge.run(rate(judge, "A cat."))
     assert server.calls == 1
     assert judge.stats().failures == {"rate": 1}
 
@@ -72,48 +73,48 @@ def test_not_repeated_where_it_cannot_help(make_judge, server, fault):
 def test_lists_that_do_not_fit_the_question(make_judge, server, png, fault):
     server.script = [fault]
     judge = make_judge(retries=1)
-    assert judge.run(judge.verify(png, ["A cat", "not a dog"])) == [
+    assert judge.run(verify(judge, png, ["A cat", "not a dog"])) == [
         Verdict(True, True),
         Verdict(False, True),
     ]
     assert server.calls == 2
     server.always = fault
     with pytest.raises(JudgeFailure, match="invalid answer"):
-        judge.run(judge.match(["A cat", "A mat"], ["A cat"]))
+        judge.run(match(judge, ["A cat", "A mat"], ["A cat"]))
 
 
 def test_prose_around_the_answer_is_fine(make_judge, server):
     server.always = "prose"
     judge = make_judge(retries=0)
-    assert judge.run(judge.rate("A cat.")) == Rating(1.0, 0.5, 0.0)
+    assert judge.run(rate(judge, "A cat.")) == Rating(1.0, 0.5, 0.0)
 
 
 def test_a_call_that_hangs_is_given_up(make_judge, server):
     server.script = ["hang"]
     judge = make_judge(timeout_s=0.5, retries=1)
-    assert judge.run(judge.rate("A cat.")).clarity == 1.0
+    assert judge.run(rate(judge, "A cat.")).clarity == 1.0
     assert server.calls == 2
 
 
 def test_nobody_listens(make_judge):
     judge = make_judge(params={"api_base": "http://127.0.0.1:9/v1"}, retries=1)
     with pytest.raises(JudgeFailure, match="after 2 calls"):
-        judge.run(judge.rate("A cat."))
+        judge.run(rate(judge, "A cat."))
 
 
 def test_unknown_provider_is_a_failure_not_a_crash(make_judge):
     judge = make_judge(model="nonsense/foo", params=None, retries=0)
     with pytest.raises(JudgeFailure, match="nonsense"):
-        judge.run(judge.rate("A cat."))
+        judge.run(rate(judge, "A cat."))
 
 
 def test_retry_after_is_respected():
     limited = RuntimeError("slow down")
     limited.litellm_response_headers = {"retry-after": "7"}  # as litellm attaches them
     assert client._retry_after(limited) == 7.0
-    assert asking._backoff(0, 7.0) == 7.0
-    assert asking._backoff(0, 3600.0) == asking.LONGEST_BACKOFF_S
-    assert asking.BACKOFF_S / 2 <= asking._backoff(0, 0.0) <= asking.BACKOFF_S
+    assert retry._backoff(0, 7.0) == 7.0
+    assert retry._backoff(0, 3600.0) == retry.LONGEST_BACKOFF_S
+    assert retry.BACKOFF_S / 2 <= retry._backoff(0, 0.0) <= retry.BACKOFF_S
 
 
 class Failing(JudgeServer):
@@ -212,8 +213,8 @@ def test_keys_are_in_no_text_and_no_cache(server, make_judge, monkeypatch, tmp_p
     server.script = ["400", None]
     judge = make_judge(cache=str(path))
     with caplog.at_level(logging.DEBUG), pytest.raises(JudgeFailure) as failure:
-        judge.run(judge.rate("A cat."))
-    judge.run(judge.rate("A cat."))
+        judge.run(rate(judge, "A cat."))
+    judge.run(rate(judge, "A cat."))
     judge.close()
     assert server.keys == [f"Bearer {KEY}"] * 2
     assert "went wrong" in str(failure.value)

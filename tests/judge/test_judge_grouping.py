@@ -12,6 +12,7 @@ from test_judge_failures import rollouts
 
 from balcap.judge import Decompose, JudgeFailure, Rate, Verdict, Verify
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
+from tests.judge_questions import decompose, verify
 
 CAPTIONS = ["A cat. not a dog", "A cat. A mat. calm", "A mat", "A hat. A cat. not a dog"]
 
@@ -47,21 +48,21 @@ def test_an_assertion_is_verified_once_whatever_its_spelling(make_judge, server,
     judge = make_judge()
     said = ["A cat", "a  cat.", "not a dog", "A cat"]
     verdicts = [Verdict(True, True), Verdict(True, True), Verdict(False, True), Verdict(True, True)]
-    assert judge.run(judge.verify(png, said)) == verdicts
+    assert judge.run(verify(judge, png, said)) == verdicts
     (body,) = server.requests
     assert [item["text"] for item in data_of(body["messages"], "assertions")] == ["A cat", "not a dog"]
 
 
 def test_verdicts_are_remembered_for_the_image(make_judge, server, png, tmp_path):
     judge = make_judge(cache=str(tmp_path / "c.sqlite"))
-    judge.run(judge.verify(png, ["A cat", "A mat"]))
+    judge.run(verify(judge, png, ["A cat", "A mat"]))
     judge.close()  # a later epoch, another process
-    judge.run(judge.verify(png, ["A hat", "A cat", "A mat", "A bat"]))
+    judge.run(verify(judge, png, ["A hat", "A cat", "A mat", "A bat"]))
     asked = [[item["text"] for item in data_of(body["messages"], "assertions")] for body in server.requests]
     assert asked == [["A cat", "A mat"], ["A hat", "A bat"]]
     assert judge.stats().cache_hits == 2
     other = png + b" "  # another file
-    judge.run(judge.verify(other, ["A cat"]))
+    judge.run(verify(judge, other, ["A cat"]))
     assert server.calls == 3
 
 
@@ -70,7 +71,7 @@ def test_questions_under_way_are_shared_item_by_item(make_judge, server, png):
 
     async def both():
         return await asyncio.gather(
-            judge.verify(png, ["A cat", "A mat"]), judge.verify(png, ["A mat", "not a dog"])
+            verify(judge, png, ["A cat", "A mat"]), verify(judge, png, ["A mat", "not a dog"])
         )
 
     first, second = judge.run(both())
@@ -86,7 +87,7 @@ def test_questions_under_way_are_shared_item_by_item(make_judge, server, png):
 def test_long_lists_are_split_evenly(make_judge, server, png, count, most, sizes):
     judge = make_judge(per_call={"verify": most})
     said = [f"Thing {number}" for number in range(count)]
-    assert judge.run(judge.verify(png, said)) == [Verdict(True, True)] * count
+    assert judge.run(verify(judge, png, said)) == [Verdict(True, True)] * count
     asked = [len(data_of(body["messages"], "assertions")) for body in server.requests]
     assert sorted(asked, reverse=True) == sizes
     assert max(asked) <= most
@@ -95,7 +96,7 @@ def test_long_lists_are_split_evenly(make_judge, server, png, count, most, sizes
 def test_what_is_shared_stands_first(make_judge, server, png):
     """Providers bill a prompt less as far as it begins like one that they have just seen."""
     judge = make_judge(per_call={"verify": 1, "match": 1})
-    judge.run(judge.verify(png, ["A cat", "A mat"]))
+    judge.run(verify(judge, png, ["A cat", "A mat"]))
     one, other = (body["messages"] for body in server.requests)
     assert one[0] == other[0]
     assert one[1]["content"][0] == other[1]["content"][0]
@@ -132,7 +133,7 @@ def test_one_caption_does_not_take_its_group_along(make_judge, server, fault):
     poisoned = lambda body, digest: fault if "poison" in str(body["messages"][1]) else real(body, digest)  # noqa: E731
     server._fault = poisoned
     judge = make_judge(retries=1)
-    said = judge.run(judge.decompose(["A cat", "A mat", "poison", "A hat"]))
+    said = judge.run(decompose(judge, ["A cat", "A mat", "poison", "A hat"]))
     del server._fault
     assert said == [["A cat"], ["A mat"], None, ["A hat"]]
     assert judge.stats().failures == {"decompose": 1}

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from balcap.judge import BudgetSpent, JudgeFailure, LedgerError, Price, Rate
-from balcap.judge.ledger import Call, Ledger, ledger_problem
+from balcap.judge.ledger import Call, Ledger
+from tests.judge_questions import rate, verify
 
 
 def rows(path) -> list[dict]:
@@ -22,15 +23,15 @@ def rows(path) -> list[dict]:
 def test_every_call_is_a_row(make_judge, server, png, tmp_path):
     path = tmp_path / "run" / "ledger.sqlite"
     judge = make_judge(ledger=str(path), retries=2)
-    assert ledger_problem(path) is None
+    assert Ledger.problem(path) is None
     assert not path.parent.exists()  # checking makes nothing
     server.script = ["503", "out_of_range", None]
     before = time.time()
-    judge.run(judge.rate("A cat."))
-    judge.run(judge.verify(png, ["A cat", "A mat"]))
+    judge.run(rate(judge, "A cat."))
+    judge.run(verify(judge, png, ["A cat", "A mat"]))
     server.script = ["refusal"]
     with pytest.raises(JudgeFailure):
-        judge.run(judge.rate("A dog."))
+        judge.run(rate(judge, "A dog."))
     judge.close()
     found = rows(path)
     shown = [(row["task"], row["items"], row["attempt"], row["outcome"], row["tokens_in"]) for row in found]
@@ -53,7 +54,7 @@ def test_every_call_is_a_row(make_judge, server, png, tmp_path):
 def test_prices_of_the_config_come_first(make_judge, server):
     price = Price(input=2.0, output=10.0, cached=0.5)
     judge = make_judge(prices={"openai/gpt-4o-mini": price})
-    judge.run(judge.rate("A cat."))
+    judge.run(rate(judge, "A cat."))
     # 1000 * 2e-6 + 100 * 10e-6
     assert judge.spent() == pytest.approx(0.003)
     # 400 fresh, 600 cached, 100 out: (400 * 2 + 600 * 0.5 + 100 * 10) / 1e6
@@ -63,7 +64,7 @@ def test_prices_of_the_config_come_first(make_judge, server):
 def test_an_unknown_price_is_no_zero(make_judge, server, tmp_path):
     path = tmp_path / "l.sqlite"
     judge = make_judge(model="hosted_vllm/some-model", ledger=str(path))
-    judge.run(judge.rate("A cat."))
+    judge.run(rate(judge, "A cat."))
     judge.close()
     assert rows(path)[0]["usd"] is None
     assert judge.stats().unpriced_calls == 1
@@ -138,4 +139,4 @@ def test_a_file_that_is_something_else_is_named(tmp_path):
     path.write_text("no database, but long enough to look like one. " * 100)
     with pytest.raises(LedgerError, match=r"model\.judge\.ledger: .*notes\.txt"):
         Ledger(path)
-    assert str(path) in (ledger_problem(path) or "")
+    assert str(path) in (Ledger.problem(path) or "")

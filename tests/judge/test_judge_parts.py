@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import unicodedata
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -12,10 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from balcap.judge import Decompose, InvalidAnswer, JudgeStats, Match, Rate, Rating, Verdict, Verify
-from balcap.judge.answers import extract_json
-from balcap.judge.fence import fence
-from balcap.judge.request import response_format
-from balcap.judge.tasks.base import Schema
+from balcap.judge.prompt import extract_json, fence, response_format
+from balcap.judge.tasks import Schema
 from balcap.utils.redact import redact
 
 any_text = st.text(st.characters(exclude_categories=[]))  # lone surrogates and control characters too
@@ -193,8 +192,8 @@ def test_secrets_leave_texts(monkeypatch):
 
 
 def test_stats_add_and_subtract():
-    one = JudgeStats(calls=3, failures={"rate": 2, "match": 1}, cost_usd=0.5)
-    two = JudgeStats(calls=1, failures={"rate": 2}, cost_usd=0.25)
-    assert one - two == JudgeStats(calls=2, failures={"match": 1}, cost_usd=0.25)
-    assert one + two == JudgeStats(calls=4, failures={"rate": 4, "match": 1}, cost_usd=0.75)
+    one = JudgeStats(calls=3, failures=Counter({"rate": 2, "match": 1}), cost_usd=0.5)
+    two = JudgeStats(calls=1, failures=Counter({"rate": 2}), cost_usd=0.25)
+    assert one - two == JudgeStats(calls=2, failures=Counter({"match": 1}), cost_usd=0.25)
+    assert one + two == JudgeStats(calls=4, failures=Counter({"rate": 4, "match": 1}), cost_usd=0.75)
     assert one.failed == 3

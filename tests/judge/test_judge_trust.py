@@ -16,7 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from balcap.judge import Decompose, Match, Rate, Rating, Verdict, Verify
-from balcap.judge.fence import fence
+from balcap.judge.prompt import fence
+from tests.judge_questions import decompose, match, rate, verify
 from tests.support import ROOT
 
 # Special tokens, and the strings that chat templates write between turns.
@@ -239,17 +240,17 @@ def test_neighbours_in_one_call_are_judged_as_if_alone(
     make_judge: Any, png: bytes, server: Any, name: str
 ) -> None:
     attack, judge = ATTACKS[name], make_judge(per_call={"decompose": 8, "verify": 60, "match": 8, "rate": 8})
-    decomposed = judge.run(judge.decompose([attack, "A cat. A mat.", attack + "!"]))
+    decomposed = judge.run(decompose(judge, [attack, "A cat. A mat.", attack + "!"]))
     assert decomposed[1] == ["A cat", "A mat"]
     assert server.calls == 1
     said = [*(decomposed[0] or []), attack]
-    verdicts = judge.run(judge.verify(png, [*said, "A cat", "not a dog"]))
+    verdicts = judge.run(verify(judge, png, [*said, "A cat", "not a dog"]))
     assert len(verdicts) == len(said) + 2
     assert verdicts[-2:] == [Verdict(True, True), Verdict(False, True)]
     # An attack among the units or the assertions moves no other unit.
-    assert judge.run(judge.match(["A cat", attack, "A hat"], ["A cat"])) == [True, False, False]
-    assert judge.run(judge.match(["A cat", "A hat"], [attack, "A cat"])) == [True, False]
-    assert judge.run(judge.rate(attack)) == Rating(
+    assert judge.run(match(judge, ["A cat", attack, "A hat"], ["A cat"])) == [True, False, False]
+    assert judge.run(match(judge, ["A cat", "A hat"], [attack, "A cat"])) == [True, False]
+    assert judge.run(rate(judge, attack)) == Rating(
         1.0, 0.5, 0.0
     )  # the scores of the server, not of the caption
     for body in server.requests:

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from balcap.judge import JudgeFailure, Judgments, Rating, Task, Verdict
-from balcap.judge.tasks import Schema
-from balcap.judge.tasks.base import chat
+from balcap.judge.tasks import Schema, chat
 from balcap.rewards import Linguistic, Precision, Recall, Reward, RewardSuite, merge
 from balcap.rewards.base import per_rollout
 from balcap.types import CaptionBatch, Rollouts

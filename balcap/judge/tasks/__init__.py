@@ -9,13 +9,21 @@ task           is given                   answers                               
 `Rate`         captions                   clarity, fluency, coherency of each     no
 `Recaption`    an image, a question       a new reference caption                 yes
 =============  =========================  ======================================  =========
+
+To add one, write a file with a subclass of `Task` and name it in the `needs` of a reward. There is nothing to
+register. ``encode`` writes the JSON that ``parse`` reads, and ``example`` gives plausible answers: dry runs, judges
+that run in this process, and tests answer with them.
 """
 
-from balcap.judge.tasks.base import Schema, Task
+from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
+from balcap.judge.task import Message, Schema, Task
 from balcap.judge.tasks.decompose import Decompose
 from balcap.judge.tasks.match import Match
 from balcap.judge.tasks.rate import Rate, Rating
 from balcap.judge.tasks.recaption import Recaption
 from balcap.judge.tasks.verify import Verdict, Verify
 
-__all__ = ["Decompose", "Match", "Rate", "Rating", "Recaption", "Schema", "Task", "Verdict", "Verify"]
+__all__ = [
+    "Decompose", "Match", "Message", "Rate", "Rating", "Recaption", "Schema", "Task", "Verdict", "Verify",
+    "chat", "fence", "in_order", "numbered", "with_ids",
+]  # fmt: skip

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from balcap.judge.fence import fence
-from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered, with_ids
-
-if TYPE_CHECKING:
-    from balcap.judge.group import Group
+from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
+from balcap.judge.task import Message, Schema, Task
 
 
 class CaptionItem(Schema):
@@ -82,9 +79,6 @@ class Decompose(Task[list[str]]):
 
     def known(self, item: str) -> list[str] | None:  # type: ignore[override]
         return None if item.strip() else []
-
-    async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
-        return {}, [[caption] for caption in group.captions]
 
 
 def _clean(assertions: Sequence[str]) -> list[str]:

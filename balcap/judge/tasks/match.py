@@ -7,15 +7,12 @@ prompts; the wording is ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from balcap.judge.errors import InvalidAnswer
-from balcap.judge.fence import fence
-from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered, with_ids
+from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
+from balcap.judge.task import Group, Items, Message, Schema, Task
 from balcap.judge.tasks.decompose import Decompose
-
-if TYPE_CHECKING:
-    from balcap.judge.group import Group
 
 
 class CaptionItem(Schema):
@@ -101,7 +98,7 @@ class Match(Task[list[bool]]):
         return None if units and item else [False] * len(units)
 
     async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
-        units = await group.units()
+        units = await group.units(Decompose)
         if units is None:
             return {"units": ()}, [None] * len(group.captions)
         said = await group.get(Decompose)

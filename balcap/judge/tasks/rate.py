@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from balcap.judge.errors import InvalidAnswer
-from balcap.judge.fence import fence
-from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered, with_ids
-
-if TYPE_CHECKING:
-    from balcap.judge.group import Group
+from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
+from balcap.judge.task import Message, Schema, Task
 
 SCALE = 10.0
 
@@ -106,9 +103,6 @@ class Rate(Task[Rating]):
 
     def known(self, item: str) -> Rating | None:  # type: ignore[override]
         return None if item.strip() else Rating(0.0, 0.0, 0.0)
-
-    async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
-        return {}, [[caption] for caption in group.captions]
 
 
 def _rating(scores: ScoreItem) -> Rating:

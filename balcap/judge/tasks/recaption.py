@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from balcap.judge.errors import InvalidAnswer
-from balcap.judge.fence import fence
-from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered, with_ids
-
-if TYPE_CHECKING:
-    from balcap.judge.group import Group
+from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
+from balcap.judge.task import Group, Items, Message, Schema, Task
 
 
 class NewCaption(Schema):

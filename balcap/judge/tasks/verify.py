@@ -12,14 +12,11 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from balcap.judge.fence import fence
-from balcap.judge.tasks.base import Items, Message, Schema, Task, chat, in_order, numbered, with_ids
+from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
+from balcap.judge.task import Group, Items, Message, Schema, Task
 from balcap.judge.tasks.decompose import Decompose
-
-if TYPE_CHECKING:
-    from balcap.judge.group import Group
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from balcap.judge.cache import FORMAT as CACHE
-from balcap.judge.ledger import FORMAT as LEDGER
-from balcap.judge.store import Format, Unusable, open_store
+from balcap.judge.cache import JudgmentCache, Store, size_of
+from balcap.judge.errors import StoreError
+from balcap.judge.ledger import Ledger
 
 
 def cache(
@@ -32,17 +32,17 @@ def cache(
         model: delete only answers of this model.
         max_mb: delete the oldest answers until the rest takes about so many megabytes.
     """
-    connection = _open(path, CACHE)
-    before = _megabytes(path)
+    connection = _open(path, JudgmentCache)
+    before = size_of(path) / 1e6
     deleted = prune(connection, older_than_days, task, model, max_mb)
     if deleted is not None:
-        print(f"deleted {deleted:,} answers; {before:,.1f} MB before, {_megabytes(path):,.1f} MB now")
+        print(f"deleted {deleted:,} answers; {before:,.1f} MB before, {size_of(path) / 1e6:,.1f} MB now")
     rows = connection.execute(
         "SELECT task, model, count(*), total(length(answer) + length(key)) / 1e6, min(at), max(at) FROM answers"
         " GROUP BY task, model ORDER BY task, model"
     ).fetchall()
     _table(
-        f"{path}, {_megabytes(path):,.1f} MB",
+        f"{path}, {size_of(path) / 1e6:,.1f} MB",
         ("task", "model", "answers", "MB", "first", "last"),
         [(*row[:2], f"{row[2]:,}", f"{row[3]:,.1f}", _day(row[4]), _day(row[5])) for row in rows],
     )
@@ -99,7 +99,7 @@ def ledger(path: str) -> None:
         path: the ledger, or the run folder that it is in.
     """
     file = Path(path) / "judge_ledger.sqlite" if Path(path).is_dir() else Path(path)
-    connection = _open(str(file), LEDGER)
+    connection = _open(str(file), Ledger)
     rows = connection.execute(
         "SELECT task, model, outcome, count(*), sum(items), sum(tokens_in), sum(tokens_cached), sum(tokens_out),"
         " sum(usd), sum(usd IS NULL), avg(latency_s), max(latency_s) FROM calls GROUP BY task, model, outcome"
@@ -151,17 +151,13 @@ def _run(command: Any, args: Sequence[str]) -> None:
     auto_cli(command, args=list(args), as_positional=True)
 
 
-def _open(path: str, form: Format) -> sqlite3.Connection:
+def _open(path: str, store: type[Store]) -> sqlite3.Connection:
     if not Path(path).exists():
         raise SystemExit(f"path: {path} does not exist")
     try:
-        return open_store(Path(path), form)
-    except Unusable as error:
-        raise SystemExit(f"path: {path} cannot be read as {form.name} ({error})") from None
-
-
-def _megabytes(path: str) -> float:
-    return sum(p.stat().st_size for p in (Path(path), Path(f"{path}-wal")) if p.exists()) / 1e6
+        return store.connect(Path(path))
+    except StoreError as error:
+        raise SystemExit(f"path: {path} cannot be read as {store.what} ({error.why})") from None
 
 
 def _day(at: float) -> str:
