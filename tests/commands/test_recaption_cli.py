@@ -10,7 +10,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from balcap.commands import recaption
+from balcap.commands import recaption_run
 from balcap.commands.recaption import RecaptionSettings
 from tests.support import ROOT
 
@@ -24,7 +24,7 @@ def test_help_imports_nothing_heavy() -> None:
         check=True,
     )
     names = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
-    assert "balcap.commands.recaption_files" in names
+    assert "balcap.data.settings" in names
     assert not names & {"torch", "lightning", "transformers", "litellm", "datasets", "peft"}
     assert "--retry_quarantined" in done.stdout
     assert "rows that an earlier run has put into" in done.stdout
@@ -91,7 +91,7 @@ def test_no_key_is_written_anywhere(
 
 
 def test_lines_of_progress_where_there_is_no_terminal(recaption_arguments, cli, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(recaption, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(recaption_run, "PLAIN_EVERY_S", 0.0)
     cli(recaption_arguments(max_rows=5))
     *_, last, summary = capsys.readouterr().out.splitlines()
     assert last == "5/5 rows  $0.00  0 quarantined"

@@ -497,7 +497,7 @@ def test_a_data_set_that_changes_under_the_run_is_noticed(
 
 
 def test_few_images_are_in_memory_at_once(recaption_arguments, cli, monkeypatch) -> None:
-    from balcap.commands.recaption import RecaptionRun
+    from balcap.commands.recaption_run import RecaptionRun
 
     held, most = [0], [0]
     original = RecaptionRun._caption
