@@ -1,14 +1,98 @@
-"""The recaption command on the small world, in process or as a process of its own."""
+"""The recaption command on the small world; and a real run that an estimate is compared with."""
 
 from __future__ import annotations
 
+import sqlite3
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.judge_server import JudgeServer
 from tests.support import ROOT
+
+SETTINGS = {
+    "data.batch_size": 4,
+    "data.val_size": 4,
+    "data.val_batch_size": 4,
+    "data.max_rows": 20,  # 15 to train on: 24 images are one epoch and a part of the next
+    "data.num_workers": 0,
+    "model.num_captions": 4,
+    "model.val_captions": 2,
+    "model.sampling.max_tokens": 48,
+    "model.policy.model": ROOT / "assets/shapes-base",
+    "model.judge.model": "openai/gpt-4o-mini",
+    "model.judge.providers": "null",
+    "trainer.max_steps": 6,
+    "trainer.max_time": "null",
+    "trainer.val_check_interval": 4,
+    "trainer.check_val_every_n_epoch": "null",
+}
+
+
+@dataclass(frozen=True)
+class Paid:
+    """What a run spent.
+
+    Attributes:
+        run: its folder.
+        arguments: of ``fit``, without the command and the run folder.
+        tasks: task -> (calls, tokens in, tokens out), by its ledger.
+        usd: dollars, likewise.
+    """
+
+    run: Path
+    arguments: list[str]
+    tasks: dict[str, tuple[int, int, int]]
+    usd: float
+
+
+def command(name: str, arguments: list[str]) -> None:
+    """One command of the project, in process."""
+    from main import main
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        main([name, *arguments])
+
+
+@pytest.fixture(scope="session")
+def paid(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Paid:
+    """A fit on the embedded world, judged through HTTP."""
+    from examples.shapes.oracle import answer
+
+    tmp = tmp_path_factory.mktemp("paid")
+    environment = pytest.MonkeyPatch()
+    environment.setenv("OPENAI_API_KEY", "sk-of-nobody-at-all")
+    server = JudgeServer(answer)
+    try:
+        settings = SETTINGS | {
+            "data.data": world / "shapes.json",
+            "data.image_root": world,
+            "data.cache_dir": tmp / "tables",
+            "model.judge.params": f"{{api_base: '{server.url}'}}",
+        }
+        arguments = [f"--{key}={value}" for key, value in settings.items()]
+        arguments = ["--config", str(ROOT / "configs/shapes.yaml"), *arguments]
+        files = ["--run_dir", str(tmp / "run"), "--model.judge.cache", str(tmp / "cache.sqlite")]
+        command("fit", [*arguments, *files])
+    finally:
+        server.close()
+        environment.undo()
+    with sqlite3.connect(tmp / "run/judge_ledger.sqlite") as ledger:
+        rows = ledger.execute(
+            "SELECT task, count(*), sum(tokens_in), sum(tokens_out) FROM calls GROUP BY task"
+        ).fetchall()
+        (usd,) = ledger.execute("SELECT sum(usd) FROM calls").fetchone()
+    return Paid(tmp / "run", arguments, {task: tuple(figures) for task, *figures in rows}, usd)
+
+
+@pytest.fixture
+def run() -> Callable[[str, list[str]], None]:
+    """`command`, as a fixture."""
+    return command
 
 
 @pytest.fixture
