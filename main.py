@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "recaption": ("balcap.recaption.cli", "main"),
+    "recaption": ("balcap.commands.recaption", "main"),
     "cache": ("balcap.commands.ledger", "run_cache"),
     "ledger": ("balcap.commands.ledger", "run_ledger"),
     "serve": ("balcap.commands.serve", "main"),

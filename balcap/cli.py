@@ -20,9 +20,9 @@ from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException  # noqa: E402
 
+from balcap.commands.estimate import HERE, BalCapTrainer, estimate_problems, launch_of  # noqa: E402
 from balcap.config import ConfigError, model_problems, trainer_problems  # noqa: E402
 from balcap.data import CaptionDataModule  # noqa: E402
-from balcap.estimate.trainer import HERE, BalCapTrainer, estimate_problems, launch_of  # noqa: E402
 from balcap.judge import BudgetSpent  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
 from balcap.utils.errors import RunStopped  # noqa: E402

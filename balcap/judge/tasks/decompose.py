@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
 from balcap.judge.task import Message, Schema, Task
@@ -46,8 +46,6 @@ Answer with one JSON object and nothing else, one entry per caption, with the id
 A caption that asserts nothing has an empty list.
 """  # noqa: E501
 
-WORDS_PER_ASSERTION = 4.1
-"""Words of a caption for each assertion that it makes: DeCapBench, 21,215 facts in 400 captions of 217 words."""
 WORDS_IN_ASSERTION = 7
 """Words of one assertion, which names anew what it is about."""
 
@@ -55,13 +53,19 @@ _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Decompose(Task[list[str]]):
-    """Atomic assertions of a text, in its order. An empty text asserts nothing: ``[]``, without a call."""
+    """Atomic assertions of a text, in its order. An empty text asserts nothing: ``[]``, without a call.
+
+    Attributes:
+        words_per_assertion: words of a text for each assertion of an `example`. DeCapBench: 21,215 facts in 400
+            captions of 217 words.
+    """
 
     name = "decompose"
     version = "2"
     schema = Assertions
     answer_type = list[str]
     per_call = 4
+    words_per_assertion: ClassVar[float] = 4.1
 
     def messages(self, items: Sequence[str]) -> list[Message]:  # type: ignore[override]
         return chat(self.name, INSTRUCTIONS, fence("captions", numbered(items)))
@@ -74,8 +78,8 @@ class Decompose(Task[list[str]]):
         return {"captions": with_ids({"assertions": assertions} for assertions in answers)}
 
     def example(self, items: Sequence[str]) -> list[list[str]]:  # type: ignore[override]
-        """As many assertions as DeCapBench counts (an assertion for every 4.1 words), in words of the text."""
-        return [_windows(text) for text in items]
+        """An assertion for every `words_per_assertion` words, in words of the text."""
+        return [_windows(text, self.words_per_assertion) for text in items]
 
     def known(self, item: str) -> list[str] | None:  # type: ignore[override]
         return None if item.strip() else []
@@ -86,11 +90,11 @@ def _clean(assertions: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(text for text in texts if text))
 
 
-def _windows(text: str) -> list[str]:
+def _windows(text: str, words_per_assertion: float) -> list[str]:
     """Runs of words of `text`, evenly spread, each once."""
     words = text.split()
     if not words:
         return []
-    count, length = max(1, round(len(words) / WORDS_PER_ASSERTION)), min(WORDS_IN_ASSERTION, len(words))
+    count, length = max(1, round(len(words) / words_per_assertion)), min(WORDS_IN_ASSERTION, len(words))
     starts, looped = [index * len(words) // count for index in range(count)], words * 2
     return _clean([" ".join(looped[start : start + length]).rstrip(".") + "." for start in starts])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from balcap.data.sharegpt4v import flat_rows
-from balcap.recaption.journal import Quarantined
-from balcap.recaption.output import output_row, write_quarantine, write_rows
+from balcap.cli import ConfigError
+from balcap.commands.recaption_files import Quarantine, QuarantinedRow, claim, output_row, write_rows
+from balcap.data.sharegpt4v import flat_rows, normalise
+from tests.support import ROOT
 
 ROW = {
     "id": 7,
@@ -91,28 +93,66 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == []
 
 
-def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    write_rows(path, [{"row": 0}])
-
-    def rows():
-        for row in range(2000):
-            if row % 100 == 0:
-                assert json.loads(path.read_text()) == [{"row": 0}]
-            yield {"row": row, "text": "x" * 100}
-
-    write_rows(path, rows())
-    assert len(json.loads(path.read_text())) == 2000
-    assert os.listdir(tmp_path) == ["rows.json"]
-
-
-def test_the_quarantine_list_is_in_order_and_disappears_when_it_is_empty(tmp_path: Path) -> None:
+def test_the_quarantine_is_on_disk_at_once_in_order_at_the_end_and_gone_when_it_is_empty(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "q.jsonl"
-    entries = [Quarantined(9, "b.png", "refused", "no"), Quarantined(2, "a.png", "missing_file", "gone")]
-    write_quarantine(path, entries)
+    quarantine = Quarantine(path)
+    quarantine.add(QuarantinedRow(9, "b.png", "refused", "no"))
+    quarantine.add(QuarantinedRow(2, "a.png", "missing_file", "gone"))
+    with path.open("a") as file:
+        file.write('{"row": 3, "ima')  # of a process that was killed
+    assert Quarantine(path).read() == quarantine
+    quarantine.write()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["row"] for line in lines] == [2, 9]
     assert lines[1] == {"row": 9, "image": "b.png", "kind": "refused", "reason": "no"}
-    write_quarantine(path, [])
+    quarantine.clear()
+    quarantine.write()
     assert not path.exists()
-    write_quarantine(path, [])
+    quarantine.write()
+
+
+SETTINGS = {"judge.model": "a/b", "prompts": None, "judge.params": {"temperature": 0}}
+
+
+def test_other_settings_are_refused_with_what_differs_and_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "out.json.settings.json"
+    for is_first in (True, False):
+        with claim(path, SETTINGS) as found:
+            assert found is is_first
+    before = path.read_bytes()
+    with (
+        pytest.raises(ConfigError) as refused,
+        claim(path, {**SETTINGS, "judge.model": "a/c", "decompose": True}),
+    ):
+        pass
+    changed, new, way_out = refused.value.problems
+    assert changed == 'judge.model was "a/b", is "a/c"'
+    assert new == "decompose was null, is true"
+    assert "Set them back" in way_out
+    assert "another out" in way_out
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["my notes", "[]", '{"a": 1}', '{"recaption": {"judge'])
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "out.json.settings.json"
+    path.write_text(text)
+    with (
+        pytest.raises(ConfigError, match=r"was not written by recaption.* move that file away"),
+        claim(path, SETTINGS),
+    ):
+        pass
+    assert path.read_text() == text
+
+
+def test_two_processes_cannot_work_on_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.json.settings.json"
+    code = "import sys; from pathlib import Path; from balcap.commands.recaption_files import claim\n"
+    code += f"with claim(Path(sys.argv[1]), {SETTINGS!r}): pass"
+    command = [sys.executable, "-c", code, str(path)]
+    with claim(path, SETTINGS):
+        other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "another process is working" in other.stderr
+    subprocess.run(command, cwd=ROOT, check=True)

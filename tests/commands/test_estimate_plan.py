@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from balcap.estimate.plan import Plan, ranks_of, training_batches, val_images, validations, visits
 from hypothesis import given
 from hypothesis import strategies as st
-
-from balcap.estimate.plan import Plan, ranks_of, training_batches, val_images, validations, visits
 
 
 @pytest.mark.parametrize(

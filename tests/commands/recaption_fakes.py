@@ -1,4 +1,4 @@
-"""A captioner with moods, and what it was asked."""
+"""A captioner with faults, and what it was asked."""
 
 from __future__ import annotations
 
@@ -25,65 +25,65 @@ def items_of(messages: Messages) -> list[Item]:
     return [(task_of(messages), item["text"]) for item in data_of(messages, "captions")]
 
 
-class Moody(Oracle):
-    """The oracle, but what `mood` says about a request goes wrong with it.
+class FaultyOracle(Oracle):
+    """The oracle, but what `fault` says about a request goes wrong with it.
 
     Attributes:
-        mood: request -> "refusal", "filter", "prose" (no JSON), "empty" (an empty caption), "nothing" (a
+        fault: request -> "refusal", "filter", "prose" (no JSON), "empty" (an empty caption), "nothing" (a
             caption that asserts nothing), "400", "401", "429"; None for the right answer.
         asked: how often each item came.
     """
 
-    mood: ClassVar[Callable[[Messages], str | None]]
+    fault: ClassVar[Callable[[Messages], str | None]]
     asked: ClassVar[Counter[Item]]
 
     @classmethod
-    def reset(cls, mood: Callable[[Messages], str | None] = lambda messages: None) -> None:
-        cls.mood, cls.asked = staticmethod(mood), Counter()
+    def reset(cls, fault: Callable[[Messages], str | None] = lambda messages: None) -> None:
+        cls.fault, cls.asked = staticmethod(fault), Counter()
 
     async def acompletion(self, *args: Any, **kwargs: Any) -> Any:
         messages = kwargs["messages"]
-        Moody.asked.update(items_of(messages))
+        FaultyOracle.asked.update(items_of(messages))
         response = await super().acompletion(*args, **kwargs)
-        mood, choice = Moody.mood(messages), response.choices[0]
-        who = {"model": "model", "llm_provider": "moody"}
-        if mood == "refusal":
+        fault, choice = FaultyOracle.fault(messages), response.choices[0]
+        who = {"model": "model", "llm_provider": "faulty"}
+        if fault == "refusal":
             choice.message.content, choice.message.refusal = None, "I cannot help with that."
-        elif mood == "filter":
+        elif fault == "filter":
             choice.finish_reason = "content_filter"
-        elif mood == "prose":
+        elif fault == "prose":
             choice.message.content = "A red circle."
-        elif mood in ("empty", "nothing"):
-            text = "" if mood == "empty" else "..."
+        elif fault in ("empty", "nothing"):
+            text = "" if fault == "empty" else "..."
             choice.message.content = f'{{"captions": [{{"id": 1, "caption": "{text}"}}]}}'
-        elif mood == "400":
+        elif fault == "400":
             raise litellm.BadRequestError("this image is not supported", **who)
-        elif mood == "401":
+        elif fault == "401":
             raise litellm.AuthenticationError("no such key", **who)
-        elif mood == "429":
+        elif fault == "429":
             raise litellm.RateLimitError("slow down", **who)
         return response
 
 
-MOODY = {
-    "judge.model": "moody/model",
-    "judge.providers": "{moody: tests.recaption.recaption_fakes.Moody}",
+FAULTY = {
+    "judge.model": "faulty/model",
+    "judge.providers": "{faulty: tests.commands.recaption_fakes.FaultyOracle}",
     "judge.retries": 0,
 }
-"""Options that make `Moody` the judge."""
+"""Options that make `FaultyOracle` the judge."""
 
 
 def about(names: dict[str, str], image_of: Callable[[str], str]) -> Callable[[Messages], str | None]:
-    """A mood: image name -> what goes wrong with its caption.
+    """A fault: image name -> what goes wrong with its caption.
 
     Args:
-        names: sample id -> mood.
+        names: sample id -> fault.
         image_of: sample id -> the image as the judge gets it.
     """
-    moods = {image_of(name): mood for name, mood in names.items()}
+    faults = {image_of(name): fault for name, fault in names.items()}
 
-    def mood(messages: Messages) -> str | None:
+    def fault(messages: Messages) -> str | None:
         urls = image_urls(messages)
-        return moods.get(urls[0]["url"]) if urls else None
+        return faults.get(urls[0]["url"]) if urls else None
 
-    return mood
+    return fault

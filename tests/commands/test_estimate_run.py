@@ -14,9 +14,9 @@ import litellm
 import pytest
 import yaml
 from PIL import Image
+from tests.estimate.conftest import Paid
 
 from balcap.cli import ConfigError
-from tests.estimate.conftest import Paid
 from tests.support import ROOT, metrics
 
 Run = Callable[[str, list[str]], None]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from balcap.data import CaptionDataModule
-from tests.recaption.recaption_fakes import MOODY, Moody
+from tests.commands.recaption_fakes import FAULTY, FaultyOracle
 from tests.support import metrics
 
 
@@ -31,21 +31,21 @@ def test_the_data_module_carries_the_units_to_the_batch(new: Path, world: Path, 
     rows = {row["image"]: row for row in json.loads(new.read_text())}
     batch = next(iter(data.train_dataloader()))
     assert len(batch) == 4
-    units = batch.extra("reference_units")
-    assert units == [rows[name]["reference_units"] for name in batch.sample_ids]
+    assert batch.extra("reference_units") == [rows[name]["reference_units"] for name in batch.sample_ids]
     assert batch.references == [rows[name]["conversations"][1]["value"] for name in batch.sample_ids]
+    units = batch.extra("reference_units")
     assert batch.select([2, 0]).extra("reference_units") == [units[2], units[0]]
     assert not (tmp_path / "bad_rows.jsonl").exists()
 
 
 def test_training_asks_nobody_about_the_references(new: Path, fit_arguments, cli, tmp_path: Path) -> None:
-    judge = {"model.judge.model": MOODY["judge.model"], "model.judge.providers": MOODY["judge.providers"]}
+    judge = {"model.judge.model": FAULTY["judge.model"], "model.judge.providers": FAULTY["judge.providers"]}
     options = {**judge, "data.val_size": 2, "trainer.max_steps": 2}
     references = {row["conversations"][1]["value"] for row in json.loads(new.read_text())}
 
-    Moody.reset()
+    FaultyOracle.reset()
     cli(fit_arguments(**options, **{"data.data": new, "run_dir": tmp_path / "with"}))
-    decomposed = {text for task, text in Moody.asked if task == "decompose"}
+    decomposed = {text for task, text in FaultyOracle.asked if task == "decompose"}
     assert decomposed
     assert not decomposed & references
     rows = [row for row in metrics(tmp_path / "with") if row["train/loss"]]
@@ -58,14 +58,14 @@ def test_training_asks_nobody_about_the_references(new: Path, fit_arguments, cli
         for row in json.loads(new.read_text())
     ]
     plain.write_text(json.dumps(without))
-    Moody.reset()
+    FaultyOracle.reset()
     own = {
         "data.data": plain,
         "run_dir": tmp_path / "without",
         "model.judge.cache": tmp_path / "other.sqlite",
     }
     cli(fit_arguments(**options, **own))
-    assert {text for task, text in Moody.asked if task == "decompose"} & references
+    assert {text for task, text in FaultyOracle.asked if task == "decompose"} & references
     again = [row for row in metrics(tmp_path / "without") if row["train/loss"]]
     assert [row["train/recall"] for row in again] == [
         row["train/recall"] for row in rows

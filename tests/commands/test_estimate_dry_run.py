@@ -9,11 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
-from rich.console import Console
-
 from balcap.estimate.forecast import Course, Forecast, Sample, Setting, forecast, landmarks, play
 from balcap.estimate.language import Language, stand_in
 from balcap.estimate.plan import Plan
@@ -21,6 +16,11 @@ from balcap.estimate.rehearsal import Counting
 from balcap.estimate.report import Note, Report
 from balcap.estimate.tokens import reasoning_tokens, text_counter
 from balcap.estimate.usage import Usage, Usages
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+
 from balcap.judge import Group, Judge, Task
 from balcap.judge.client import Price
 from balcap.judge.tasks import Message, Schema

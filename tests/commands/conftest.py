@@ -1,10 +1,10 @@
-"""A real run that an estimate is compared with."""
+"""The recaption command on the small world; and a real run that an estimate is compared with."""
 
 from __future__ import annotations
 
 import sqlite3
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,3 +93,45 @@ def paid(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Paid:
 def run() -> Callable[[str, list[str]], None]:
     """`command`, as a fixture."""
     return command
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "new.json"
+
+
+@pytest.fixture
+def recaption_arguments(world: Path, tmp_path: Path, out: Path) -> Callable[..., list[str]]:
+    """Arguments of a recaption of the small world's 60 pictures; options override, None leaves out."""
+
+    def arguments(**options: object) -> list[str]:
+        defaults: dict[str, object] = {
+            "data": world / "shapes.json",
+            "image_root": world,
+            "out": out,
+            "cache_dir": tmp_path / "cache",
+            "judge.cache": tmp_path / "judge.sqlite",
+            "judge.concurrency": 4,
+        }
+        pairs = {**defaults, **{key.replace("__", "."): value for key, value in options.items()}}
+        flags = [f"--{key}={value}" for key, value in pairs.items() if value is not None]
+        return ["recaption", "--config", str(ROOT / "configs/recaption_shapes.yaml"), *flags]
+
+    return arguments
+
+
+@pytest.fixture
+def server() -> Iterator[JudgeServer]:
+    """The oracle behind HTTP."""
+    from examples.shapes.oracle import answer
+
+    running = JudgeServer(answer)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def over_http(server: JudgeServer) -> dict[str, object]:
+    """Options that send the judge's questions to `server`."""
+    params = {"judge.params.api_base": server.url}
+    return {"judge.model": "hosted_vllm/oracle", "judge.providers": "null", "judge.retries": 0, **params}

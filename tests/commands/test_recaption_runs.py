@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from balcap.judge.images import ImagePolicy, image_url
+from examples.shapes.draw import scene_of
 from examples.shapes.language import is_true, read_fact, read_facts
-from examples.shapes.scene import scene_of
-from tests.recaption.recaption_fakes import MOODY, Moody, about
+from tests.commands.recaption_fakes import FAULTY, FaultyOracle, about
 
 ASK = {"from": "human", "value": "What is this?\n<image>"}
 
@@ -27,8 +27,10 @@ def quarantine(out: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def journal(out: Path) -> list[dict]:
-    return [json.loads(line) for line in out.with_name(f"{out.name}.journal.jsonl").read_text().splitlines()]
+def cached(cache: Path, task: str) -> int:
+    """Answers of a kind that the judge's cache holds."""
+    with sqlite3.connect(cache) as answers:
+        return answers.execute("SELECT count(*) FROM answers WHERE task = ?", (task,)).fetchone()[0]
 
 
 def names(world: Path) -> list[str]:
@@ -42,7 +44,7 @@ def as_sent(world: Path):
 
 @pytest.fixture(autouse=True)
 def _calm() -> None:
-    Moody.reset()
+    FaultyOracle.reset()
 
 
 # ---- what is written
@@ -73,61 +75,61 @@ def test_every_row_gets_a_true_caption_and_its_units_in_the_order_of_the_rows(
 
 
 def test_a_finished_run_asks_nothing_and_writes_the_same_again(recaption_arguments, cli, out: Path) -> None:
-    arguments = recaption_arguments(**MOODY)
+    arguments = recaption_arguments(**FAULTY)
     cli(arguments)
-    asked, written, lines = Moody.asked.copy(), out.read_bytes(), journal(out)
+    asked, written = FaultyOracle.asked.copy(), out.read_bytes()
     assert set(asked.values()) == {1}
     out.unlink()
-    cli(recaption_arguments(**{**MOODY, "judge.cache": "null"}))  # not even from the cache
-    assert Moody.asked == asked
+    cli(arguments)
+    assert FaultyOracle.asked == asked
     assert out.read_bytes() == written
-    assert journal(out) == lines
 
 
 def test_max_rows_may_be_raised_and_what_is_there_is_not_asked_again(
     recaption_arguments, cli, world: Path, out: Path
 ) -> None:
-    cli(recaption_arguments(**MOODY, max_rows=10))
+    cli(recaption_arguments(**FAULTY, max_rows=10))
     assert [row["image"] for row in read(out)] == names(world)[:10]
-    cli(recaption_arguments(**{**MOODY, "judge.cache": "null"}, max_rows=25))
+    cli(recaption_arguments(**FAULTY, max_rows=25))
     assert [row["image"] for row in read(out)] == names(world)[:25]
-    assert sum(count for (task, _), count in Moody.asked.items() if task == "recaption") == 25
-    assert set(Moody.asked.values()) == {1}
-    cli(recaption_arguments(**MOODY, max_rows=5))  # and lowered: what is more stays in the journal
+    assert sum(count for (task, _), count in FaultyOracle.asked.items() if task == "recaption") == 25
+    assert set(FaultyOracle.asked.values()) == {1}
+    cli(recaption_arguments(**FAULTY, max_rows=5))  # and lowered
     assert len(read(out)) == 5
 
 
 def test_chosen_prompts_are_asked_and_written(recaption_arguments, cli, out: Path) -> None:
     prompts = ["Say what you see.", "Caption this."]
-    cli(recaption_arguments(**MOODY, prompts=json.dumps(prompts), max_rows=20))
+    cli(recaption_arguments(**FAULTY, prompts=json.dumps(prompts), max_rows=20))
     humans = [row["conversations"][0]["value"] for row in read(out)]
     assert set(humans) == {f"<image>\n{prompt}" for prompt in prompts}
-    asked = [text.partition(" data:")[0] for task, text in Moody.asked if task == "recaption"]
+    asked = [text.partition(" data:")[0] for task, text in FaultyOracle.asked if task == "recaption"]
     assert sorted(f"<image>\n{question}" for question in asked) == sorted(humans)
 
 
 def test_without_decomposition_only_captions_are_asked_for(recaption_arguments, cli, out: Path) -> None:
-    cli(recaption_arguments(**MOODY, decompose="false", keep_original="false", max_rows=8))
-    assert {task for task, _ in Moody.asked} == {"recaption"}
+    cli(recaption_arguments(**FAULTY, decompose="false", keep_original="false", max_rows=8))
+    assert {task for task, _ in FaultyOracle.asked} == {"recaption"}
     for row in read(out):
         assert not row.keys() & {"reference_units", "units_model", "original_caption"}
-        assert row["caption_model"] == "moody/model"
+        assert row["caption_model"] == "faulty/model"
 
 
 def test_another_judge_may_decompose(recaption_arguments, cli, tmp_path: Path, out: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text(
-        "decompose_judge: {model: shapes/oracle, providers: {shapes: examples.shapes.oracle.Oracle}, cache: null}"
+        "decompose_judge: {model: shapes/oracle, providers: {shapes: examples.shapes.oracle.Oracle}, "
+        f"cache: {tmp_path / 'other.sqlite'}}}"
     )
-    arguments = recaption_arguments(**MOODY, max_rows=6)
+    arguments = recaption_arguments(**FAULTY, max_rows=6)
     cli([*arguments[:3], "--config", str(other), *arguments[3:]])
-    assert {task for task, _ in Moody.asked} == {"recaption"}
+    assert {task for task, _ in FaultyOracle.asked} == {"recaption"}
     assert {(row["caption_model"], row["units_model"]) for row in read(out)} == {
-        ("moody/model", "shapes/oracle")
+        ("faulty/model", "shapes/oracle")
     }
     ledger = sqlite3.connect(out.with_name("new.json.ledger.sqlite"))
     models = dict(ledger.execute("SELECT task, model FROM calls"))
-    assert models == {"recaption": "moody/model", "decompose": "shapes/oracle"}
+    assert models == {"recaption": "faulty/model", "decompose": "shapes/oracle"}
 
 
 def test_captions_are_decomposed_several_in_a_call(recaption_arguments, cli, out: Path) -> None:
@@ -200,20 +202,19 @@ def test_bad_rows_cost_nothing_and_are_listed_with_their_cause(
     # Two rows of one image, both without caption: neither is a duplicate yet when the rows are read.
     rows += [{"image": names(world)[10]}, {"image": names(world)[10]}, row("gone/a.png")]
     (root / "rows.json").write_text(json.dumps(rows))
-    cli(recaption_arguments(**MOODY, data=root / "rows.json", image_root=root))
+    cli(recaption_arguments(**FAULTY, data=root / "rows.json", image_root=root))
     assert [entry["image"] for entry in read(out)] == [*good, names(world)[10]]
     listed = {entry["row"]: entry["kind"] for entry in quarantine(out)}
     assert listed == {**{number: cause for number, (_, cause) in bad.items()}, 15: "duplicate_image"}
     assert [entry["row"] for entry in quarantine(out)] == sorted(listed)
     assert "data." not in json.dumps(quarantine(out))  # keys as they are named here
-    assert sum(task == "recaption" for task, _ in Moody.asked) == 7
-    assert not [line for line in journal(out) if "kind" in line]  # looked at again for nothing, next time
+    assert sum(task == "recaption" for task, _ in FaultyOracle.asked) == 7
 
     (root / "shapes/missing.png").write_bytes((root / names(world)[20]).read_bytes())
-    cli(recaption_arguments(**MOODY, data=root / "rows.json", image_root=root))  # repaired
+    cli(recaption_arguments(**FAULTY, data=root / "rows.json", image_root=root))  # repaired
     assert [entry["image"] for entry in read(out)][1] == "shapes/missing.png"
     assert 1 not in {entry["row"] for entry in quarantine(out)}
-    assert set(Moody.asked.values()) == {1}
+    assert set(FaultyOracle.asked.values()) == {1}
 
 
 def test_rows_that_the_judge_will_not_caption_go_into_quarantine(
@@ -222,23 +223,23 @@ def test_rows_that_the_judge_will_not_caption_go_into_quarantine(
     kinds = {"refusal": "refused", "filter": "filtered", "prose": "invalid", "empty": "invalid",
              "nothing": "no_units", "400": "rejected"}  # fmt: skip
     wrong = dict(zip(names(world)[5:30:4], kinds, strict=False))
-    Moody.reset(about(wrong, as_sent(world)))
-    options = {**MOODY, "judge.max_failed_share": 1}
+    FaultyOracle.reset(about(wrong, as_sent(world)))
+    options = {**FAULTY, "judge.max_failed_share": 1}
     cli(recaption_arguments(**options))
     assert [row["image"] for row in read(out)] == [name for name in names(world) if name not in wrong]
     assert {entry["image"]: entry["kind"] for entry in quarantine(out)} == {
-        name: kinds[mood] for name, mood in wrong.items()
+        name: kinds[fault] for name, fault in wrong.items()
     }
     assert "54 of 60 rows are captioned" in capsys.readouterr().out
-    before = Moody.asked.copy()
+    before = FaultyOracle.asked.copy()
 
     cli(recaption_arguments(**options))  # they are not asked again
-    assert Moody.asked == before
+    assert FaultyOracle.asked == before
 
-    Moody.mood = staticmethod(lambda messages: None)  # until somebody wants it
+    FaultyOracle.fault = staticmethod(lambda messages: None)  # until somebody wants it
     cli(recaption_arguments(**options, retry_quarantined="true"))
-    again = {item for item, count in Moody.asked.items() if count > before[item]}
-    (empty,) = [name for name, mood in wrong.items() if mood == "nothing"]
+    again = {item for item, count in FaultyOracle.asked.items() if count > before[item]}
+    (empty,) = [name for name, fault in wrong.items() if fault == "nothing"]
     assert [row["image"] for row in read(out)] == [name for name in names(world) if name != empty]
     assert [entry["kind"] for entry in quarantine(out)] == ["no_units"]  # it was answered, and paid for
     assert sum(task == "recaption" for task, _ in again) == 5
@@ -247,18 +248,32 @@ def test_rows_that_the_judge_will_not_caption_go_into_quarantine(
 def test_a_caption_that_cannot_be_decomposed_is_kept_for_another_try(
     recaption_arguments, cli, world: Path, out: Path
 ) -> None:
-    Moody.reset(lambda messages: "refusal" if "decompose" in messages[0]["content"][:20] else None)
-    options = {**MOODY, "judge.max_failed_share": 1, "max_rows": 9}
+    FaultyOracle.reset(lambda messages: "refusal" if "decompose" in messages[0]["content"][:20] else None)
+    options = {**FAULTY, "judge.max_failed_share": 1, "max_rows": 9}
     with pytest.raises(SystemExit) as ended:
         cli(recaption_arguments(**options))
     assert ended.value.code == 1  # nothing to write
     assert not out.exists()
     assert {entry["kind"] for entry in quarantine(out)} == {"refused"}
     assert "decompose:" in quarantine(out)[0]["reason"]
-    Moody.reset()
+    FaultyOracle.reset()
     cli(recaption_arguments(**options, retry_quarantined="true"))
     assert len(read(out)) == 9
-    assert {task for task, _ in Moody.asked} == {"decompose"}
+    assert {task for task, _ in FaultyOracle.asked} == {"decompose"}
+
+
+def test_a_run_begun_anew_forgets_the_quarantine_of_other_settings(
+    recaption_arguments, cli, world: Path, out: Path
+) -> None:
+    FaultyOracle.reset(about({names(world)[2]: "refusal"}, as_sent(world)))
+    cli(recaption_arguments(**FAULTY, max_rows=12))
+    assert [entry["kind"] for entry in quarantine(out)] == ["refused"]
+    FaultyOracle.reset()
+    for path in (out, out.with_name(f"{out.name}.settings.json")):
+        path.unlink()
+    cli(recaption_arguments(**FAULTY, **{"judge.params": "{temperature: 1}"}, max_rows=12))
+    assert len(read(out)) == 12
+    assert not quarantine(out)
 
 
 # ---- a provider in trouble
@@ -268,8 +283,8 @@ def test_what_may_pass_is_left_for_the_next_run(
     recaption_arguments, cli, world: Path, out: Path, capsys
 ) -> None:
     wrong = dict.fromkeys(names(world)[3:6], "429")
-    Moody.reset(about(wrong, as_sent(world)))
-    options = {**MOODY, "max_rows": 20}
+    FaultyOracle.reset(about(wrong, as_sent(world)))
+    options = {**FAULTY, "max_rows": 20}
     with pytest.raises(SystemExit) as ended:
         cli(recaption_arguments(**options))
     assert ended.value.code == 1
@@ -282,28 +297,27 @@ def test_what_may_pass_is_left_for_the_next_run(
     with pytest.raises(SystemExit):
         cli(recaption_arguments(**options, partial="true"))
     assert [row["image"] for row in read(out)] == [n for n in names(world)[:20] if n not in wrong]
-    Moody.reset()
+    FaultyOracle.reset()
     cli(recaption_arguments(**options))
     assert [row["image"] for row in read(out)] == names(world)[:20]
-    assert sum(task == "recaption" for task, _ in Moody.asked) == 3
+    assert sum(task == "recaption" for task, _ in FaultyOracle.asked) == 3
 
 
 def test_a_wrong_key_puts_no_row_into_quarantine(recaption_arguments, cli, out: Path, capsys) -> None:
-    Moody.reset(lambda messages: "401")
-    options = {**MOODY, "max_rows": 5}  # too few to call the judge unavailable
+    FaultyOracle.reset(lambda messages: "401")
+    options = {**FAULTY, "max_rows": 5}  # too few to call the judge unavailable
     with pytest.raises(SystemExit) as ended:
         cli(recaption_arguments(**options))
     assert ended.value.code == 1
     assert "no such key" in capsys.readouterr().err
     assert not quarantine(out)
-    assert len(journal(out)) == 1
-    Moody.reset()
+    FaultyOracle.reset()
     cli(recaption_arguments(**options))
     assert len(read(out)) == 5
 
 
 def test_a_provider_that_is_down_ends_the_run_with_one_message(
-    recaption_arguments, cli, server, over_http, out: Path, capsys
+    recaption_arguments, cli, server, over_http, tmp_path: Path, out: Path, capsys
 ) -> None:
     server.down_after = 30
     with pytest.raises(SystemExit) as ended:
@@ -314,8 +328,7 @@ def test_a_provider_that_is_down_ends_the_run_with_one_message(
     assert "model.judge" not in said  # the keys are those of this command
     assert not out.exists()
     assert not quarantine(out)
-    rows = [line["row"] for line in journal(out)[1:] if "caption" in line]
-    assert 0 < len(rows) == len(set(rows)) <= 30
+    assert 0 < cached(tmp_path / "judge.sqlite", "recaption") <= 30
     answered = {record["sha256"] for record in server.records if record["answered"]}
     server.down_after = None
     cli(recaption_arguments(**over_http))
@@ -334,10 +347,10 @@ def test_trouble_of_every_sort_costs_no_row(recaption_arguments, cli, server, ov
 
 
 def test_the_budget_ends_the_run_and_a_larger_one_continues_it(
-    recaption_arguments, cli, world: Path, out: Path, capsys
+    recaption_arguments, cli, world: Path, tmp_path: Path, out: Path, capsys
 ) -> None:
-    price = json.dumps({"moody/model": {"input": 10.0, "output": 100.0}})
-    options = {**MOODY, "judge.prices": price, "judge.budget_usd": 0.2, "judge.cache": "null"}
+    price = json.dumps({"faulty/model": {"input": 10.0, "output": 100.0}})
+    options = {**FAULTY, "judge.prices": price, "judge.budget_usd": 0.2}
     cli(recaption_arguments(**options))  # returns: a spent budget is no error
     said = capsys.readouterr().out
     assert "judge.budget_usd: $0.2" in said
@@ -347,13 +360,12 @@ def test_the_budget_ends_the_run_and_a_larger_one_continues_it(
     ledger = sqlite3.connect(out.with_name("new.json.ledger.sqlite"))
     spent, dearest = ledger.execute("SELECT sum(usd), max(usd) FROM calls").fetchone()
     assert 0.2 <= spent <= 0.2 + 4 * dearest  # four calls at once
-    done = sum("caption" in line for line in journal(out))
-    assert 0 < done < 60
+    assert 0 < cached(tmp_path / "judge.sqlite", "recaption") < 60
     cli(recaption_arguments(**options))  # it is the budget of the whole job, not of a process
     assert ledger.execute("SELECT sum(usd) FROM calls").fetchone()[0] == spent
     cli(recaption_arguments(**{**options, "judge.budget_usd": 5}))
     assert [row["image"] for row in read(out)] == names(world)
-    assert set(Moody.asked.values()) == {1}
+    assert set(FaultyOracle.asked.values()) == {1}
 
 
 # ---- settings
@@ -398,6 +410,7 @@ def test_all_problems_are_reported_at_once_and_nothing_is_touched(
         ({"image_root": None}, "image_root is required"),
         ({"out": None}, "out is required"),
         ({"folders": "[nowhere]"}, "folders: nowhere does not exist under image_root="),
+        ({"judge.cache": "null"}, "judge.cache must be a file"),
     ],
 )
 def test_what_is_missing_is_named(recaption_arguments, cli, options: dict, key: str) -> None:
@@ -432,14 +445,18 @@ def test_it_writes_over_nothing_that_it_has_not_written(
     assert (world / "shapes.json").read_bytes() == data
 
 
-def test_a_journal_of_other_settings_is_refused(recaption_arguments, cli, out: Path) -> None:
+def test_other_settings_than_those_of_an_earlier_run_are_refused(
+    recaption_arguments, cli, tmp_path: Path, out: Path
+) -> None:
     from balcap.cli import ConfigError
 
     cli(recaption_arguments(max_rows=3))
     before = out.read_bytes()
+    options = {"judge.params": "{temperature: 1}", "judge.cache": tmp_path / "other.sqlite"}
     with pytest.raises(ConfigError) as refused:
-        cli(recaption_arguments(max_rows=3, decompose="false", **{"judge.params": "{temperature: 1}"}))
+        cli(recaption_arguments(max_rows=3, decompose="false", **options))
     text = str(refused.value)
+    assert f'judge.cache was "{tmp_path / "judge.sqlite"}", is "{tmp_path / "other.sqlite"}"' in text
     assert 'judge.params was {}, is {"temperature": 1}' in text
     assert "decompose was true, is false" in text
     assert "Set them back" in text
@@ -468,22 +485,22 @@ def test_a_data_set_that_changes_under_the_run_is_noticed(
     def change(messages) -> None:
         data.write_text(json.dumps(rows[::-1]))
 
-    Moody.reset(change)
+    FaultyOracle.reset(change)
     with pytest.raises(SystemExit, match=r"^data: .* has changed while its rows were captioned"):
-        cli(recaption_arguments(**MOODY, data=data))
+        cli(recaption_arguments(**FAULTY, data=data))
     assert not out.exists()
     data.write_text(json.dumps(rows))
-    before = Moody.asked.copy()
-    cli(recaption_arguments(**MOODY, data=data))
+    before = FaultyOracle.asked.copy()
+    cli(recaption_arguments(**FAULTY, data=data))
     assert [row["image"] for row in read(out)] == names(world)[:4]
-    assert Moody.asked == before
+    assert FaultyOracle.asked == before
 
 
 def test_few_images_are_in_memory_at_once(recaption_arguments, cli, monkeypatch) -> None:
-    from balcap.recaption.run import Run
+    from balcap.commands.recaption_run import RecaptionRun
 
     held, most = [0], [0]
-    original = Run._caption
+    original = RecaptionRun._caption
 
     async def counted(self, row: int):
         held[0] += 1
@@ -493,6 +510,6 @@ def test_few_images_are_in_memory_at_once(recaption_arguments, cli, monkeypatch)
         finally:
             held[0] -= 1
 
-    monkeypatch.setattr(Run, "_caption", counted)
+    monkeypatch.setattr(RecaptionRun, "_caption", counted)
     cli(recaption_arguments())
     assert 4 <= most[0] <= 8  # twice as many as calls at once

@@ -1,0 +1,393 @@
+"""The parts of an estimate: how many images a run judges, and what each costs by a dry run.
+
+In the dry run everything is real but the provider: `RewardSuite` decides what is asked, `Judge` what is known
+already and what shares a call, tasks write the messages and read the answers. `FakeClient` answers with
+`Task.example` and counts what the call would have used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from base64 import b64decode
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+
+from balcap.commands.estimate_images import rule_for
+from balcap.judge import Bill, CallFailed, Decompose, Judge, JudgeSettings, Question, Reply, Route, Task
+from balcap.judge.cache import JudgmentCache
+from balcap.judge.client import import_litellm, provider_of
+from balcap.judge.images import ImagePolicy, image_url
+from balcap.judge.prompt import response_format
+from balcap.rewards import RewardSuite
+from balcap.types import CaptionBatch
+
+# ---- how many
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run judges.
+
+    Attributes:
+        batches: training batches on each rank.
+        images_per_batch: over all ranks.
+        train_rows: different images that are trained on.
+        validations: number of training batches before each validation, in order.
+        val_images: images of one validation, over all ranks.
+    """
+
+    batches: int
+    images_per_batch: int
+    train_rows: int
+    validations: tuple[int, ...]
+    val_images: int
+
+    def visits(self) -> tuple[int, int]:
+        """Images that training judges for the first time, and again."""
+        images = self.batches * self.images_per_batch
+        first = min(images, self.train_rows)
+        return first, images - first
+
+    def val_visits(self) -> tuple[int, int]:
+        """Likewise for validation."""
+        count = len(self.validations)
+        return self.val_images * min(1, count), self.val_images * max(0, count - 1)
+
+
+def training_batches(
+    batches_per_epoch: int, max_steps: int, max_epochs: int | None, updates_per_rollout: int = 1
+) -> int:
+    """Batches until Lightning stops; -1 and None are no limit, of which one at least must be given.
+
+    ``max_steps`` counts optimizer steps, of which a batch has `updates_per_rollout`; a batch that has begun
+    is finished.
+    """
+    limits = []
+    if max_steps >= 0:
+        limits.append(math.ceil(max_steps / updates_per_rollout))
+    if max_epochs is not None and max_epochs >= 0:
+        limits.append(max_epochs * batches_per_epoch)
+    return min(limits) if batches_per_epoch else 0
+
+
+def validations(
+    batches: int, batches_per_epoch: int, interval: int | float | None, every_n_epochs: int | None
+) -> tuple[int, ...]:
+    """After how many batches there is a validation: before the first, as the settings say, after the last.
+
+    Args:
+        batches: of the whole run, on one rank.
+        batches_per_epoch: on one rank.
+        interval: ``trainer.val_check_interval``: batches, or a share of the epoch; None for neither (it is a
+            time).
+        every_n_epochs: ``trainer.check_val_every_n_epoch``; None counts `interval` over epochs.
+    """
+    due = {0, batches}
+    if interval is not None and batches:
+        period = interval if isinstance(interval, int) else max(1, int(batches_per_epoch * interval))
+        for done in range(1, batches + 1):
+            epoch, within = divmod(done - 1, batches_per_epoch)
+            if every_n_epochs is None:
+                is_due = done % period == 0
+            else:
+                is_due = (epoch + 1) % every_n_epochs == 0 and (within + 1) % period == 0
+            if is_due:
+                due.add(done)
+    return tuple(sorted(due))
+
+
+def limited(batches: int, limit: int | float) -> int:
+    """``limit_train_batches`` and the like: a number of batches, or a share of them."""
+    return min(batches, limit) if isinstance(limit, int) else int(batches * min(limit, 1.0))
+
+
+def ranks_of(
+    devices: int | str | Sequence[int], nodes: int, accelerator: str, visible: int
+) -> tuple[int, bool]:
+    """Processes that ``trainer.devices`` and ``num_nodes`` start, and whether that is certain.
+
+    Args:
+        devices: as in the config: a number, a list, ``"0,1"``, ``"auto"`` or -1.
+        nodes: machines.
+        accelerator: as in the config.
+        visible: GPUs of this machine.
+    """
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]  # type: ignore[misc]
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, (list, tuple)):
+        return len(devices) * nodes, True
+    if isinstance(devices, int) and devices > 0:
+        return devices * nodes, True
+    if accelerator == "cpu":
+        return nodes, True
+    return max(1, visible) * nodes, False
+
+
+# ---- captions
+
+
+def stand_ins(references: Sequence[str], row: int, count: int, words: int, overlap: float) -> list[str]:
+    """Captions of a row that nobody has written yet, from references: sizes and repetition, not content.
+
+    Args:
+        references: of all rows.
+        row: whose captions.
+        count: how many.
+        words: of each.
+        overlap: share of every caption that is the beginning of the row's own reference, and so the same in all;
+            what follows is from another row's reference, another for each caption.
+    """
+    own = references[row].split()
+    others = [text.split() for text in (*references[row + 1 :], *references[: row + 1]) if text.strip()]
+    if not own:
+        return [""] * count
+    shared = [own[index % len(own)] for index in range(round(overlap * words))]
+    captions = []
+    for number in range(count):
+        other, start = others[number % len(others)], number // len(others)
+        rest = [other[(start + index) % len(other)] for index in range(words - len(shared))]
+        captions.append(" ".join([*shared, *rest]))
+    return captions
+
+
+# ---- what each costs
+
+Usage = dict[tuple[str, str], np.ndarray]
+"""Task and model -> calls, prompt tokens (images included), tokens of the answers (reasoning included)."""
+
+
+@dataclass(frozen=True)
+class Counting:
+    """How tokens are counted.
+
+    Attributes:
+        text: tokens of a text.
+        image: tokens of each image; None for the rule of the model.
+        reasoning: tokens per call beside the answer; None for an assumption by model and parameters.
+        schema: whether the schema of the answer counts as prompt where providers bill it.
+        words_per_assertion: words of a caption for each assertion that it makes.
+    """
+
+    text: Callable[[str], int]
+    image: int | None = None
+    reasoning: int | None = None
+    schema: bool = True
+    words_per_assertion: float = Decompose.words_per_assertion
+
+
+class FakeClient:
+    """Stands in for the client: answers every call with the task's example, and counts it.
+
+    Args:
+        settings: of the judge whose calls they would be.
+        counting: of tokens.
+
+    Attributes:
+        used: what the calls so far would have used.
+        unknown: names of tasks that have no example; their answers count as short.
+    """
+
+    SHORT_ANSWER = 40
+    _SCHEMA_IN_PROMPT = frozenset(("openai", "azure", "anthropic", "gemini", "vertex_ai", "bedrock"))
+
+    def __init__(self, settings: JudgeSettings, counting: Counting):
+        self.used: Usage = {}
+        self.unknown: set[str] = set()
+        self._settings, self._counting = settings, counting
+
+    def connect(self) -> None:
+        """Nothing to connect to."""
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+    async def call(
+        self, question: Question, route: Route, messages: Sequence[Mapping[str, Any]], timeout_s: float
+    ) -> Reply:
+        """See `balcap.judge.Client.call`."""
+        task, counting = question.task, self._counting
+        tokens_out = counting.reasoning
+        if tokens_out is None:
+            tokens_out = reasoning_tokens(route.model, route.params)
+        try:
+            answer = json.dumps(task.encode(task.example(messages[0]["items"], **question.context)))
+            tokens_out += counting.text(answer)
+        except NotImplementedError:
+            answer, tokens_out = "", tokens_out + self.SHORT_ANSWER
+            self.unknown.add(task.name)
+        figures = np.array([1.0, self._tokens_in(question, route, messages), tokens_out])
+        key = (task.name, route.model)
+        self.used[key] = self.used.get(key, 0) + figures
+        if not answer:
+            raise CallFailed("rejected", f"{task.name} has no example of an answer")
+        return Reply(answer, Bill())
+
+    def _tokens_in(self, question: Question, route: Route, messages: Sequence[Mapping[str, Any]]) -> int:
+        tokens = 0
+        for message in messages:
+            content = message["content"]
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                if part["type"] == "text":
+                    tokens += self._counting.text(part["text"])
+                else:
+                    tokens += self._image(part["image"], route.model)
+        provider = provider_of(place_of(self._settings, route.model), self._settings.providers)
+        if self._counting.schema and provider in self._SCHEMA_IN_PROMPT:
+            schema = response_format(question.task.name, question.task.schema)
+            tokens += self._counting.text(json.dumps(schema))
+        return tokens
+
+    def _image(self, image: bytes, model: str) -> int:
+        given = self._counting.image
+        return image_tokens(self._settings, model, image) if given is None else given
+
+
+class MemoryCache(JudgmentCache):
+    """A cache that forgets everything in the end."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self._kept: dict[str, str] = {}
+
+    def get_many(self, keys: Sequence[str]) -> dict[str, str]:
+        """See `JudgmentCache.get_many`."""
+        return {key: self._kept[key] for key in keys if key in self._kept}
+
+    def put(self, key: str, task: str, model: str, answer: str) -> None:
+        """See `JudgmentCache.put`."""
+        self._kept[key] = answer
+
+
+class DryRunJudge(Judge):
+    """A judge with the settings of another, which asks `client` and remembers in memory alone."""
+
+    def __init__(self, settings: JudgeSettings, client: FakeClient, words_per_assertion: float) -> None:
+        own = replace(settings, fallbacks=None, ledger=None, budget_usd=None, retries=0, max_failed_share=1.0)
+        super().__init__(**vars(own))
+        self._client, self._words_per_assertion = client, words_per_assertion
+
+    def make_client(self) -> Any:
+        return self._client
+
+    def make_cache(self) -> JudgmentCache:
+        return JudgmentCache(None) if self.settings.cache is None else MemoryCache()
+
+    async def ask(self, task: type[Task[Any]], items: Sequence[Any], *args: Any, **context: Any) -> list[Any]:
+        """See `Judge.ask`."""
+        return await super().ask(_with_items(task, self._words_per_assertion), items, *args, **context)
+
+
+@cache
+def _with_items(task: type[Task[Any]], words: float) -> type[Task[Any]]:
+    """`task`, whose messages also carry the items that they ask about: what `FakeClient` answers."""
+
+    class WithItems(task):  # type: ignore[valid-type, misc]
+        words_per_assertion = words
+
+        def messages(self, items: Sequence[Any], **context: Any) -> list[dict[str, Any]]:
+            first, *others = super().messages(items, **context)
+            return [{**first, "items": items}, *others]
+
+    return WithItems
+
+
+def dry_run(
+    settings: JudgeSettings,
+    suite: RewardSuite,
+    counting: Counting,
+    rows: CaptionBatch,
+    captions: Sequence[Sequence[str]],
+    num_captions: int,
+) -> tuple[list[list[Usage]], set[str]]:
+    """Judge every row, `num_captions` of its captions at each visit, with a judge that asks nobody.
+
+    Returns:
+        Usage by visit and row; and the names of tasks whose answers could not be guessed.
+    """
+    client = FakeClient(settings, counting)
+    judge = DryRunJudge(settings, client, counting.words_per_assertion)
+    used: list[list[Usage]] = []
+    try:
+        for start in range(0, len(captions[0]), num_captions):
+            used.append([])
+            units = rows.extra("reference_units")
+            for row in range(len(rows)):
+                client.used = {}
+                group = (rows.sample_ids[row], rows.image_bytes[row], rows.references[row])
+                texts = captions[row][start : start + num_captions]
+                judge.run(suite.gather_group(judge, *group, texts, units[row]))
+                used[-1].append(client.used)
+    finally:
+        judge.close()
+    return used, client.unknown
+
+
+# ---- tokens
+
+_REASONS = r"gpt-5(-mini|-nano|-20\d\d|$)|\bo[134](-|$)|gemini-(2\.5|[3-9])|deepseek-r|qwq"
+"""Models that reason unless they are told not to; GPT-5.1 and later, Claude and most open ones do not."""
+
+# Output tokens per call that are billed and never seen. Short questions with a list to fill in.
+_EFFORTS = {"none": 0, "disable": 0, "minimal": 0, "low": 200, "medium": 800, "high": 2500, "xhigh": 5000}
+
+
+def text_counter(chars_per_token: float | None) -> tuple[Callable[[str], int], str]:
+    """Counts the tokens of a text; and what it is, for a person.
+
+    Args:
+        chars_per_token: characters that make a token; None takes litellm's tokenizer, which needs no network.
+    """
+    if chars_per_token is not None:
+        return lambda text: int(len(text) / chars_per_token), f"{chars_per_token:g} characters a token"
+    count = import_litellm().token_counter
+    # The model only chooses a tokenizer: this one lies in litellm, others would be fetched.
+    return (
+        lru_cache(maxsize=4096)(lambda text: count(model="gpt-4o", text=text)),
+        "OpenAI's cl100k_base tokenizer, within some percent of others",
+    )
+
+
+def reasoning_tokens(model: str, params: Mapping[str, Any]) -> int:
+    """Assumed output tokens per call that a model spends on reasoning, beside its answer.
+
+    From ``reasoning_effort`` (or the budget of Anthropic's ``thinking``), else from what the model does by
+    itself.
+    """
+    effort = params.get("reasoning_effort")
+    effort = effort.get("effort") if isinstance(effort, Mapping) else effort
+    if effort is not None:
+        return _EFFORTS.get(str(effort), _EFFORTS["medium"])
+    thinking = params.get("thinking")
+    if isinstance(thinking, Mapping) and thinking.get("type") != "disabled":
+        return min(_EFFORTS["medium"], int(thinking.get("budget_tokens") or _EFFORTS["medium"]))
+    return _EFFORTS["medium"] if re.search(_REASONS, model) else 0
+
+
+def place_of(settings: JudgeSettings, model: str) -> str:
+    """Where a model is served, as litellm writes it: the first of its deployments."""
+    return settings.deployments[0].model if settings.deployments and model == settings.model else model
+
+
+def image_tokens(settings: JudgeSettings, model: str, image: bytes) -> int:
+    """Tokens of an image file as the judge sends it to `model`, by the model's rule."""
+    place = place_of(settings, model)
+    detail = settings.images.detail_for(provider_of(place, settings.providers) or "")
+    return rule_for(place).tokens(*_size(image, settings.images), detail)
+
+
+@lru_cache(maxsize=1024)
+def _size(image: bytes, policy: ImagePolicy) -> tuple[int, int]:
+    """Pixels of an image file as it is sent."""
+    from PIL import Image
+
+    with Image.open(BytesIO(b64decode(image_url(image, policy).partition(",")[2]))) as sent:
+        return sent.size

@@ -1,0 +1,172 @@
+"""What a recaption run reads and writes beside the judge's cache.
+
+``<out>``                    the ShareGPT4V file, written at the end, whole or not at all
+``<out>.quarantine.jsonl``   rows without a caption that can be used, and why
+``<out>.settings.json``      what the answers depend on: a run with other settings is refused
+``<out>.ledger.sqlite``      what was paid (`balcap.judge`)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from balcap.data.reader import prompt_for
+from balcap.data.sharegpt4v import PLACEHOLDER, normalise
+from balcap.utils.files import append_jsonl, atomic_write, read_jsonl
+
+REMEMBERED = frozenset(("refused", "filtered", "invalid", "cut", "too_long", "rejected"))
+"""Causes that cost a call to find out: the next run asks again only with ``retry_quarantined``."""
+
+
+@dataclass(frozen=True)
+class QuarantinedRow:
+    """A row without a caption that could be trained on.
+
+    Attributes:
+        row: number in the data set, counted from 0.
+        image: as the data set writes it.
+        kind: kind of a `balcap.judge.JudgeFailure`, a cause of `balcap.data`, or ``no_units``.
+        reason: for a person.
+    """
+
+    row: int
+    image: str
+    kind: str
+    reason: str
+
+
+class Quarantine(dict[int, QuarantinedRow]):
+    """Row -> why it has no caption; on disk as soon as it is added."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def read(self) -> dict[int, QuarantinedRow]:
+        """What is on disk."""
+        return {line["row"]: QuarantinedRow(**line) for line in read_jsonl(self.path)}
+
+    def add(self, entry: QuarantinedRow) -> None:
+        """List the row, in place of what was listed for it before."""
+        self[entry.row] = entry
+        append_jsonl(self.path, [asdict(entry)])
+
+    def write(self) -> None:
+        """Write the file anew, in the order of the rows; no file where nothing is listed."""
+        if not self:
+            self.path.unlink(missing_ok=True)
+            return
+        with atomic_write(self.path) as file:
+            file.writelines(json.dumps(asdict(self[row])) + "\n" for row in sorted(self))
+
+
+@contextmanager
+def claim(path: Path, settings: dict[str, Any]) -> Iterator[bool]:
+    """Hold the settings file of an `out` while a run works on it. Yields whether this is the first run, which
+    writes it.
+
+    Args:
+        path: the file.
+        settings: key -> value of all that answers depend on.
+
+    Raises:
+        ConfigError: the file was written with other settings, by something else, or another process holds it.
+    """
+    from balcap.cli import ConfigError  # imports Lightning
+
+    settings = json.loads(json.dumps(settings))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        if not _lock(file):
+            raise ConfigError([f"out: another process is working with {path} right now"])
+        file.seek(0)
+        text = file.read()
+        if text and (problems := _changed(path, text, settings)):
+            raise ConfigError(problems)
+        if not text:
+            json.dump({"recaption": settings}, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        yield not text
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether no other process holds the file. Always on Windows, and on file systems that know no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
+
+
+def _changed(path: Path, text: str, settings: dict[str, Any]) -> list[str]:
+    """What differs between a settings file and `settings`, one message each; empty for nothing."""
+    try:
+        saved = dict(json.loads(text)["recaption"])
+    except (ValueError, KeyError, TypeError):
+        return [f"out: {path} was not written by recaption. Name another out, or move that file away"]
+    problems = [
+        f"{key} was {json.dumps(saved.get(key)):.100}, is {json.dumps(settings.get(key)):.100}"
+        for key in saved | settings
+        if saved.get(key) != settings.get(key)
+    ]
+    if problems:
+        problems.append(
+            f"out: {path} was begun with the settings above. Set them back to go on; or name another out, or "
+            "move that file away, to begin anew (what is in judge.cache is not paid for again)"
+        )
+    return problems
+
+
+def output_row(
+    raw: dict[str, Any],
+    caption: tuple[str, str],
+    units: tuple[list[str], str] | None,
+    prompts: Sequence[str] = (),
+    seed: int = 0,
+    keep_original: bool = True,
+) -> dict[str, Any]:
+    """A row of the data set with its new caption; other keys stay as they are.
+
+    Args:
+        raw: the row as it was.
+        caption: the new caption, and the model that wrote it.
+        units: the assertions of the new caption, and the model that found them; None to write none.
+        prompts, seed: as `balcap.data.reader.prompt_for`.
+        keep_original: store the caption that is replaced as ``original_caption``.
+    """
+    flat = normalise(raw, 0)
+    new = {key: value for key, value in raw.items() if key not in ("reference_units", "units_model")}
+    turns = raw.get("conversations") or ()
+    human = next((turn.get("value") for turn in turns if str(turn.get("from")) == "human"), None)
+    if prompts or not human or PLACEHOLDER not in human:
+        human = f"{PLACEHOLDER}\n{prompt_for(flat['sample_id'], flat['question'], prompts, seed)}"
+    new["conversations"] = [{"from": "human", "value": human}, {"from": "gpt", "value": caption[0]}]
+    if keep_original:
+        new["original_caption"] = flat["caption"]
+    new["caption_model"] = caption[1]
+    if units is not None:
+        new["reference_units"], new["units_model"] = units
+    return new
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write a JSON array, one row a line, whole or not at all; the number of rows."""
+    number = 0
+    # Half of a surrogate pair is legal in JSON but not in UTF-8: "replace".
+    with atomic_write(path, errors="replace") as file:
+        file.write("[")
+        for number, row in enumerate(rows, 1):
+            file.write((",\n" if number > 1 else "\n") + json.dumps(row, ensure_ascii=False))
+        file.write("\n]\n")
+    return number
