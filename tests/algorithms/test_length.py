@@ -43,7 +43,7 @@ def test_empty_caption_is_outside_unless_everything_short_is_inside():
     assert within_length_bounds(lengths, references, 0.0, math.inf).item()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 5000), st.integers(1, 5000), st.integers(0, 400), st.integers(0, 400))
 def test_bounds_are_exact_for_decimal_bounds(length, reference, low, width):
     low_exact, high_exact = Fraction(low, 100), Fraction(low + width, 100)
@@ -54,12 +54,18 @@ def test_bounds_are_exact_for_decimal_bounds(length, reference, low, width):
     assert mask.item() == inside
 
 
-@pytest.mark.parametrize("hundredths", range(1, 301))
-def test_a_ratio_that_equals_a_bound_is_inside(hundredths):
-    tau = hundredths / 100
+def test_a_ratio_that_equals_a_bound_is_inside():
+    hundredths = torch.arange(1, 301)
     for reference in (100, 300, 700):
-        length = hundredths * reference // 100
-        assert within_length_bounds(torch.tensor([[length]]), torch.tensor([reference]), tau, tau).item()
+        ratios = length_ratio((hundredths * reference // 100)[:, None], torch.full((300,), reference))[:, 0]
+        assert ratios.tolist() == [h / 100 for h in range(1, 301)]  # as a user writes the bound
+        assert within_length_bounds(torch.tensor([[reference]]), torch.tensor([reference]), 1.0, 1.0).item()
+
+
+def test_the_penalty_takes_all_of_the_reward_at_twice_the_length_unless_told_otherwise():
+    rewards, references = torch.full((1, 3, 1), 1.0), torch.tensor([10])
+    lowered = linear_length_penalty(rewards, torch.tensor([[10, 15, 20]]), references, index=0)
+    torch.testing.assert_close(lowered[0, :, 0], torch.tensor([1.0, 0.5, 0.0]))
 
 
 @pytest.mark.parametrize(("low", "high"), [(2.0, 0.5), (-0.1, 1.0), (NAN, 1.0)])

@@ -45,6 +45,39 @@ def test_surrogate_golden():
     assert clipped.tolist() == [[[True, False, False], [False, True, False]]]
 
 
+def test_small_advantages_are_clipped_by_their_sign_at_the_paper_s_range():
+    # Ratios 1.25 and 0.75 with the default range [0.8, 1.2]: only the side that would pay on is cut.
+    logps = torch.tensor([1.25, 0.75]).log().expand(1, 3, 2)
+    mask = torch.ones(1, 3, 2, dtype=torch.bool)
+    advantages = torch.tensor([[0.5, -0.5, 0.0]])
+    loss, clipped = clipped_surrogate(logps, torch.zeros(1, 3, 2), advantages, mask)
+    torch.testing.assert_close(loss, torch.tensor([[[-0.6, -0.375], [0.625, 0.4], [0.0, 0.0]]]))
+    assert clipped.tolist() == [[[True, False], [False, True], [False, False]]]
+    hidden = clipped_surrogate(logps, torch.zeros(1, 3, 2), advantages, torch.zeros_like(mask))
+    assert (hidden[0] == 0).all()
+    assert policy_loss(logps, torch.zeros(1, 3, 2), advantages, mask).clipped == 2
+
+
+def test_log_ratios_are_limited_to_20():
+    logps = torch.tensor([[[20.5, 19.5]]])
+    loss, _ = clipped_surrogate(
+        logps, torch.zeros(1, 1, 2), torch.tensor([[-1.0]]), torch.ones(1, 1, 2).bool()
+    )
+    torch.testing.assert_close(loss, torch.tensor([[[20.0, 19.5]]]).exp())
+
+
+def test_one_advantage_per_token_is_taken_as_it_is():
+    logps, old, _, advantages, mask = make_step(0)
+    shared = clipped_surrogate(logps, old, advantages, mask)
+    spread = clipped_surrogate(logps, old, advantages[..., None].expand_as(logps), mask)
+    assert torch.equal(shared[0], spread[0])
+    assert torch.equal(shared[1], spread[1])
+    only = torch.zeros_like(logps)
+    only[..., 1] = 1.0
+    loss, _ = clipped_surrogate(logps, logps, only, torch.ones_like(mask))
+    assert torch.equal(loss, -only)
+
+
 def test_clipped_tokens_have_no_gradient_and_the_others_have():
     logps = torch.tensor([1.5, 0.5, 1.1]).log().repeat(1, 2, 1).requires_grad_()
     mask = torch.ones(1, 2, 3, dtype=torch.bool)

@@ -8,10 +8,10 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from examples.shapes.draw import scene_of
 from PIL import Image
 
 from balcap.judge.images import ImagePolicy, image_url
-from examples.shapes.draw import scene_of
 from examples.shapes.language import is_true, read_fact, read_facts
 from tests.commands.recaption_fakes import FAULTY, FaultyOracle, about
 
