@@ -20,7 +20,7 @@ from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException  # noqa: E402
 
-from balcap.commands.estimate import HERE, BalCapTrainer, estimate_problems, launch_of  # noqa: E402
+from balcap.commands.estimate import HERE, BalCapTrainer, estimate_problems  # noqa: E402
 from balcap.config import ConfigError, model_problems, trainer_problems  # noqa: E402
 from balcap.data import CaptionDataModule  # noqa: E402
 from balcap.judge import BudgetSpent  # noqa: E402
@@ -177,7 +177,7 @@ class BalCapCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "estimate":
-            return kwargs | {"launch": launch_of(self.config[subcommand])}
+            return kwargs | {"launch": self.config[subcommand].trainer}
         kwargs["weights_only"] = True  # a checkpoint is data: it must not run code when it is read
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # they are on disk already

@@ -12,7 +12,7 @@ import math
 import re
 from base64 import b64decode
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from io import BytesIO
 from typing import Any
@@ -89,18 +89,17 @@ def validations(
             time).
         every_n_epochs: ``trainer.check_val_every_n_epoch``; None counts `interval` over epochs.
     """
-    due = {0, batches}
-    if interval is not None and batches:
-        period = interval if isinstance(interval, int) else max(1, int(batches_per_epoch * interval))
-        for done in range(1, batches + 1):
-            epoch, within = divmod(done - 1, batches_per_epoch)
-            if every_n_epochs is None:
-                is_due = done % period == 0
-            else:
-                is_due = (epoch + 1) % every_n_epochs == 0 and (within + 1) % period == 0
-            if is_due:
-                due.add(done)
-    return tuple(sorted(due))
+    if interval is None or not batches:
+        return tuple(sorted({0, batches}))
+    period = interval if isinstance(interval, int) else max(1, int(batches_per_epoch * interval))
+
+    def is_due(done: int) -> bool:
+        epoch, within = divmod(done - 1, batches_per_epoch)
+        if every_n_epochs is None:
+            return done % period == 0
+        return (epoch + 1) % every_n_epochs == 0 and (within + 1) % period == 0
+
+    return (0, *(done for done in range(1, batches) if is_due(done)), batches)
 
 
 def limited(batches: int, limit: int | float) -> int:
@@ -119,42 +118,33 @@ def ranks_of(
         accelerator: as in the config.
         visible: GPUs of this machine.
     """
+    if str(devices) in ("auto", "-1"):
+        return (nodes, True) if accelerator == "cpu" else (max(1, visible) * nodes, False)
     if isinstance(devices, str) and "," in devices:
-        devices = [part for part in devices.split(",") if part.strip()]  # type: ignore[misc]
-    if isinstance(devices, str) and devices.lstrip("-").isdigit():
-        devices = int(devices)
-    if isinstance(devices, (list, tuple)):
-        return len(devices) * nodes, True
-    if isinstance(devices, int) and devices > 0:
-        return devices * nodes, True
-    if accelerator == "cpu":
-        return nodes, True
-    return max(1, visible) * nodes, False
+        devices = [int(part) for part in devices.split(",") if part.strip()]
+    return (int(devices) if isinstance(devices, int | str) else len(devices)) * nodes, True
 
 
 # ---- captions
 
 
-def stand_ins(references: Sequence[str], row: int, count: int, words: int, overlap: float) -> list[str]:
+def stand_ins(references: Sequence[str], row: int, count: int, most: int, overlap: float) -> list[str]:
     """Captions of a row that nobody has written yet, from references: sizes and repetition, not content.
 
     Args:
         references: of all rows.
-        row: whose captions.
+        row: whose captions, each as long as its reference.
         count: how many.
-        words: of each.
+        most: words of the longest.
         overlap: share of every caption that is the beginning of the row's own reference, and so the same in all;
             what follows is from another row's reference, another for each caption.
     """
-    own = references[row].split()
+    own = references[row].split()[:most]
     others = [text.split() for text in (*references[row + 1 :], *references[: row + 1]) if text.strip()]
-    if not own:
-        return [""] * count
-    shared = [own[index % len(own)] for index in range(round(overlap * words))]
-    captions = []
+    shared, captions = own[: round(overlap * len(own))], []
     for number in range(count):
-        other, start = others[number % len(others)], number // len(others)
-        rest = [other[(start + index) % len(other)] for index in range(words - len(shared))]
+        other, start = others[number % len(others)] if others else [], number // max(1, len(others))
+        rest = [other[(start + index) % len(other)] for index in range(len(own) - len(shared))]
         captions.append(" ".join([*shared, *rest]))
     return captions
 
@@ -164,24 +154,7 @@ def stand_ins(references: Sequence[str], row: int, count: int, words: int, overl
 Usage = dict[tuple[str, str], np.ndarray]
 """Task and model -> calls, prompt tokens (images included), tokens of the answers (reasoning included)."""
 
-
-@dataclass(frozen=True)
-class Counting:
-    """How tokens are counted.
-
-    Attributes:
-        text: tokens of a text.
-        image: tokens of each image; None for the rule of the model.
-        reasoning: tokens per call beside the answer; None for an assumption by model and parameters.
-        schema: whether the schema of the answer counts as prompt where providers bill it.
-        words_per_assertion: words of a caption for each assertion that it makes.
-    """
-
-    text: Callable[[str], int]
-    image: int | None = None
-    reasoning: int | None = None
-    schema: bool = True
-    words_per_assertion: float = Decompose.words_per_assertion
+NOTHING = np.zeros(3)
 
 
 class FakeClient:
@@ -189,7 +162,11 @@ class FakeClient:
 
     Args:
         settings: of the judge whose calls they would be.
-        counting: of tokens.
+        text: tokens of a text.
+        schema: whether the schema of the answer counts as prompt where providers bill it.
+        image: tokens of each image; None for the rule of the model.
+        reasoning: tokens per call beside the answer; None for an assumption by model and parameters.
+        words_per_assertion: words of a caption for each assertion that it makes.
 
     Attributes:
         used: what the calls so far would have used.
@@ -199,10 +176,19 @@ class FakeClient:
     SHORT_ANSWER = 40
     _SCHEMA_IN_PROMPT = frozenset(("openai", "azure", "anthropic", "gemini", "vertex_ai", "bedrock"))
 
-    def __init__(self, settings: JudgeSettings, counting: Counting):
+    def __init__(
+        self,
+        settings: JudgeSettings,
+        text: Callable[[str], int],
+        schema: bool = True,
+        image: int | None = None,
+        reasoning: int | None = None,
+        words_per_assertion: float = Decompose.words_per_assertion,
+    ):
+        self.settings, self.words_per_assertion = settings, words_per_assertion
         self.used: Usage = {}
         self.unknown: set[str] = set()
-        self._settings, self._counting = settings, counting
+        self._text, self._schema, self._image, self._reasoning = text, schema, image, reasoning
 
     def connect(self) -> None:
         """Nothing to connect to."""
@@ -214,41 +200,35 @@ class FakeClient:
         self, question: Question, route: Route, messages: Sequence[Mapping[str, Any]], timeout_s: float
     ) -> Reply:
         """See `balcap.judge.Client.call`."""
-        task, counting = question.task, self._counting
-        tokens_out = counting.reasoning
+        task, tokens_out = question.task, self._reasoning
         if tokens_out is None:
             tokens_out = reasoning_tokens(route.model, route.params)
         try:
             answer = json.dumps(task.encode(task.example(messages[0]["items"], **question.context)))
-            tokens_out += counting.text(answer)
+            tokens_out += self._text(answer)
         except NotImplementedError:
             answer, tokens_out = "", tokens_out + self.SHORT_ANSWER
             self.unknown.add(task.name)
         figures = np.array([1.0, self._tokens_in(question, route, messages), tokens_out])
         key = (task.name, route.model)
-        self.used[key] = self.used.get(key, 0) + figures
+        self.used[key] = self.used.get(key, NOTHING) + figures
         if not answer:
             raise CallFailed("rejected", f"{task.name} has no example of an answer")
         return Reply(answer, Bill())
 
     def _tokens_in(self, question: Question, route: Route, messages: Sequence[Mapping[str, Any]]) -> int:
-        tokens = 0
-        for message in messages:
-            content = message["content"]
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                if part["type"] == "text":
-                    tokens += self._counting.text(part["text"])
-                else:
-                    tokens += self._image(part["image"], route.model)
-        provider = provider_of(place_of(self._settings, route.model), self._settings.providers)
-        if self._counting.schema and provider in self._SCHEMA_IN_PROMPT:
-            schema = response_format(question.task.name, question.task.schema)
-            tokens += self._counting.text(json.dumps(schema))
-        return tokens
-
-    def _image(self, image: bytes, model: str) -> int:
-        given = self._counting.image
-        return image_tokens(self._settings, model, image) if given is None else given
+        contents = [message["content"] for message in messages]
+        texts = [content for content in contents if isinstance(content, str)]
+        parts = [part for content in contents if not isinstance(content, str) for part in content]
+        texts += [part["text"] for part in parts if part["type"] == "text"]
+        images = [part["image"] for part in parts if part["type"] == "image"]
+        provider = provider_of(place_of(self.settings, route.model), self.settings.providers)
+        if self._schema and provider in self._SCHEMA_IN_PROMPT:
+            texts.append(json.dumps(response_format(question.task.name, question.task.schema)))
+        if self._image is not None:
+            return sum(map(self._text, texts)) + self._image * len(images)
+        seen = sum(image_tokens(self.settings, route.model, image) for image in images)
+        return sum(map(self._text, texts)) + seen
 
 
 class MemoryCache(JudgmentCache):
@@ -268,12 +248,18 @@ class MemoryCache(JudgmentCache):
 
 
 class DryRunJudge(Judge):
-    """A judge with the settings of another, which asks `client` and remembers in memory alone."""
+    """A judge with the client's settings, which asks that client and remembers in memory alone."""
 
-    def __init__(self, settings: JudgeSettings, client: FakeClient, words_per_assertion: float) -> None:
-        own = replace(settings, fallbacks=None, ledger=None, budget_usd=None, retries=0, max_failed_share=1.0)
-        super().__init__(**vars(own))
-        self._client, self._words_per_assertion = client, words_per_assertion
+    def __init__(self, client: FakeClient) -> None:
+        changed = {
+            "fallbacks": None,
+            "ledger": None,
+            "budget_usd": None,
+            "retries": 0,
+            "max_failed_share": 1.0,
+        }
+        super().__init__(**(vars(client.settings) | changed))
+        self._client = client
 
     def make_client(self) -> Any:
         return self._client
@@ -283,7 +269,8 @@ class DryRunJudge(Judge):
 
     async def ask(self, task: type[Task[Any]], items: Sequence[Any], *args: Any, **context: Any) -> list[Any]:
         """See `Judge.ask`."""
-        return await super().ask(_with_items(task, self._words_per_assertion), items, *args, **context)
+        task = _with_items(task, self._client.words_per_assertion)
+        return await super().ask(task, items, *args, **context)
 
 
 @cache
@@ -301,34 +288,40 @@ def _with_items(task: type[Task[Any]], words: float) -> type[Task[Any]]:
 
 
 def dry_run(
-    settings: JudgeSettings,
+    client: FakeClient,
     suite: RewardSuite,
-    counting: Counting,
     rows: CaptionBatch,
     captions: Sequence[Sequence[str]],
-    num_captions: int,
-) -> tuple[list[list[Usage]], set[str]]:
-    """Judge every row, `num_captions` of its captions at each visit, with a judge that asks nobody.
+    visits: tuple[int, int],
+) -> list[Usage]:
+    """Judge every row with a judge that asks nobody.
+
+    Args:
+        client: answers, and counts.
+        suite: says what is asked.
+        rows: the sampled images.
+        captions: of each row; of the first visit, then as many of another, if there is one.
+        visits: images that the run judges for the first time, and again.
 
     Returns:
-        Usage by visit and row; and the names of tasks whose answers could not be guessed.
+        For each row, what the run would use if all of its images were like it.
     """
-    client = FakeClient(settings, counting)
-    judge = DryRunJudge(settings, client, counting.words_per_assertion)
-    used: list[list[Usage]] = []
+    judge, used = DryRunJudge(client), []
+    units = rows.extra("reference_units")
     try:
-        for start in range(0, len(captions[0]), num_captions):
-            used.append([])
-            units = rows.extra("reference_units")
-            for row in range(len(rows)):
+        for row, texts in enumerate(captions):
+            total: Usage = {}
+            group = (rows.sample_ids[row], rows.image_bytes[row], rows.references[row])
+            count = len(texts) // 2 if visits[1] else len(texts)
+            for start, images in zip(range(0, len(texts), count), visits, strict=False):
                 client.used = {}
-                group = (rows.sample_ids[row], rows.image_bytes[row], rows.references[row])
-                texts = captions[row][start : start + num_captions]
-                judge.run(suite.gather_group(judge, *group, texts, units[row]))
-                used[-1].append(client.used)
+                judge.run(suite.gather_group(judge, *group, texts[start : start + count], units[row]))
+                for key, figures in client.used.items():
+                    total[key] = total.get(key, NOTHING) + figures * images
+            used.append(total)
     finally:
         judge.close()
-    return used, client.unknown
+    return used
 
 
 # ---- tokens

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from balcap.estimate.image_tokens import rule_for
 from hypothesis import given
 from hypothesis import strategies as st
+
+from balcap.commands.estimate_images import rule_for
 
 GOLDENS = [
     # 640 x 480: 2 x 1 tiles of 512; 2833 + 2 * 5667 = 14167

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from balcap.estimate.plan import Plan, ranks_of, training_batches, val_images, validations, visits
-from hypothesis import given
-from hypothesis import strategies as st
+
+from balcap.commands.estimate_dry_run import Plan, ranks_of, training_batches, validations
 
 
 @pytest.mark.parametrize(
@@ -47,42 +46,11 @@ def test_validations_come_when_lightning_holds_them(
     assert validations(*arguments) == expected
 
 
-def test_images_are_seen_round_after_round() -> None:
-    assert visits(25, 10) == [10, 10, 5]
-    assert visits(20, 10) == [10, 10]
-    assert visits(7, 10) == [7]
-    assert visits(0, 10) == []
-
-
-@given(images=st.integers(0, 500), rows=st.integers(1, 100))
-def test_visits_add_up_and_never_grow(images: int, rows: int) -> None:
-    counts = visits(images, rows)
-    assert sum(counts) == images
-    assert counts == sorted(counts, reverse=True)
-    assert all(0 < count <= rows for count in counts)
-
-
-def test_a_plan_counts_all_ranks() -> None:
-    plan = Plan(batches=5, images_per_batch=6, train_rows=20, validations=(0, 5), val_images=4)
-    assert plan.images == 30
-    assert plan.visits() == [20, 10]
-
-
-@pytest.mark.parametrize(
-    ("rows", "ranks", "size", "limit", "images"),
-    [
-        (10, 1, 4, 1.0, 10),
-        (10, 1, 4, 1, 4),  # three batches of 4, 3 and 3 images, the first of them
-        (10, 1, 4, 0.5, 4),  # int(1.5) = 1 batch
-        (3, 2, 1, 1.0, 2),  # 2 images and 1 would be two batches and one: the third image is left out
-        (10, 2, 4, 1.0, 10),
-        (10, 2, 3, 1, 6),
-    ],
-)
-def test_validation_images_are_dealt_out_like_those_of_the_data_module(
-    rows: int, ranks: int, size: int, limit: int | float, images: int
-) -> None:
-    assert val_images(range(rows), ranks, size, limit) == images
+@pytest.mark.parametrize(("batches", "first", "later"), [(5, 20, 10), (3, 18, 0), (0, 0, 0)])
+def test_images_are_judged_for_the_first_time_or_again(batches: int, first: int, later: int) -> None:
+    plan = Plan(batches, images_per_batch=6, train_rows=20, validations=(0, 3, 5), val_images=4)
+    assert plan.visits() == (first, later)
+    assert plan.val_visits() == (4, 8)
 
 
 @pytest.mark.parametrize(

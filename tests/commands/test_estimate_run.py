@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +13,9 @@ import litellm
 import pytest
 import yaml
 from PIL import Image
-from tests.estimate.conftest import Paid
 
 from balcap.cli import ConfigError
+from tests.commands.conftest import Paid
 from tests.support import ROOT, metrics
 
 Run = Callable[[str, list[str]], None]
@@ -79,13 +78,6 @@ def test_without_the_policy_answers_are_rather_over_than_underestimated(
     assert 0.9 * spent[2] < tokens_out < 1.4 * spent[2]
 
 
-def test_with_the_ledger_of_such_a_run_little_is_left_to_guess(run: Run, paid: Paid, tmp_path: Path) -> None:
-    data = _estimate(run, paid, tmp_path, "--ledger", str(paid.run / "judge_ledger.sqlite"))
-    figures = _figures(data)
-    for task, spent in paid.tasks.items():
-        assert figures[task] == pytest.approx(spent, rel=0.1), task
-
-
 def test_steps_and_validations_are_those_of_the_run(run: Run, paid: Paid, tmp_path: Path) -> None:
     data = _estimate(run, paid, tmp_path)
     rows = metrics(paid.run)
@@ -93,6 +85,7 @@ def test_steps_and_validations_are_those_of_the_run(run: Run, paid: Paid, tmp_pa
     assert len(data["validations"]) == len([row for row in rows if row["val/recall"]])
     assert data["validations"] == [0, 4, 6]
     assert data["train_rows"] == 15
+    assert data["uncertainty"]["tokens_in"] == 0  # all rows were sampled
     # 6 steps of 4 images and 4 captions; 3 validations of 4 images and 2 captions
     assert data["rollouts"] == 6 * 4 * 4 + 3 * 4 * 2
 
@@ -102,20 +95,6 @@ def test_the_config_of_a_run_folder_can_be_estimated(run: Run, paid: Paid, tmp_p
     cache = ["--model.judge.cache", "null", "--run_dir", str(tmp_path / "run")]
     run("estimate", ["--config", str(paid.run / "config.yaml"), *cache, "--json", str(out)])
     assert json.loads(out.read_text())["batches"] == 6
-
-
-def test_what_the_judge_has_said_of_references_costs_nothing(run: Run, paid: Paid, tmp_path: Path) -> None:
-    cache = tmp_path / "copy.sqlite"
-    shutil.copy(paid.run.parent / "cache.sqlite", cache)
-    before = cache.read_bytes()
-    data = _estimate(run, paid, tmp_path, "--model.judge.cache", str(cache))
-    fresh = _figures(_estimate(run, paid, tmp_path))["decompose"][0]
-    # 15 training and 4 validation images: their references were taken apart, each in its own call
-    assert _figures(data)["decompose"][0] == pytest.approx(fresh - 19)
-    assert [n for n in data["assumptions"] if "are taken apart in model.judge.cache already" in n["text"]]
-    assert [n for n in data["assumptions"] if "references here" in n["text"]]
-    assert cache.read_bytes() == before
-    assert not list(tmp_path.glob("copy.sqlite-*"))
 
 
 def test_nothing_is_asked_and_nothing_is_written(
@@ -181,7 +160,7 @@ def test_all_problems_are_reported_but_a_missing_key(
     assert not (tmp_path / "judge.sqlite").exists()
 
 
-@pytest.mark.parametrize("flags", [["--rows", "0"], ["--growth", "2"], ["--ledger", "/no/such/file"]])
+@pytest.mark.parametrize("flags", [["--rows", "0"], ["--overlap", "2"], ["--ranks", "0"]])
 def test_a_flag_out_of_range_is_named(
     run: Run, fit_arguments: Callable[..., list[str]], flags: list[str]
 ) -> None:
@@ -229,7 +208,7 @@ def test_a_run_on_eight_gpus_is_estimated_without_one(
     assert data["images_per_batch"] == 8 * wanted["data"]["batch_size"]
     assert data["rollouts"] == 1500 * 64 * 8 + 7 * 8
     assert any("14,167 tokens" in note["text"] for note in data["assumptions"])  # 2833 + 2 * 5667
-    assert 0 < data["total"]["usd"] < data["per_rollout"]["usd"]
+    assert 0 < data["uncertainty"]["usd"] < data["total"]["usd"]
     assert not (photographs / "run").exists()
 
 
@@ -242,7 +221,7 @@ def test_help_imports_nothing_heavy() -> None:
         check=True,
     )
     names = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
-    assert "balcap.estimate.trainer" in names
+    assert "balcap.commands.estimate" in names
     assert not names & {"transformers", "litellm", "datasets"}
     for flag in ("--ranks", "--sample_policy", "--json", "--run_dir", "--ckpt_path"):
         assert flag in done.stdout, flag
