@@ -21,7 +21,7 @@ from typing import Any
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds nothing; is told that torchvision is about to be imported."""
+    """Finds nothing; is called when torchvision is about to be imported."""
 
     library: Any = None  # the operators live as long as it does
 

@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share: a small embedded world on disk, and the command line in process."""
+"""Fixtures that several test folders share: a small embedded world on disk, and the command line in process."""
 
 from __future__ import annotations
 

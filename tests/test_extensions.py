@@ -1,10 +1,12 @@
-"""What users add from the YAML alone: rewards with and without a judge, an algorithm, transforms.
+"""What users add from the YAML alone: rewards, a judgment, an algorithm, transforms, a column of the data.
 
 Everything here is defined outside the package, as a user's own file would be.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,8 +15,12 @@ import torch
 
 from balcap.algorithms import AdvantageEstimator, AdvantageTransform, RewardTransform
 from balcap.judge import Judgments
+from balcap.judge.prompt import chat, fence
+from balcap.judge.task import Schema, Task
 from balcap.rewards import Reward
+from balcap.rewards.base import per_rollout
 from balcap.types import Rollouts
+from examples.shapes.oracle import Oracle
 from tests.support import metrics
 
 HERE = "tests.test_extensions"
@@ -27,6 +33,60 @@ class Brevity(Reward):
 
     def score(self, rollouts: Rollouts, judgments: Judgments) -> torch.Tensor:
         return torch.tensor([[1 / (1 + len(text.split())) for text in group] for group in rollouts.captions])
+
+
+class ColourNames(Schema):
+    colours: list[str]
+
+
+class Colours(Task[list[str]]):
+    """A judgment of one's own: which colours a caption names."""
+
+    name, version, schema, answer_type = "colours", "1", ColourNames, list[str]
+
+    def messages(self, items, **context):
+        return chat(self.name, "List the colours that the caption names.", fence("caption", items[0]))
+
+    def parse(self, answer, items, **context):
+        return [answer.colours]
+
+
+class Colourful(Reward):
+    """Share of three colours that a caption names."""
+
+    name, needs = "colourful", (Colours,)
+
+    def score(self, rollouts: Rollouts, judgments: Judgments) -> torch.Tensor:
+        return per_rollout(judgments["colours"], lambda colours: min(1.0, len(colours) / 3))
+
+
+class ColourJudge(Oracle):
+    """The embedded world's judge, which knows the new judgment as well."""
+
+    async def acompletion(self, *args, **kwargs):
+        system, user = (message["content"] for message in kwargs["messages"])
+        if not system.startswith("Task: colours"):
+            return await super().acompletion(*args, **kwargs)
+        text = user if isinstance(user, str) else user[0]["text"]
+        colours = sorted(set(re.findall("red|green|blue|yellow", text)))
+        response = kwargs["model_response"]
+        response.choices[0].message.content = json.dumps({"colours": colours})
+        return response
+
+
+class Answered(Reward):
+    """Share of a row's questions whose answer stands in the caption: a reward of a column of the data."""
+
+    name = "answered"
+
+    def score(self, rollouts: Rollouts, judgments: Judgments) -> torch.Tensor:
+        rows = zip(rollouts.batch.extra("questions"), rollouts.captions, strict=True)
+        return torch.tensor(
+            [
+                [sum(q["answer"] in text for q in questions) / len(questions) for text in group]
+                for questions, group in rows
+            ]
+        )
 
 
 class LeaveOneOut(AdvantageEstimator):
@@ -77,6 +137,51 @@ def test_a_reward_without_a_judge_trains_without_one(fit_arguments, cli, tmp_pat
     table = _rollouts(tmp_path / "run")
     for caption, reward in zip(table["caption"], table["reward/brevity"], strict=True):
         assert reward == pytest.approx(1 / (1 + len(caption.split())))
+
+
+def test_a_judgment_of_ones_own(fit_arguments, cli, tmp_path: Path) -> None:
+    rewards = f"[balcap.rewards.Precision, {HERE}.Colourful]"
+    options = {
+        "model.rewards": rewards,
+        "model.weights": "{precision: 1, colourful: 1}",
+        "model.reward_transforms": "[]",
+        "model.judge.providers": f"{{shapes: {HERE}.ColourJudge}}",
+        "trainer.max_steps": 1,
+    }
+    cli(fit_arguments(**options))
+    table = _rollouts(tmp_path / "run")
+    for caption, reward in zip(table["caption"], table["reward/colourful"], strict=True):
+        assert reward == pytest.approx(min(1, len(set(re.findall("red|green|blue|yellow", caption))) / 3))
+    cli(fit_arguments(**options, run_dir=tmp_path / "again"))
+    first = next(row for row in metrics(tmp_path / "again") if row.get("train/loss"))
+    assert float(first["judge/calls"]) == 0  # remembered, as any judgment
+
+
+def test_a_column_of_the_data_reaches_a_reward(fit_arguments, cli, world: Path, tmp_path: Path) -> None:
+    rows = json.loads((world / "shapes.json").read_text())
+    for row in rows:
+        words = row["conversations"][1]["value"].split()
+        row["questions"] = [{"question": "Which word?", "answer": word} for word in words[:4]]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = {
+        "data.data": tmp_path / "rows.json",
+        "data.columns": "[questions]",
+        "model.rewards": f"[{HERE}.Answered]",
+        "model.weights": "{answered: 1}",
+        "model.reward_transforms": "[]",
+        "model.judge": "null",
+        "model.judge.cache": None,
+        "trainer.max_steps": 1,
+    }
+    cli(fit_arguments(**options))
+    answers = {row["image"]: [q["answer"] for q in row["questions"]] for row in rows}
+    table = _rollouts(tmp_path / "run")
+    for sample, caption, reward in zip(
+        table["sample_id"], table["caption"], table["reward/answered"], strict=True
+    ):
+        wanted = answers[sample]
+        assert reward == pytest.approx(sum(word in caption for word in wanted) / len(wanted))
+    assert any(table["reward/answered"])
 
 
 def test_an_algorithm_and_transforms_of_ones_own(fit_arguments, cli, tmp_path: Path) -> None:

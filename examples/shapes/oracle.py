@@ -1,7 +1,7 @@
 """A judge that knows the truth: litellm provider ``shapes``, model ``shapes/oracle``.
 
 It receives exactly the messages that any judge receives, reads the scene from the image's bytes, and
-answers in the JSON that the task asks for. It is told nothing else: which task it is stands in the
+answers in the JSON that the task asks for. There is no other input: which task it is stands in the
 first line of the system message, the data stands in the fences of the user message.
 """
 
