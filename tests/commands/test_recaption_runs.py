@@ -13,6 +13,7 @@ from PIL import Image
 
 from balcap.judge.images import ImagePolicy, image_url
 from examples.shapes.language import is_true, read_fact, read_facts
+from examples.shapes.scene import scene_of
 from tests.commands.recaption_fakes import FAULTY, FaultyOracle, about
 
 ASK = {"from": "human", "value": "What is this?\n<image>"}
