@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+from jsonargparse import ActionConfigFile
+
 from balcap.utils.imports import import_torchmetrics_lightly
 
 import_torchmetrics_lightly()  # before Lightning, which imports torchmetrics
@@ -41,6 +44,17 @@ class ConfigError(SystemExit):
         self.problems = problems
 
 
+class ConfigFile(ActionConfigFile):
+    """``--config``: merged into what stands before it, but one that names a judge's model replaces the whole judge."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        content = yaml.safe_load(Path(values).read_text() if os.path.isfile(values) else values)
+        judge = (content.get("model") or {}).get("judge") if isinstance(content, dict) else None
+        if isinstance(judge, dict) and "model" in {**judge, **(judge.get("init_args") or {})}:
+            namespace.pop("model.judge", None)
+        super().__call__(parser, namespace, values, option_string)
+
+
 class BalCapCLI(LightningCLI):
     """``fit``, ``estimate``, ``validate`` and ``predict``, with all outputs of a run in ``run_dir``."""
 
@@ -69,6 +83,16 @@ class BalCapCLI(LightningCLI):
             "validate": skip,
             "predict": {*skip, "return_predictions"},
         }
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=ConfigFile,
+            help="YAML file; a judge in it replaces that of those before it.",
+        )
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(

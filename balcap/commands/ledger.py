@@ -57,36 +57,30 @@ def prune(
     max_mb: float | None = None,
 ) -> int | None:
     """Delete as `cache` says; the number of answers that went, None if nothing was asked for."""
-    conditions: list[str] = []
-    values: list[Any] = []
-    for condition, value in (("task = ?", task), ("model = ?", model)):
-        if value is not None:
-            conditions.append(condition)
-            values.append(value)
-    if older_than_days is not None:
-        conditions.append("at < ?")
-        values.append(time.time() - 86400 * older_than_days)
-    if not conditions and max_mb is None:
+    oldest = None if older_than_days is None else time.time() - 86400 * older_than_days
+    filters = [
+        (c, v) for c, v in (("task = ?", task), ("model = ?", model), ("at < ?", oldest)) if v is not None
+    ]
+    if not filters and max_mb is None:
         return None
-    where = " AND ".join(conditions) or "1"
+    where, values = (
+        " AND ".join(condition for condition, _ in filters) or "1",
+        [value for _, value in filters],
+    )
     deleted = 0
     with connection:
-        if older_than_days is not None or max_mb is None:
+        if oldest is not None or max_mb is None:
             deleted = connection.execute(f"DELETE FROM answers WHERE {where}", values).rowcount
             where, values = "1", []
         if max_mb is not None:
-            rows = connection.execute(
-                f"SELECT key, length(answer) + length(key) + length(task) + length(model) + 8 FROM answers"
-                f" WHERE {where} ORDER BY at DESC",
-                values,
-            ).fetchall()
-            kept, gone = 0.0, []
-            for key, size in rows:
-                kept += size / 1e6
-                if kept > max_mb:
-                    gone.append((key,))
-            connection.executemany("DELETE FROM answers WHERE key = ?", gone)
-            deleted += len(gone)
+            size = "sum(length(answer) + length(key) + length(task) + length(model) + 8)"
+            newest_first = (
+                f"SELECT key, {size} OVER (ORDER BY at DESC, key) AS total FROM answers WHERE {where}"
+            )
+            deleted += connection.execute(
+                f"DELETE FROM answers WHERE key IN (SELECT key FROM ({newest_first}) WHERE total > ?)",
+                [*values, max_mb * 1e6],
+            ).rowcount
     connection.execute("VACUUM")
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return deleted
@@ -108,19 +102,19 @@ def ledger(path: str) -> None:
     calls, usd = sum(row[3] for row in rows), sum(row[8] or 0.0 for row in rows)
     _table(
         f"{file}: {calls:,} calls, ${usd:,.4f}",
-        (
+        [
             "task",
             "model",
             "outcome",
             "calls",
             "items",
-            "tokens in",
+            "tokens_in",
             "cached",
-            "tokens out",
+            "tokens_out",
             "$",
             "s",
-            "s max",
-        ),
+            "s_max",
+        ],
         [
             (
                 *row[:3],

@@ -1,6 +1,6 @@
 """The one place that calls litellm: one call, what it cost, and what its failure means.
 
-litellm takes seconds to import and reads a price table from the network unless told otherwise, so it is
+litellm takes seconds to import and reads a price table from the network unless set otherwise, so it is
 imported when the first question is asked, never by importing this file.
 """
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DETAILS = ("low", "high", "auto")
-"""How closely a provider is told to look."""
+"""How closely a provider is asked to look."""
 
 _MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
 _LOSSLESS = {"PNG", "GIF", "BMP", "TIFF"}  # stay lossless when they are re-encoded
@@ -57,19 +57,19 @@ class ImagePolicy:
 
     def problems(self, key: str = "model.judge.images") -> list[str]:
         """What is out of range, each with the key to change."""
-        found = []
+        problems = []
         if self.max_side < _LEAST_SIDE:
-            found.append(f"{key}.max_side: {self.max_side} pixels; it must be at least {_LEAST_SIDE}")
+            problems.append(f"{key}.max_side: {self.max_side} pixels; it must be at least {_LEAST_SIDE}")
         if not 0 < self.max_mb < float("inf"):
-            found.append(f"{key}.max_mb: {self.max_mb} MB; it must be above 0")
+            problems.append(f"{key}.max_mb: {self.max_mb} MB; it must be above 0")
         if not 1 <= self.quality <= 95:
-            found.append(f"{key}.quality: {self.quality}; JPEG quality goes from 1 to 95")
+            problems.append(f"{key}.quality: {self.quality}; JPEG quality goes from 1 to 95")
         details = self.detail if isinstance(self.detail, dict) else {"": self.detail}
         for provider, detail in details.items():
             if detail not in DETAILS and not (detail is None and provider == ""):
                 where = f"{key}.detail.{provider}".rstrip(".")
-                found.append(f"{where}: {detail!r}; there are {', '.join(DETAILS)}")
-        return found
+                problems.append(f"{where}: {detail!r}; there are {', '.join(DETAILS)}")
+        return problems
 
 
 @lru_cache(maxsize=16)  # the questions about an image come together

@@ -1,4 +1,4 @@
-"""How a question is put and its answer is found: fences, numbered items, JSON in prose, keys in the cache."""
+"""How a question is asked and its answer is read: fences, numbered items, JSON in prose, keys in the cache."""
 
 from __future__ import annotations
 

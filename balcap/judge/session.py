@@ -108,8 +108,8 @@ class Session:
         except Exception as error:  # a mistake in a task: whoever asked must hear of it
             self._settle(chunk, [error] * len(chunk))
         else:
-            rest, which = iter(answers), list(question.routes).index(route)
-            per_piece = [[next(rest) for _ in piece] for piece, _, _ in chunk]
+            remaining, which = iter(answers), list(question.routes).index(route)
+            per_piece = [[next(remaining) for _ in piece] for piece, _, _ in chunk]
             for (_, keys, _), some in zip(chunk, per_piece, strict=True):
                 # JSON holds no line break: one line per item.
                 self.cache.put(keys[which], task.name, route.model, "\n".join(map(task.dump, some)))

@@ -1,4 +1,4 @@
-"""Every overlay in configs/judge is a judge, on top of any other."""
+"""Every overlay in configs/judge is a whole judge, whatever stands before it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
-from balcap.judge import Judge, TaskModel
+from balcap.cli import BalCapCLI, ConfigFile
+from balcap.judge import Judge, JudgeSettings, TaskModel
 from balcap.judge.client import Deployment, import_litellm
 from balcap.utils.redact import secret_problems
 
@@ -37,16 +38,24 @@ class Module:
         self.judge = judge
 
 
-def parse(*arguments: str) -> Judge:
+def parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
+    parser.add_argument("--config", action=ConfigFile)
     parser.add_class_arguments(Module, "model")
-    return parser.instantiate_classes(parser.parse_args(list(arguments))).model.judge
+    return parser
 
 
-def models(judge: Judge) -> set[str]:
+def parsed(*arguments: str) -> Namespace:
+    return parser().parse_args(list(arguments)).model.judge
+
+
+def parse(*arguments: str) -> JudgeSettings:
+    return parser().instantiate_classes(parser().parse_args(list(arguments))).model.judge.settings
+
+
+def models(judge: JudgeSettings) -> set[str]:
     """All that may be asked."""
-    others = [*judge.deployments, *judge.fallbacks, *judge.per_task.values()]
+    others = [*(judge.deployments or ()), *(judge.fallbacks or ()), *(judge.per_task or {}).values()]
     return {judge.model} | {other.model for other in others if other.model}
 
 
@@ -64,37 +73,47 @@ def test_there_are_overlays():
     assert names == judges | {"mixed", "fallback"}
 
 
+class ParsedOnly(BalCapCLI):
+    """The command line, as far as its config."""
+
+    def before_instantiate_classes(self) -> None: ...
+
+    def instantiate_classes(self) -> None: ...
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
 @each_overlay
-def test_overlay_replaces_all_that_belongs_to_the_model(path, tmp_path):
-    base = tmp_path / "base.yaml"
+def test_an_overlay_replaces_the_judge_of_the_configs_before_it(path, tmp_path):
+    before = tmp_path / "before.yaml"
+    before.write_text(BASE)
+    configs = [FOLDER.parent / "shapes.yaml", before, path]
+    flags = [flag for config in configs for flag in ("--config", str(config))]
+    config = ParsedOnly(args=["fit", *flags, "--run_dir", str(tmp_path)]).config.fit
+    judge, alone = config.model.judge.init_args.as_dict(), parsed("--config", str(path)).init_args.as_dict()
+    assert judge.pop("ledger") == str(tmp_path / "judge_ledger.sqlite")  # belongs to the run
+    assert alone.pop("ledger") is None
+    assert judge == alone
+    assert config.model.kl_coef == 0.005  # of shapes.yaml, as everything else
+
+
+def test_a_config_without_a_model_and_flags_change_the_judge_before_them(tmp_path):
+    base, change = tmp_path / "base.yaml", tmp_path / "change.yaml"
     base.write_text(BASE)
-    judge = parse("--config", str(base), "--config", str(path))
-    alone = parse("--config", str(path))
-    assert judge.model == alone.model != "base/model"
-    for name in ("params", "providers", "deployments", "fallbacks", "per_task", "prices"):
-        assert getattr(judge, name) == getattr(alone, name)
-    assert judge.images.detail is None
-    assert not [model for model in models(judge) | set(judge.prices) if model.startswith("base/")]
-    # what belongs to the run stays
-    assert (judge.concurrency, judge.budget_usd, judge.images.max_side) == (7, 20, 512)
+    change.write_text("model: {judge: {budget_usd: 5, params: {seed: 1}}}")
+    judge = parse(
+        "--config", str(base), "--config", str(change), "--model.judge.model", "x/y",
+        "--model.judge.params.temperature", "0.1", "--config", "{}",
+    )  # fmt: skip
+    assert (judge.model, judge.budget_usd, judge.concurrency) == ("x/y", 5, 7)
+    assert judge.params == {"temperature": 0.1, "seed": 1}  # a config replaces a mapping, a flag adds to it
 
 
-@each_overlay
-def test_overlay_replaces_every_other_overlay(path):
-    alone = parse("--config", str(path))
-    for other in OVERLAYS:
-        judge = parse("--config", str(other), "--config", str(path))
-        for name in (
-            "model",
-            "params",
-            "providers",
-            "deployments",
-            "fallbacks",
-            "per_task",
-            "prices",
-            "images",
-        ):
-            assert getattr(judge, name) == getattr(alone, name)
+def test_a_saved_config_replaces_the_judge_too(tmp_path):
+    base, saved = tmp_path / "base.yaml", tmp_path / "saved.yaml"
+    base.write_text(BASE)
+    saved.write_text("model: {judge: {class_path: balcap.judge.Judge, init_args: {model: x/y}}}")
+    assert parse("--config", str(base), "--config", str(saved)) == JudgeSettings("x/y")
 
 
 @each_overlay
@@ -116,7 +135,10 @@ def test_overlay_names_the_keys_that_it_needs(path, keys, monkeypatch):
 @each_overlay
 def test_reasoning_models_get_no_temperature(path):
     judge = parse("--config", str(path))
-    asked = [(judge.model, judge.params), *((o.model, o.params) for o in judge.per_task.values())]
+    asked = [
+        (judge.model, judge.params or {}),
+        *((o.model, o.params) for o in (judge.per_task or {}).values()),
+    ]
     for model, params in asked:
         assert "temperature" not in params or not re.search("gpt-[56]", model)
 
@@ -132,7 +154,7 @@ def test_prices_in_the_comments_are_those_that_runs_are_billed_by(path):
                 r"\$([\d.]+) in from the prefix cache \(from litellm's price table, 2026", part
             )
             stated[prices[1]] = [float(price) for price in (prices[2], prices[3], cached[1])]
-    assert set(stated) == models(judge) - set(judge.prices) - {"shapes/oracle"}
+    assert set(stated) == models(judge) - set(judge.prices or ()) - {"shapes/oracle"}
     names = ("input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost")
     for model, prices in stated.items():
         listed = litellm.get_model_info(model)

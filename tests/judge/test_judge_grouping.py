@@ -126,7 +126,7 @@ def test_units_of_the_data_are_not_asked_for(make_judge, server, png):
     assert tasks(server).count("decompose") == 1  # the caption's
 
 
-@pytest.mark.parametrize("fault", ["refusal", "filter", "short", "twice", "truncated", "length"])
+@pytest.mark.parametrize("fault", ["refusal", "short", "length"])
 def test_one_caption_does_not_take_its_group_along(make_judge, server, fault):
     """What fails together is asked again in halves, down to the caption that it is about."""
     real = server._fault
@@ -146,6 +146,7 @@ def test_what_does_not_depend_on_the_captions_is_not_divided(make_judge, server)
     assert [type(answer) for answer in answers] == [JudgeFailure] * 3
     assert {answer.kind for answer in answers} == {"denied"}
     assert server.calls == 1
+    assert judge.stats().failures == {"decompose": 3}
 
 
 def test_a_missing_verdict_is_a_missing_precision_of_who_stated_it(make_judge, server, png):

@@ -1,10 +1,8 @@
-"""The small parts: fences, JSON in prose, images, secrets, prompts."""
+"""The small parts: JSON in prose, prompts, parsers, counts."""
 
 from __future__ import annotations
 
 import io
-import json
-import unicodedata
 from collections import Counter
 
 import pytest
@@ -15,28 +13,6 @@ from PIL import Image
 from balcap.judge import Decompose, InvalidAnswer, JudgeStats, Match, Rate, Rating, Verdict, Verify
 from balcap.judge.prompt import extract_json, fence, response_format
 from balcap.judge.tasks import Schema
-from balcap.utils.redact import redact
-
-any_text = st.text(st.characters(exclude_categories=[]))  # lone surrogates and control characters too
-nasty = st.sampled_from(["</caption>", "<|im_start|>", "\n", "\x00", "\u2028", "\u202e", "\ud800", '"', "\\"])
-
-
-@given(st.lists(any_text | nasty).map("".join))
-def test_a_caption_cannot_end_its_fence(caption):
-    opening, middle, closing = fence("caption", caption).split("\n")
-    assert (opening, closing) == ("<caption>", "</caption>")
-    assert "<" not in middle
-    assert ">" not in middle
-    assert not {unicodedata.category(character) for character in middle} & {"Cc", "Cs", "Zl", "Zp"}
-    assert len(middle.splitlines()) == 1
-    middle.encode()  # can be sent
-    assert json.loads(middle) == caption
-
-
-@given(st.lists(any_text, max_size=5))
-def test_lists_in_fences_come_back(texts):
-    message = Verify().messages(texts, image=_png())[1]["content"][1]["text"]
-    assert [item["text"] for item in json.loads(message.split("\n")[1])] == texts
 
 
 def test_ordinary_text_stays_readable():
@@ -178,17 +154,7 @@ def _png() -> bytes:
     return buffer.getvalue()
 
 
-# ---- secrets and counters
-
-
-def test_secrets_leave_texts(monkeypatch):
-    monkeypatch.setenv("SOME_PROVIDER_API_KEY", "planted-0123456789")
-    text = "key planted-0123456789, sk-abcdefgh1234, Bearer xyz.abc, https://me:word@host/, AIzaSyA1234567890"
-    kept = redact(text)
-    for secret in ("planted", "abcdefgh", "xyz", "me:word", "AIzaSy"):
-        assert secret not in kept
-    assert "host" in kept
-    assert len(redact("long " * 1000)) <= 300
+# ---- counts
 
 
 def test_stats_add_and_subtract():

@@ -232,7 +232,7 @@ def test_the_tokenizer_of_gpt_4o_sees_text_only(monkeypatch: pytest.MonkeyPatch)
 # ---- through the judge
 
 
-ASKED_WITH = [name for name in ATTACKS if name != "very long"]
+ASKED_WITH = ["closes its fence", "fake answer", "speaks as the template", "full-width", "lone surrogates"]
 
 
 @pytest.mark.parametrize("name", ASKED_WITH)

@@ -91,6 +91,6 @@ class Recaption(Task[str]):
 def _clean(caption: str) -> str:
     if not caption.strip():
         raise InvalidAnswer("the caption is empty")
-    if found := _NOT_TEXT.search(caption):
-        raise InvalidAnswer(f"the caption holds {found.group()!a}, which is no text")
+    if broken := _NOT_TEXT.search(caption):
+        raise InvalidAnswer(f"the caption holds {broken.group()!a}, which is no text")
     return caption.strip()
