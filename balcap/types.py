@@ -52,8 +52,9 @@ class CaptionBatch:
         image_bytes: ``[B]`` the file as it is on disk: what the judge sees and what a cache keys on.
         prompts: ``[B]`` the instruction, without image placeholder.
         references: ``[B]`` the reference captions; an empty string where there is none (predict).
-        extras: column name -> ``[B]`` values of further columns of the data set (``data.columns``), None where a
-            row has none. ``reference_units``, the assertions of the references, is one of them.
+        extras: column name -> ``[B]`` values of further columns of the data set (``data.columns``), as parsed from
+            JSON and of one kind per column; None where a row has none. ``reference_units``, the assertions of the
+            references, is one of them.
         cursor: where the stream stands after this batch; None when not streamed.
     """
 

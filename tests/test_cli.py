@@ -61,7 +61,7 @@ def test_every_config_instantiates_without_weights(
     wanted = yaml.safe_load((overlay or config).read_text())["model"]["judge"]["model"]
     assert cli.model.judge.settings.model == wanted
     assert cli.model.policy_config.model == yaml.safe_load(config.read_text())["model"]["policy"]["model"]
-    assert cli.datamodule.batch_size >= 1
+    assert cli.datamodule.settings.batch_size >= 1
     assert not hasattr(cli.model, "policy")
 
 

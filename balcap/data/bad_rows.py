@@ -15,8 +15,6 @@ from pathlib import Path
 
 from balcap.utils.files import append_jsonl
 
-FILE_NAME = "bad_rows.jsonl"
-
 
 class TooManyBadRows(RuntimeError):
     """More than ``data.max_bad_share`` of the rows read so far are bad: the set-up is wrong, not the data."""
@@ -30,7 +28,7 @@ class BadRowLog:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder) / FILE_NAME
+        self.path = Path(folder) / "bad_rows.jsonl"
         self._seen: dict[tuple[int, str], str] = {}
         self._offset = 0
 
@@ -47,7 +45,6 @@ class BadRowLog:
             if (row, image) in self._seen:
                 return False
             append_jsonl(self.path, [{"row": row, "image": image, "cause": cause, "detail": detail}])
-        self._seen[row, image] = cause
         return True
 
     def counts(self) -> dict[str, int]:

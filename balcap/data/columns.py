@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from balcap.data.settings import SHAREGPT4V_KEYS
@@ -46,11 +46,15 @@ class Columns:
 
     Args:
         names: the columns to take, besides ``reference_units``.
+
+    Attributes:
+        names: all columns that are taken.
+        unseen: those asked for of which no row had a value so far.
     """
 
-    def __init__(self, names: Iterable[str] = ()) -> None:
+    def __init__(self, names: Collection[str] = ()) -> None:
         self.names = sorted({REFERENCE_UNITS, *names})
-        self._required = set(names)
+        self.unseen = set(names)
         self._keys: set[str] = set()
         self._kinds = {REFERENCE_UNITS: ("list of texts", "")}  # and where it was seen
 
@@ -76,7 +80,7 @@ class Columns:
                 text = storable(json.dumps(value, ensure_ascii=False))
                 self._check_kind(name, value, row)
                 texts[name] = text
-                self._required.discard(name)
+                self.unseen.discard(name)
             except (TypeError, ValueError, RecursionError) as error:
                 problem = f'column "{name}": {error}'
         return texts, problem
@@ -94,12 +98,11 @@ class Columns:
             return
         raise ValueError(f"expected {expected}{where}, found {kind}: {value!r:.60}")
 
-    def missing(self) -> str:
-        """What to say about columns that no row had, "" if each was there."""
-        if not self._required:
-            return ""
-        there = ", ".join(sorted(self._keys.difference(SHAREGPT4V_KEYS))) or "none"
-        return f"data.columns: no good row has {', '.join(sorted(self._required))}; columns that rows have: {there}"
+    def unseen_message(self) -> str:
+        """What to say about the `unseen` columns."""
+        unseen, keys = sorted(self.unseen), sorted(self._keys.difference(SHAREGPT4V_KEYS))
+        there = ", ".join(keys) or "none"
+        return f"data.columns: no good row has {', '.join(unseen)}; columns that rows have: {there}"
 
 
 def read_columns(texts: Mapping[str, str | None]) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from balcap.types import CaptionBatch
 
 if TYPE_CHECKING:
     import torch
-    from datasets import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -97,18 +96,16 @@ class CaptionDataModule(lightning.LightningDataModule):
         return rows
 
     @property
-    def table(self) -> Dataset:
-        """The rows of `data`, as `balcap.data.sharegpt4v.flat_rows` makes them."""
+    def table(self) -> Any:
+        """The rows of `data` as `load_rows` gives them, memory-mapped."""
         return self._source[0]
 
     @cached_property
-    def _source(self) -> tuple[Dataset, str]:
-        if self.settings.data is None:
+    def _source(self) -> tuple[Any, str]:
+        settings = self.settings
+        if settings.data is None:
             raise DataError("data.data is required")
-        return self._load(self.settings.data, self.settings.name)
-
-    def _load(self, data: str, name: str | None = None) -> tuple[Dataset, str]:
-        return load_rows(data, name, self.settings.cache_dir, self.settings.columns or ())
+        return load_rows(settings.data, settings.name, settings.cache_dir, settings.columns or ())
 
     # ---- training
 
@@ -214,7 +211,7 @@ class CaptionDataModule(lightning.LightningDataModule):
             table: Any = folder_rows(folder)
             sample_ids = [row["sample_id"] for row in table]
         else:
-            table, _ = self._load(settings.predict_from)
+            table, _ = load_rows(settings.predict_from, None, settings.cache_dir, settings.columns or ())
             sample_ids, folder = column(table, "sample_id"), self.root
         rows = self._select(sample_ids, folder)
         if not len(rows):

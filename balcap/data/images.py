@@ -109,15 +109,13 @@ def _open(data: bytes) -> Image.Image:
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     short, long = sorted(size)
+    shape = f"{size[0]}x{size[1]} pixels"
     if short == 0:
-        raise BadImage("not_an_image", f"the header says {size[0]}x{size[1]} pixels")
+        raise BadImage("not_an_image", f"the header says {shape}")
     pixels = long * max(short, math.ceil(long / MAX_ASPECT))  # white margins count: they are memory too
     if pixels > max_pixels:
-        raise BadImage(
-            "decompression_bomb",
-            f"{size[0]}x{size[1]} pixels ({pixels} with margins), more than "
-            f"data.max_pixels_in_file={max_pixels}",
-        )
+        detail = f"{shape} ({pixels} with margins), more than data.max_pixels_in_file={max_pixels}"
+        raise BadImage("decompression_bomb", detail)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

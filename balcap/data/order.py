@@ -1,8 +1,9 @@
 """Which rows take part, which images are held out for validation, and the order in which rows are trained on.
 
-All are pure functions. For the order, N rows are dealt to S = ranks x workers shards. In epoch e, shard s reads
-rows s, s + S, s + 2S, … of a permutation that only the seed and e determine, and then goes on with epoch e + 1.
-So a position, the number of rows a shard has read, says all that is needed to continue it.
+Pure functions; only `select_rows` looks for folders. For the order, N rows are dealt to S = ranks x workers
+shards. In epoch e, shard s reads rows s, s + S, s + 2S, … of a permutation that only the seed and e determine,
+and then goes on with epoch e + 1. So a position, the number of rows a shard has read, says all that is needed to
+continue it.
 """
 
 from __future__ import annotations

@@ -86,10 +86,8 @@ class ImageFolder:
             except (OSError, ValueError):  # not there, or no name at all, under this spelling
                 continue
             if not any(real.is_relative_to(folder) for folder in self._allowed):
-                raise BadImage(
-                    "outside_image_root",
-                    f"{path} leads to {real}; if that is meant, list its folder in data.link_targets",
-                )
+                detail = f"{path} leads to {real}; if that is meant, list its folder in data.link_targets"
+                raise BadImage("outside_image_root", detail)
             return real
         raise BadImage("missing_file", f"{self.root / name} does not exist")
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,15 +130,14 @@ def _parse_array(text: str, path: str | Path) -> Iterator[Any]:
 
     try:
         position = skip(text.index("[") + 1)
-        while text[position : position + 1] != "]":
+        while not text.startswith("]", position):
             raw, position = decoder.raw_decode(text, position)
             yield raw
             row += 1
             position = skip(position)
-            follows = text[position : position + 1]
-            if follows == ",":
+            if text.startswith(",", position):
                 position = skip(position + 1)
-            elif follows != "]":
+            elif not text.startswith("]", position):
                 raise json.JSONDecodeError(f"expected ',' or ']' after row {row - 1}", text, position)
         if text[position + 1 :].strip():
             raise json.JSONDecodeError("text after the end of the array", text, position + 1)
@@ -158,7 +157,7 @@ def _parse_lines(text: str) -> Iterator[Any]:
                 yield MalformedLine(f"line {number} of the file is not JSON: {error}")
 
 
-def flat_rows(raw_rows: Iterable[Any], columns: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
+def flat_rows(raw_rows: Iterable[Any], columns: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """Normalised rows with their columns.
 
     Besides the causes of `normalise`, a second good row with the same image is bad, ``duplicate_image``, and
@@ -171,16 +170,15 @@ def flat_rows(raw_rows: Iterable[Any], columns: Iterable[str] = ()) -> Iterator[
     taken = Columns(columns)
     for row, raw in enumerate(raw_rows):
         flat = normalise(raw, row)
-        if not flat["problem"] and first.setdefault(flat["sample_id"], row) != row:
-            detail = f"row {first[flat['sample_id']]} has the same image"
-            flat |= {"problem": "duplicate_image", "detail": detail}
+        if not flat["problem"] and (other := first.setdefault(flat["sample_id"], row)) != row:
+            flat |= {"problem": "duplicate_image", "detail": f"row {other} has the same image"}
         usable = not flat["problem"] or flat["problem"] in TEXT_ONLY_CAUSES
         flat["columns"], malformed = taken.take(raw if usable else {}, row)
         if malformed and not flat["problem"]:
             flat |= {"problem": MALFORMED_COLUMN, "detail": malformed}
         yield flat
-    if missing := taken.missing():
-        raise DataError(missing)
+    if taken.unseen:
+        raise DataError(taken.unseen_message())
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,7 @@ def _generate(rows: Iterable[Any], columns: tuple[str, ...], version: int) -> It
 
 
 def load_rows(
-    data: str, name: str | None = None, cache_dir: str | None = None, columns: Sequence[str] = ()
+    data: str, name: str | None = None, cache_dir: str | None = None, columns: Collection[str] = ()
 ) -> tuple[Dataset, str]:
     """The data set as a memory-mapped table of the rows of `flat_rows`.
 

@@ -144,12 +144,10 @@ class CaptionStream(IterableDataset[CaptionBatch]):
     def stop_message(self) -> str:
         """Why `TooManyBadRows` stops the run, and what to do."""
         read, bad = self.rows_read()
-        finding = f"none of the {read} rows read so far can be used"
-        if bad < read:
-            limit = self.settings.max_bad_share
-            finding = (
-                f"{bad} of the {read} rows read so far are bad, more than data.max_bad_share={limit} allows"
-            )
+        allowed = f"data.max_bad_share={self.settings.max_bad_share} allows"
+        finding = f"{bad} of the {read} rows read so far are bad, more than {allowed}"
+        if bad == read:
+            finding = f"none of the {read} rows read so far can be used"
         return (
             f"{finding}: {self.reader.bad_rows.summary()}. Check data.image_root and data.folders if files "
             "are missing; repair or remove what is listed; or raise data.max_bad_share."

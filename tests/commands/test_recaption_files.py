@@ -68,7 +68,7 @@ def test_a_row_without_a_question_or_placeholder_gets_one(raw: dict, human: str)
     new = output_row(raw, CAPTION, None)
     assert new["conversations"][0] == {"from": "human", "value": human}
     assert new["original_caption"] == ""
-    assert normalise(new, 0)["problem"] == ""
+    assert next(flat_rows([new]))["problem"] == ""
 
 
 def test_a_chosen_prompt_takes_the_place_of_the_question() -> None:

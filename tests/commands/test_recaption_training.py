@@ -31,9 +31,9 @@ def test_the_data_module_carries_the_units_to_the_batch(new: Path, world: Path, 
     rows = {row["image"]: row for row in json.loads(new.read_text())}
     batch = next(iter(data.train_dataloader()))
     assert len(batch) == 4
-    assert batch.extra("reference_units") == [rows[name]["reference_units"] for name in batch.sample_ids]
-    assert batch.references == [rows[name]["conversations"][1]["value"] for name in batch.sample_ids]
     units = batch.extra("reference_units")
+    assert units == [rows[name]["reference_units"] for name in batch.sample_ids]
+    assert batch.references == [rows[name]["conversations"][1]["value"] for name in batch.sample_ids]
     assert batch.select([2, 0]).extra("reference_units") == [units[2], units[0]]
     assert not (tmp_path / "bad_rows.jsonl").exists()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import subprocess
 import sys
@@ -115,8 +114,12 @@ def test_files_missing_everywhere_stop_the_run(
         ids(data.train_dataloader())
 
 
-def test_batches_hold_pixels_bytes_prompt_and_reference(
-    tmp_path: Path, make_images: Callable, make_data: Callable, row: Callable
+def test_batches_hold_pixels_bytes_prompt_and_reference_and_nothing_is_logged_when_all_is_well(
+    tmp_path: Path,
+    make_images: Callable,
+    make_data: Callable,
+    row: Callable,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     rows = [row(name, caption=f"About {name}.", question=f"<image>\n{name}?") for name in make_images(8)]
     batch = next(iter(make_data(rows).train_dataloader()))
@@ -125,6 +128,7 @@ def test_batches_hold_pixels_bytes_prompt_and_reference(
         assert batch.prompts[i] == f"{name}?"
         assert batch.image_bytes[i] == (tmp_path / "images" / name).read_bytes()
         assert batch.images[i].getpixel((0, 0)) == (int(name[-8:-4]), 0, 9)
+    assert not [record for record in caplog.records if record.name.startswith("balcap")]
 
 
 def test_one_of_several_prompts_is_kept_by_every_image(
@@ -496,12 +500,3 @@ def test_a_checkpoint_holds_the_place_of_every_rank(
     trained = [name for _, _, seen, rest in results for name in seen + rest]
     assert len(trained) == 24
     assert set(trained) >= {r["image"] for r in rows[:22]}
-
-
-def test_nothing_is_logged_when_all_is_well(
-    make_images: Callable, make_data: Callable, row: Callable, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING, logger="balcap")
-    data = make_data([row(name) for name in make_images(8)], val_size=2)
-    assert ids(data.train_dataloader())
-    assert not [r for r in caplog.records if r.name.startswith("balcap")]
