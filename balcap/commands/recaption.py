@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 
 from balcap.data.images import MAX_PIXELS
 from balcap.data.settings import DataSettings
-from balcap.judge import Decompose, Judge, Recaption, StoreError, Task
+from balcap.judge import Decompose, Judge, Recaption, Task
 
 _DATA_SETTINGS = ("data", "image_root", "name", "folders", "max_rows", "link_targets", "max_pixels_in_file",
                   "prompts", "seed", "cache_dir")  # fmt: skip
@@ -111,16 +110,12 @@ class RecaptionSettings:
         path, settings = self.out_path, self.beside_out("settings.json")
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         wrong = ""
-        if path.suffix != ".json":
-            wrong = "must end in .json"
-        elif path.is_dir():
-            wrong = "is a folder"
+        if path.suffix != ".json" or path.is_dir():
+            wrong = "must be a file that ends in .json"
         elif self.data and Path(self.data).expanduser().resolve() == path.resolve():
             wrong = "is the data set itself (data); name another file"
         elif path.exists() and not settings.exists():
-            wrong = (
-                f"exists and was not written by recaption (there is no {settings.name}); name another file"
-            )
+            wrong = f"exists and was not written by recaption (no {settings.name}); name another file"
         elif not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             wrong = f"cannot be written: {folder} is no folder that you may write to"
         return [f"out: {self.out} {wrong}"] if wrong else []
@@ -140,14 +135,12 @@ class RecaptionSettings:
     def identity(self, digest: str) -> dict[str, Any]:
         """All that answers depend on, by the keys that set it; `digest` is of the data set's content."""
         assert self.judge is not None
-        identity = {
+        identity: dict[str, Any] = {
             "data (digest of its content)": digest,
             "prompts": self.prompts,
-            "seed": self.seed if self.prompts else None,
-            "judge.images": repr(self.judge.settings.images),
-            **_asked("judge", self.judge, Recaption),
             "decompose": self.decompose,
         }
+        identity |= {"seed": self.seed if self.prompts else None, **_asked("judge", self.judge, Recaption)}
         if self.decompose:
             identity |= _asked("decompose_judge", self.decompose_judge or self.judge, Decompose)
         return identity
@@ -159,6 +152,7 @@ def _asked(key: str, judge: Judge, task: type[Task[Any]]) -> dict[str, Any]:
         f"{key}.model": first.model,
         f"{key}.params": first.content,
         f"{key}.fallbacks": [[other.model, other.content] for other in others],
+        f"{key}.images": repr(judge.settings.images),
         f"{key}.cache": str(Path(judge.settings.cache or "").expanduser().resolve()),
         f"{task.name} (version of its prompt)": task.version,
     }
@@ -201,25 +195,9 @@ def main(args: Sequence[str] | None = None) -> None:
         from balcap.cli import ConfigError  # imports Lightning
 
         raise ConfigError(problems)
-    status, message = _run(settings)
+    from balcap.commands.recaption_run import run  # imports torch
+
+    status, message = run(settings)
     print(message, file=sys.stderr if status else sys.stdout, flush=True)
     if status:
         raise SystemExit(status)
-
-
-def _run(settings: RecaptionSettings) -> tuple[int, str]:
-    """The run, with errors as messages for who typed the command."""
-    from balcap.commands.recaption_run import RecaptionRun  # imports torch
-    from balcap.data.sharegpt4v import DataError
-
-    try:
-        return RecaptionRun(settings).run()
-    except (DataError, StoreError) as error:
-        raise SystemExit(own_keys(str(error))) from None
-    except OSError as error:
-        raise SystemExit(
-            f"out: cannot write {error.filename or settings.out} ({error.strerror}). What was paid for is kept: "
-            "run the same command once there is room, and a folder that you may write to"
-        ) from None
-    except KeyboardInterrupt:  # before the first question
-        raise SystemExit(128 + signal.SIGINT) from None

@@ -20,9 +20,6 @@ from balcap.data.reader import prompt_for
 from balcap.data.sharegpt4v import PLACEHOLDER, normalise
 from balcap.utils.files import append_jsonl, atomic_write, read_jsonl
 
-REMEMBERED = frozenset(("refused", "filtered", "invalid", "cut", "too_long", "rejected"))
-"""Causes that cost a call to find out: the next run asks again only with ``retry_quarantined``."""
-
 
 @dataclass(frozen=True)
 class QuarantinedRow:

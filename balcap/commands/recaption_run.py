@@ -22,22 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from balcap.commands.recaption import RecaptionSettings, asked_model, own_keys
-from balcap.commands.recaption_files import (
-    REMEMBERED,
-    Quarantine,
-    QuarantinedRow,
-    claim,
-    output_row,
-    write_rows,
-)
+from balcap.commands.recaption_files import Quarantine, QuarantinedRow, claim, output_row, write_rows
 from balcap.data.images import BadImage
 from balcap.data.order import select_rows
 from balcap.data.reader import ImageFolder, prompt_for
 from balcap.data.sharegpt4v import TEXT_ONLY_CAUSES, DataError, column, load_rows, raw_rows
-from balcap.judge import BudgetSpent, Decompose, JudgeFailure, Recaption
+from balcap.judge import BudgetSpent, Decompose, JudgeFailure, Recaption, StoreError
 from balcap.utils.errors import RunStopped
 
 log = logging.getLogger(__name__)
+
+REMEMBERED = frozenset(("refused", "filtered", "invalid", "cut", "too_long", "rejected"))
+"""Failures that cost a call to find out: the next run asks again only with ``retry_quarantined``."""
 
 PASSING = frozenset(("limited", "timeout", "server", "connection", "denied", "stopped"))
 """Failures that say nothing about the row: the next run asks again."""
@@ -380,3 +376,18 @@ def _signals(handle: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def run(settings: RecaptionSettings) -> tuple[int, str]:
+    """A run, see `RecaptionRun.run`; its errors are messages for who typed the command (SystemExit)."""
+    try:
+        return RecaptionRun(settings).run()
+    except (DataError, StoreError) as error:
+        raise SystemExit(own_keys(str(error))) from None
+    except OSError as error:
+        raise SystemExit(
+            f"out: cannot write {error.filename or settings.out} ({error.strerror}). What was paid for is kept: "
+            "run the same command once there is room, and a folder that you may write to"
+        ) from None
+    except KeyboardInterrupt:  # before the first question
+        raise SystemExit(128 + signal.SIGINT) from None
