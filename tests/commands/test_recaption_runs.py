@@ -8,7 +8,6 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from examples.shapes.draw import scene_of
 from PIL import Image
 
 from balcap.judge.images import ImagePolicy, image_url
