@@ -62,7 +62,10 @@ def test_the_shipped_configs_repeat_no_default(name: str) -> None:
 
     given = yaml.safe_load((ROOT / "configs" / name).read_text())
     judges = {key: given.pop(key, {}) for key in ("judge", "decompose_judge")}
-    for values, kind in ((given, RecaptionSettings), *((values, JudgeSettings) for values in judges.values())):
+    for values, kind in (
+        (given, RecaptionSettings),
+        *((values, JudgeSettings) for values in judges.values()),
+    ):
         defaults = {key: p.default for key, p in signature(kind).parameters.items()}
         assert not [key for key, value in values.items() if defaults[key] == value]
 
