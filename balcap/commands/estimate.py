@@ -11,7 +11,7 @@ holds the tokens of images, by provider.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
@@ -37,27 +37,8 @@ HERE: dict[str, Any] = {
 """Settings of the trainer that estimates, wherever the run will be."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """The flags of the command, see `BalCapTrainer.estimate`."""
-
-    rows: int
-    ranks: int | None
-    sample_policy: bool
-    overlap: float
-    words_per_assertion: float
-    chars_per_token: float | None
-    image_tokens: int | None
-    reasoning_tokens: int | None
-
-    def problems(self) -> list[str]:
-        """What is out of range, each with the flag to change."""
-        lowest = {"rows": 1, "ranks": 1, "words_per_assertion": 0.1, "chars_per_token": 0.1}
-        return [
-            f"{name}: {value} is out of range"
-            for name, value in vars(self).items()
-            if value is not None and (value < lowest.get(name, 0) or (name == "overlap" and value > 1))
-        ]
+_LOWEST = {"rows": 1, "ranks": 1, "words_per_assertion": 0.1, "chars_per_token": 0.1}
+"""Lowest values of flags, of the others 0."""
 
 
 class BalCapTrainer(Trainer):
@@ -72,7 +53,7 @@ class BalCapTrainer(Trainer):
         rows: int = 32,
         ranks: int | None = None,
         sample_policy: bool = False,
-        overlap: float = 0.35,
+        overlap: float = 0.4,
         words_per_assertion: float = 4.1,
         chars_per_token: float | None = None,
         image_tokens: int | None = None,
@@ -92,7 +73,7 @@ class BalCapTrainer(Trainer):
             ranks: processes of the run over all machines; null takes them from the trainer's settings.
             sample_policy: load the policy and let it caption the sampled rows, which costs no money; else
                 captions as long as the references are assumed.
-            overlap: share of their text that all captions of an image have in common, in [0, 1].
+            overlap: share of what they say that all captions of an image have in common, in [0, 1].
             words_per_assertion: words of a caption for each assertion that it makes.
             chars_per_token: characters of the messages for each token, and nothing beside them; null for a
                 tokenizer.
@@ -107,12 +88,18 @@ class BalCapTrainer(Trainer):
         from balcap.commands.estimate_run import make_estimate
         from balcap.utils.files import atomic_write
 
-        counting = (words_per_assertion, chars_per_token, image_tokens, reasoning_tokens)
-        options = Options(rows, ranks, sample_policy, overlap, *counting)
-        if problems := options.problems():
-            raise SystemExit("Cannot estimate; change:\n" + "\n".join(f"  - {text}" for text in problems))
+        flags = {
+            "rows": rows, "ranks": ranks, "sample_policy": sample_policy, "overlap": overlap,
+            "words_per_assertion": words_per_assertion, "chars_per_token": chars_per_token,
+            "image_tokens": image_tokens, "reasoning_tokens": reasoning_tokens,
+        }  # fmt: skip
+        given = [(name, value) for name, value in flags.items() if value is not None]
+        wrong = [(name, value) for name, value in given if value < _LOWEST.get(name, 0)]
+        if wrong or overlap > 1:
+            (name, value), *_ = wrong or [("overlap", overlap)]
+            raise SystemExit(f"Cannot estimate: --{name} {value} is out of range")
         try:
-            estimate = make_estimate(self, model, datamodule, launch, options, ckpt_path)  # type: ignore[arg-type]
+            estimate = make_estimate(self, model, datamodule, launch, SimpleNamespace(**flags), ckpt_path)  # type: ignore[arg-type]
         except ValueError as error:  # DataError is one
             raise SystemExit(f"Cannot estimate: {error}") from None
         estimate.show(Console(width=None if sys.stdout.isatty() else 120, highlight=False))

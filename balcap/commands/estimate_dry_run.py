@@ -128,25 +128,35 @@ def ranks_of(
 # ---- captions
 
 
-def stand_ins(references: Sequence[str], row: int, count: int, most: int, overlap: float) -> list[str]:
-    """Captions of a row that nobody has written yet, from references: sizes and repetition, not content.
+def stand_ins(references: Sequence[str], row: int, count: int, most: int) -> list[str]:
+    """Captions of a row that nobody has written yet: as long as its reference, in words of other rows' references.
 
     Args:
         references: of all rows.
-        row: whose captions, each as long as its reference.
+        row: whose captions.
         count: how many.
         most: words of the longest.
-        overlap: share of every caption that is the beginning of the row's own reference, and so the same in all;
-            what follows is from another row's reference, another for each caption.
     """
-    own = references[row].split()[:most]
+    length = min(most, len(references[row].split()))
     others = [text.split() for text in (*references[row + 1 :], *references[: row + 1]) if text.strip()]
-    shared, captions = own[: round(overlap * len(own))], []
+    captions = []
     for number in range(count):
-        other, start = others[number % len(others)] if others else [], number // max(1, len(others))
-        rest = [other[(start + index) % len(other)] for index in range(len(own) - len(shared))]
-        captions.append(" ".join([*shared, *rest]))
+        other, start = others[number % len(others)] if length else [], number // max(1, len(others))
+        captions.append(" ".join(other[(start + index) % len(other)] for index in range(length)))
     return captions
+
+
+def share_text(captions: Sequence[str], beginning: str, overlap: float) -> list[str]:
+    """`captions` in which `overlap` of the words, those at the start, are those of `beginning`.
+
+    Captions of one image say the same in other words; judged word by word, they would seem to share too little.
+    """
+    shared, texts = beginning.split(), []
+    for caption in captions:
+        words = caption.split()
+        count = min(len(shared), round(overlap * len(words)))
+        texts.append(" ".join(shared[:count] + words[count:]))
+    return texts
 
 
 # ---- what each costs

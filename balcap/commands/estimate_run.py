@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
-from balcap.commands.estimate import Options
 from balcap.commands.estimate_dry_run import (
     NOTHING,
     FakeClient,
@@ -27,6 +27,7 @@ from balcap.commands.estimate_dry_run import (
     place_of,
     ranks_of,
     reasoning_tokens,
+    share_text,
     stand_ins,
     text_counter,
     training_batches,
@@ -83,12 +84,8 @@ class Estimate:
         for (_, model), (calls, tokens_in, tokens_out) in used.items():
             prices, place = self.settings.prices or {}, place_of(self.settings, model)
             price = prices.get(model) or price_of(self.settings, place)
-            total += (
-                calls,
-                tokens_in,
-                tokens_out,
-                np.nan if price is None else price.usd(tokens_in, tokens_out, 0),
-            )
+            usd = np.nan if price is None else price.usd(tokens_in, tokens_out, 0)
+            total += (calls, tokens_in, tokens_out, usd)
         return total
 
     def uncertainty(self) -> np.ndarray:
@@ -128,7 +125,6 @@ class Estimate:
             ],
             "total": plain(total),
             "uncertainty": plain(self.uncertainty()),
-            "training": plain(self.figures(mean(self.train))),
             "validation": plain(self.figures(mean(self.val))),
             "usd_per_1k_rollouts": plain(total * 1000 / max(1, self.rollouts))["usd"],
             "rollouts": self.rollouts,
@@ -207,13 +203,14 @@ def make_estimate(
     module: BalCapModule,
     data: CaptionDataModule,
     launch: Any,
-    options: Options,
+    options: SimpleNamespace,
     ckpt_path: str | None,
 ) -> Estimate:
     """What the run's judge would be asked; calls nobody and writes nothing that stays.
 
     Args:
         launch: settings of the trainer of the run: devices, num_nodes, accelerator, max_time.
+        options: the flags of the command, see `balcap.commands.estimate.BalCapTrainer.estimate`.
 
     Raises:
         DataError: if the rows cannot be used.
@@ -250,7 +247,7 @@ def make_estimate(
     return estimate
 
 
-def _ranks(launch: Any, options: Options, notes: list[tuple[str, str]]) -> int:
+def _ranks(launch: Any, options: SimpleNamespace, notes: list[tuple[str, str]]) -> int:
     gpus = torch.cuda.device_count()
     ranks, sure = ranks_of(launch.devices, launch.num_nodes, str(launch.accelerator), gpus)
     how = f"trainer.devices={launch.devices}, num_nodes={launch.num_nodes}"
@@ -291,13 +288,17 @@ def read_rows(data: CaptionDataModule, rows: np.ndarray, count: int) -> CaptionB
 
 
 def _captions(
-    module: BalCapModule, rows: CaptionBatch, count: int, options: Options
+    module: BalCapModule, rows: CaptionBatch, count: int, options: SimpleNamespace
 ) -> Sequence[Sequence[str]]:
     """`count` captions of each row: the policy's own, or stand-ins."""
+    references = rows.references
     if options.sample_policy:
-        return sample_policy(module, rows, count)
-    most = max(1, int(module.pipeline.sampling.max_tokens / TOKENS_PER_WORD))
-    return [stand_ins(rows.references, row, count, most, options.overlap) for row in range(len(rows))]
+        captions = sample_policy(module, rows, count)
+    else:
+        most = max(1, int(module.pipeline.sampling.max_tokens / TOKENS_PER_WORD))
+        captions = [stand_ins(references, row, count, most) for row in range(len(rows))]
+    beginnings = [texts[0] for texts in captions] if options.sample_policy else references
+    return [share_text(*group, options.overlap) for group in zip(captions, beginnings, strict=True)]
 
 
 def sample_policy(module: BalCapModule, rows: CaptionBatch, count: int) -> list[Sequence[str]]:
@@ -320,7 +321,7 @@ def sample_policy(module: BalCapModule, rows: CaptionBatch, count: int) -> list[
 
 
 def _client(
-    module: BalCapModule, rows: CaptionBatch | None, options: Options, notes: list[tuple[str, str]]
+    module: BalCapModule, rows: CaptionBatch | None, options: SimpleNamespace, notes: list[tuple[str, str]]
 ) -> FakeClient:
     """What answers, and how it counts."""
     assert module.judge is not None
@@ -346,16 +347,16 @@ def _client(
     return FakeClient(settings, text, schema, *counting)
 
 
-def _note_captions(module: BalCapModule, options: Options, notes: list[tuple[str, str]]) -> None:
+def _note_captions(module: BalCapModule, options: SimpleNamespace, notes: list[tuple[str, str]]) -> None:
     text = f"{options.words_per_assertion:g} words of a caption make an assertion"
     notes.append((text, "--words_per_assertion"))
+    text = f"captions of an image have {options.overlap:.0%} of what they say in common"
+    notes.append((text, "--overlap"))
     if options.sample_policy:
         notes.append(("captions stay as the policy writes them now, before training", ""))
-        return
-    text = f"captions are as long as the references, at most {module.pipeline.sampling.max_tokens} tokens"
-    notes.append((text, "--sample_policy true"))
-    text = f"captions of an image have {options.overlap:.0%} of their text in common"
-    notes.append((text, "--overlap, --sample_policy true"))
+    else:
+        text = f"captions are as long as the references, at most {module.pipeline.sampling.max_tokens} tokens"
+        notes.append((text, "--sample_policy true"))
 
 
 def _note_judge(settings: JudgeSettings, client: FakeClient, notes: list[tuple[str, str]]) -> None:

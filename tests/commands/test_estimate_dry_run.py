@@ -17,6 +17,7 @@ from balcap.commands.estimate_dry_run import (
     Usage,
     dry_run,
     reasoning_tokens,
+    share_text,
     stand_ins,
     text_counter,
 )
@@ -116,15 +117,21 @@ def test_a_task_without_an_example_is_counted_with_a_short_answer() -> None:
     assert used["mood", MODEL].tolist() == [3, 6, 3 * FakeClient.SHORT_ANSWER]
 
 
-def test_stand_ins_are_as_long_as_the_reference_and_share_its_beginning() -> None:
+def test_stand_ins_are_as_long_as_the_reference_and_all_different() -> None:
     references = ["a b c d e f g h i j", "k l m", "n o p q", ""]
-    captions = stand_ins(references, 0, 9, most=100, overlap=0.3)
-    assert all(len(caption.split()) == 10 and caption.startswith("a b c ") for caption in captions)
+    captions = stand_ins(references, 0, 9, most=100)
+    assert all(len(caption.split()) == 10 for caption in captions)
     assert len(set(captions)) == 9
-    assert [len(caption.split()) for caption in stand_ins(references, 0, 2, most=4, overlap=0.5)] == [4, 4]
-    assert set(stand_ins(references, 0, 3, most=100, overlap=1.0)) == {references[0]}
-    assert stand_ins(references, 3, 2, most=100, overlap=0.3) == ["", ""]
-    assert stand_ins([""], 0, 2, most=100, overlap=0.3) == ["", ""]
+    assert [len(caption.split()) for caption in stand_ins(references, 0, 2, most=4)] == [4, 4]
+    assert stand_ins(references, 3, 2, most=100) == ["", ""]
+    assert stand_ins([""], 0, 2, most=100) == ["", ""]
+
+
+def test_captions_share_their_beginning() -> None:
+    captions = ["k l m n o p q r s t", "u v"]
+    assert share_text(captions, "a b c d e f", 0.3) == ["a b c n o p q r s t", "a v"]
+    assert share_text(captions, "a b", 1.0) == ["a b m n o p q r s t", "a b"]
+    assert share_text(captions, "a b", 0.0) == captions
 
 
 # ---- the whole run

@@ -91,10 +91,15 @@ def _clean(assertions: Sequence[str]) -> list[str]:
 
 
 def _windows(text: str, words_per_assertion: float) -> list[str]:
-    """Runs of words of `text`, evenly spread, each once."""
-    words = text.split()
-    if not words:
-        return []
-    count, length = max(1, round(len(words) / words_per_assertion)), min(WORDS_IN_ASSERTION, len(words))
-    starts, looped = [index * len(words) // count for index in range(count)], words * 2
-    return _clean([" ".join(looped[start : start + length]).rstrip(".") + "." for start in starts])
+    """Runs of words of each sentence of `text`, evenly spread, each once: what is repeated asserts nothing new."""
+    assertions = []
+    for sentence in re.split(r"[.!?;\n]+", text):
+        words = sentence.split()
+        if words:
+            count, length = (
+                max(1, round(len(words) / words_per_assertion)),
+                min(WORDS_IN_ASSERTION, len(words)),
+            )
+            starts, looped = [index * len(words) // count for index in range(count)], words * 2
+            assertions += [" ".join(looped[start : start + length]) + "." for start in starts]
+    return _clean(assertions)
