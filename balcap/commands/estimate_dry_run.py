@@ -317,15 +317,13 @@ def dry_run(
         For each row, what the run would use if all of its images were like it.
     """
     judge, used = DryRunJudge(client), []
-    units = rows.extra("reference_units")
     try:
         for row, texts in enumerate(captions):
             total: Usage = {}
-            group = (rows.sample_ids[row], rows.image_bytes[row], rows.references[row])
             count = len(texts) // 2 if visits[1] else len(texts)
             for start, images in zip(range(0, len(texts), count), visits, strict=False):
                 client.used = {}
-                judge.run(suite.gather_group(judge, *group, texts[start : start + count], units[row]))
+                judge.run(suite.gather_group(judge, rows, row, texts[start : start + count]))
                 for key, figures in client.used.items():
                     total[key] = total.get(key, NOTHING) + figures * images
             used.append(total)

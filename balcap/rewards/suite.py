@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from balcap.judge import Asks, Group, Judgments
 from balcap.judge.tasks import Task
 from balcap.rewards.base import Reward
-from balcap.types import Rollouts
+from balcap.types import CaptionBatch, Rollouts
 
 T = TypeVar("T")
 
@@ -69,22 +69,25 @@ class RewardSuite(nn.Module):
         Raises:
             CacheError: if ``model.judge.cache`` cannot be used.
         """
-        return judge.run(self._gather_all(judge, rollouts))
+
+        async def everything() -> Judgments:
+            groups = enumerate(rollouts.captions)
+            return merge(
+                await asyncio.gather(*(self.gather_group(judge, rollouts.batch, *group) for group in groups))
+            )
+
+        return judge.run(everything())
 
     async def gather_group(
-        self,
-        judge: Asks,
-        sample_id: str,
-        image_bytes: bytes,
-        reference: str,
-        captions: Sequence[str],
-        reference_units: Sequence[str] | None = None,
+        self, judge: Asks, batch: CaptionBatch, row: int, captions: Sequence[str]
     ) -> Judgments:
-        """The judgments of one image's ``[G]`` captions, as a batch of B = 1; runs on the judge's loop.
+        """The judgments of the ``[G]`` captions of one image of a batch, as a batch of B = 1; runs on the judge's loop.
 
         `merge` puts groups together that were gathered one by one, as their captions came.
         """
-        group = Group(judge, sample_id, image_bytes, reference, captions, reference_units)
+        image, reference = batch.image_bytes[row], batch.references[row]
+        units = batch.extra("reference_units")[row]
+        group = Group(judge, batch.sample_ids[row], image, reference, captions, units)
         await asyncio.gather(*(group.get(task) for task in self.needs))
         answers = {name: [await group.per_rollout(task)] for name, task in group.asked().items()}
         failures = Counter({name: _missing(rows) for name, rows in answers.items() if _missing(rows)})
@@ -93,14 +96,6 @@ class RewardSuite(nn.Module):
     def forward(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G K"]:
         """Scores in [0, 1], float32, in the order of `names`; NaN where missing. Accumulates every reward."""
         return torch.stack([reward(rollouts, judgments) for reward in self.rewards], dim=-1)
-
-    async def _gather_all(self, judge: Asks, rollouts: Rollouts) -> Judgments:
-        batch = rollouts.batch
-        units = batch.extra("reference_units")
-        rows = zip(
-            batch.sample_ids, batch.image_bytes, batch.references, rollouts.captions, units, strict=True
-        )
-        return merge(await asyncio.gather(*(self.gather_group(judge, *row) for row in rows)))
 
 
 def merge(groups: Sequence[Judgments]) -> Judgments:

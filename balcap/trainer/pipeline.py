@@ -64,17 +64,7 @@ class PendingJudgments:
         assert self._judge is not None
         if not self._futures:
             self.started = time.perf_counter()
-        batch = self._batch
-        future = self._judge.submit(
-            self._suite.gather_group(
-                self._judge,
-                batch.sample_ids[row],
-                batch.image_bytes[row],
-                batch.references[row],
-                captions,
-                batch.extra("reference_units")[row],
-            )
-        )
+        future = self._judge.submit(self._suite.gather_group(self._judge, self._batch, row, captions))
         future.add_done_callback(self._answered)
         self._futures[row] = future
 

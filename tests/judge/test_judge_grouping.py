@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,10 +118,9 @@ def test_what_is_shared_stands_first(make_judge, server, png):
 
 def test_units_of_the_data_are_not_asked_for(make_judge, server, png):
     judge = make_judge()
-    given = suite().gather_group
-    judgments = judge.run(
-        given(judge, "id", png, "A cat. A mat", ["A cat"], reference_units=["A cat", "A bat"])
-    )
+    batch = rollouts([["A cat"]], png).batch
+    batch = replace(batch, references=["A cat. A mat"], extras={"reference_units": [["A cat", "A bat"]]})
+    judgments = judge.run(suite().gather_group(judge, batch, 0, ["A cat"]))
     assert judgments.units == [["A cat", "A bat"]]
     assert judgments["match"] == [[[True, False]]]
     assert tasks(server).count("decompose") == 1  # the caption's
