@@ -1,0 +1,9 @@
+"""Small things that several packages share, and that know none of them.
+
+`errors.py`   `RunStopped`, which ends a run on purpose
+`files.py`    whole files replaced at once, JSON lines appended
+`imports.py`  torchmetrics without transformers
+`loop.py`     event loops in background threads
+`redact.py`   texts and settings without secrets
+`seeding.py`  random numbers of one place in a run
+"""
