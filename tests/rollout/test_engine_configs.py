@@ -26,9 +26,9 @@ def test_every_engine_goes_with_every_run(
     if config.stem == "shapes":
         local += ["--data.data", str(world / "shapes.json")]
     cli = ParsedCLI(args=["fit", "--config", str(config), "--config", str(overlay), *local])
-    assert isinstance(cli.model.engine, RolloutEngine)
+    assert isinstance(cli.model.pipeline.engine, RolloutEngine)
     wanted = yaml.safe_load(overlay.read_text())["model"]["engine"]["class_path"]
-    assert f"balcap.rollout.{type(cli.model.engine).__name__}" == wanted
+    assert f"balcap.rollout.{type(cli.model.pipeline.engine).__name__}" == wanted
 
 
 def test_overlays_name_their_command():
