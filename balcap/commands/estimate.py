@@ -4,8 +4,8 @@ Takes the configs and flags of ``fit``. Sampled rows are judged in a dry run tha
 they use is multiplied by the images that the run judges, and their spread gives the interval. Every assumption
 is printed with the flag that changes it.
 
-`estimate_run.py` samples rows, multiplies and reports; `estimate_dry_run.py` is the dry run; `estimate_images.py`
-holds the tokens of images, by provider.
+`estimate_run.py` samples rows, multiplies and reports; `estimate_dry_run.py` is the dry run; `estimate_tokens.py`
+counts tokens.
 """
 
 from __future__ import annotations

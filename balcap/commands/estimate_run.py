@@ -22,18 +22,14 @@ from balcap.commands.estimate_dry_run import (
     Plan,
     Usage,
     dry_run,
-    image_tokens,
     limited,
-    place_of,
     ranks_of,
-    reasoning_tokens,
     share_text,
     stand_ins,
-    text_counter,
     training_batches,
     validations,
 )
-from balcap.commands.estimate_images import rule_for
+from balcap.commands.estimate_tokens import image_tokens, place_of, reasoning_tokens, rule_for, text_counter
 from balcap.data import CaptionDataModule
 from balcap.data.reader import to_batch
 from balcap.data.sharegpt4v import column

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from balcap.commands.recaption import RecaptionSettings
+from balcap.data.order import select_rows
 from balcap.data.reader import prompt_for
-from balcap.data.sharegpt4v import PLACEHOLDER, normalise
+from balcap.data.sharegpt4v import PLACEHOLDER, TEXT_ONLY_CAUSES, DataError, column, normalise
 from balcap.utils.files import append_jsonl, atomic_write, read_jsonl
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,40 @@ def _changed(path: Path, text: str, settings: dict[str, Any]) -> list[str]:
             "move that file away, to begin anew (what is in judge.cache is not paid for again)"
         )
     return problems
+
+
+def plan_rows(settings: RecaptionSettings, table: Any) -> tuple[list[int], list[QuarantinedRow]]:
+    """The rows that can be captioned, in the order of the data set; and those that cannot.
+
+    A missing caption or question is no fault here, a second row of an image is.
+
+    Raises:
+        DataError: none is left.
+    """
+    root = Path(settings.image_root or "").expanduser()
+    sample_ids, causes = column(table, "sample_id"), column(table, "problem")
+    chosen, missing = select_rows(sample_ids, root, settings.folders, settings.max_rows)
+    for folder, count in missing.items():
+        log.warning("folder_not_on_disk: %s/%s does not exist, %d rows left out", root, folder, count)
+    if not len(chosen):
+        raise DataError(
+            f"image_root: no row of {settings.data} is left: {', '.join(missing) or 'none'} not found under "
+            f"{root} (folders={settings.folders})"
+        )
+    first: dict[str, int] = {}
+    good: list[int] = []
+    bad: list[QuarantinedRow] = []
+    for row in map(int, chosen):
+        image, cause = sample_ids[row], causes[row]
+        if cause and cause not in TEXT_ONLY_CAUSES:
+            bad.append(QuarantinedRow(row, image, cause, table[row]["detail"]))
+        elif first.setdefault(image, row) != row:
+            bad.append(
+                QuarantinedRow(row, image, "duplicate_image", f"row {first[image]} has the same image")
+            )
+        else:
+            good.append(row)
+    return good, bad
 
 
 def output_row(

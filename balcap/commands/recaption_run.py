@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
 import signal
 import sys
@@ -18,19 +17,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from balcap.commands.recaption import RecaptionSettings, asked_model, own_keys
-from balcap.commands.recaption_files import Quarantine, QuarantinedRow, claim, output_row, write_rows
+from balcap.commands.recaption_files import (
+    Quarantine,
+    QuarantinedRow,
+    claim,
+    output_row,
+    plan_rows,
+    write_rows,
+)
 from balcap.data.images import BadImage
-from balcap.data.order import select_rows
 from balcap.data.reader import ImageFolder, prompt_for
-from balcap.data.sharegpt4v import TEXT_ONLY_CAUSES, DataError, column, load_rows, raw_rows
+from balcap.data.sharegpt4v import DataError, load_rows, raw_rows
 from balcap.judge import BudgetSpent, Decompose, JudgeFailure, Recaption, StoreError
 from balcap.utils.errors import RunStopped
-
-log = logging.getLogger(__name__)
 
 REMEMBERED = frozenset(("refused", "filtered", "invalid", "cut", "too_long", "rejected"))
 """Failures that cost a call to find out: the next run asks again only with ``retry_quarantined``."""
@@ -43,40 +45,6 @@ GRACE_S = 5.0
 
 PLAIN_EVERY_S = 15.0
 """Seconds between two lines of progress where stdout is not a terminal."""
-
-
-def plan_rows(settings: RecaptionSettings, table: Any) -> tuple[list[int], list[QuarantinedRow]]:
-    """The rows that can be captioned, in the order of the data set; and those that cannot.
-
-    A missing caption or question is no fault here, a second row of an image is.
-
-    Raises:
-        DataError: none is left.
-    """
-    root = Path(settings.image_root or "").expanduser()
-    sample_ids, causes = column(table, "sample_id"), column(table, "problem")
-    chosen, missing = select_rows(sample_ids, root, settings.folders, settings.max_rows)
-    for folder, count in missing.items():
-        log.warning("folder_not_on_disk: %s/%s does not exist, %d rows left out", root, folder, count)
-    if not len(chosen):
-        raise DataError(
-            f"image_root: no row of {settings.data} is left: {', '.join(missing) or 'none'} not found under "
-            f"{root} (folders={settings.folders})"
-        )
-    first: dict[str, int] = {}
-    good: list[int] = []
-    bad: list[QuarantinedRow] = []
-    for row in map(int, chosen):
-        image, cause = sample_ids[row], causes[row]
-        if cause and cause not in TEXT_ONLY_CAUSES:
-            bad.append(QuarantinedRow(row, image, cause, table[row]["detail"]))
-        elif first.setdefault(image, row) != row:
-            bad.append(
-                QuarantinedRow(row, image, "duplicate_image", f"row {first[image]} has the same image")
-            )
-        else:
-            good.append(row)
-    return good, bad
 
 
 class RecaptionRun:

@@ -16,10 +16,8 @@ from balcap.commands.estimate_dry_run import (
     Plan,
     Usage,
     dry_run,
-    reasoning_tokens,
     share_text,
     stand_ins,
-    text_counter,
 )
 from balcap.commands.estimate_run import Estimate
 from balcap.judge import Deployment, Group, JudgeSettings, Price, Task, TaskModel
@@ -193,35 +191,3 @@ def test_a_budget_is_compared(budget: float, step: int | None) -> None:
     assert found.as_json()["budget_spent_at_step"] == step
     expected = "lasts for the whole run" if step is None else f"at about step {step} of 10"
     assert expected in shown(found)
-
-
-# ---- tokens
-
-
-@pytest.mark.parametrize(
-    ("model", "params", "tokens"),
-    [
-        ("openai/gpt-4o-mini", {}, 0),
-        ("openai/gpt-5-mini", {}, 800),
-        ("openai/gpt-5-mini", {"reasoning_effort": "minimal"}, 0),
-        ("openai/gpt-5.4", {}, 0),
-        ("openai/gpt-5", {"reasoning_effort": {"effort": "high"}}, 2500),
-        ("anthropic/claude-sonnet-4-5", {}, 0),
-        ("anthropic/claude-sonnet-4-5", {"thinking": {"type": "enabled", "budget_tokens": 500}}, 500),
-        ("anthropic/claude-sonnet-4-5", {"thinking": {"type": "disabled"}}, 0),
-        ("gemini/gemini-2.5-flash", {}, 800),
-    ],
-)
-def test_reasoning_is_assumed_by_model_and_parameters(
-    model: str, params: dict[str, Any], tokens: int
-) -> None:
-    assert reasoning_tokens(model, params) == tokens
-
-
-def test_texts_are_counted_by_characters_or_by_a_tokenizer() -> None:
-    count, what = text_counter(4.0)
-    assert count("123456789") == 2
-    assert "4 characters" in what
-    count, what = text_counter(None)
-    assert count("The dog is brown.") == 5
-    assert "tokenizer" in what

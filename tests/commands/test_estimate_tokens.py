@@ -1,12 +1,14 @@
-"""Tokens of images: providers' own examples, and figures from bills."""
+"""Tokens of images, texts and reasoning: providers' own examples, and figures from bills."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balcap.commands.estimate_images import rule_for
+from balcap.commands.estimate_tokens import reasoning_tokens, rule_for, text_counter
 
 GOLDENS = [
     # 640 x 480: 2 x 1 tiles of 512; 2833 + 2 * 5667 = 14167
@@ -74,3 +76,32 @@ def test_no_image_is_free_or_without_measure(model: str, width: int, height: int
     assert 1 <= tokens <= 50_000
     # Lying or standing makes no difference.
     assert rule_for(model).tokens(height, width, None) == tokens
+
+
+@pytest.mark.parametrize(
+    ("model", "params", "tokens"),
+    [
+        ("openai/gpt-4o-mini", {}, 0),
+        ("openai/gpt-5-mini", {}, 800),
+        ("openai/gpt-5-mini", {"reasoning_effort": "minimal"}, 0),
+        ("openai/gpt-5.4", {}, 0),
+        ("openai/gpt-5", {"reasoning_effort": {"effort": "high"}}, 2500),
+        ("anthropic/claude-sonnet-4-5", {}, 0),
+        ("anthropic/claude-sonnet-4-5", {"thinking": {"type": "enabled", "budget_tokens": 500}}, 500),
+        ("anthropic/claude-sonnet-4-5", {"thinking": {"type": "disabled"}}, 0),
+        ("gemini/gemini-2.5-flash", {}, 800),
+    ],
+)
+def test_reasoning_is_assumed_by_model_and_parameters(
+    model: str, params: dict[str, Any], tokens: int
+) -> None:
+    assert reasoning_tokens(model, params) == tokens
+
+
+def test_texts_are_counted_by_characters_or_by_a_tokenizer() -> None:
+    count, what = text_counter(4.0)
+    assert count("123456789") == 2
+    assert "4 characters" in what
+    count, what = text_counter(None)
+    assert count("The dog is brown.") == 5
+    assert "tokenizer" in what

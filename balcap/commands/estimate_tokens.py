@@ -1,4 +1,4 @@
-"""What an image costs in prompt tokens, by the rule of the model that sees it.
+"""Tokens without asking anybody: of images, by the rule of the model that sees them; of texts; of reasoning.
 
 Pure functions of width and height in pixels, as the image is sent. The rules are those that providers publish,
 corrected where bills are known to differ (2026-11). A rule is picked by the model's name; a model that no rule
@@ -17,9 +17,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from base64 import b64decode
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from io import BytesIO
+from typing import Any
+
+from balcap.judge import ImagePolicy, JudgeSettings
+from balcap.judge.client import import_litellm, provider_of
+from balcap.judge.images import image_url
 
 TokensOf = Callable[[int, int, str | None], int]
 
@@ -124,3 +131,63 @@ def rule_for(model: str) -> Rule:
 def _cells(width: float, height: float, side: int) -> int:
     """Squares of `side` that cover the image; a hair beyond a border, from scaling, opens no new one."""
     return math.ceil(round(width / side, 6)) * math.ceil(round(height / side, 6))
+
+
+_REASONS = r"gpt-5(-mini|-nano|-20\d\d|$)|\bo[134](-|$)|gemini-(2\.5|[3-9])|deepseek-r|qwq"
+"""Models that reason unless they are told not to; GPT-5.1 and later, Claude and most open ones do not."""
+
+# Output tokens per call that are billed and never seen. Short questions with a list to fill in.
+_EFFORTS = {"none": 0, "disable": 0, "minimal": 0, "low": 200, "medium": 800, "high": 2500, "xhigh": 5000}
+
+
+def text_counter(chars_per_token: float | None) -> tuple[Callable[[str], int], str]:
+    """Counts the tokens of a text; and what it is, for a person.
+
+    Args:
+        chars_per_token: characters that make a token; None takes litellm's tokenizer, which needs no network.
+    """
+    if chars_per_token is not None:
+        return lambda text: int(len(text) / chars_per_token), f"{chars_per_token:g} characters a token"
+    count = import_litellm().token_counter
+    # The model only chooses a tokenizer: this one lies in litellm, others would be fetched.
+    return (
+        lru_cache(maxsize=4096)(lambda text: count(model="gpt-4o", text=text)),
+        "OpenAI's cl100k_base tokenizer, within some percent of others",
+    )
+
+
+def reasoning_tokens(model: str, params: Mapping[str, Any]) -> int:
+    """Assumed output tokens per call that a model spends on reasoning, beside its answer.
+
+    From ``reasoning_effort`` (or the budget of Anthropic's ``thinking``), else from what the model does by
+    itself.
+    """
+    effort = params.get("reasoning_effort")
+    effort = effort.get("effort") if isinstance(effort, Mapping) else effort
+    if effort is not None:
+        return _EFFORTS.get(str(effort), _EFFORTS["medium"])
+    thinking = params.get("thinking")
+    if isinstance(thinking, Mapping) and thinking.get("type") != "disabled":
+        return min(_EFFORTS["medium"], int(thinking.get("budget_tokens") or _EFFORTS["medium"]))
+    return _EFFORTS["medium"] if re.search(_REASONS, model) else 0
+
+
+def place_of(settings: JudgeSettings, model: str) -> str:
+    """Where a model is served, as litellm writes it: the first of its deployments."""
+    return settings.deployments[0].model if settings.deployments and model == settings.model else model
+
+
+def image_tokens(settings: JudgeSettings, model: str, image: bytes) -> int:
+    """Tokens of an image file as the judge sends it to `model`, by the model's rule."""
+    place = place_of(settings, model)
+    detail = settings.images.detail_for(provider_of(place, settings.providers) or "")
+    return rule_for(place).tokens(*_size(image, settings.images), detail)
+
+
+@lru_cache(maxsize=1024)
+def _size(image: bytes, policy: ImagePolicy) -> tuple[int, int]:
+    """Pixels of an image file as it is sent."""
+    from PIL import Image
+
+    with Image.open(BytesIO(b64decode(image_url(image, policy).partition(",")[2]))) as sent:
+        return sent.size
