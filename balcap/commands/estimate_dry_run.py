@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from balcap.commands.estimate_images import rule_for
-from balcap.judge import Bill, CallFailed, Decompose, Judge, JudgeSettings, Question, Reply, Route, Task
+from balcap.judge import CallFailed, Decompose, Judge, JudgeSettings, Question, Reply, Route, Task
 from balcap.judge.cache import JudgmentCache
 from balcap.judge.client import import_litellm, provider_of
 from balcap.judge.images import ImagePolicy, image_url
@@ -224,7 +224,7 @@ class FakeClient:
         self.used[key] = self.used.get(key, NOTHING) + figures
         if not answer:
             raise CallFailed("rejected", f"{task.name} has no example of an answer")
-        return Reply(answer, Bill())
+        return Reply(answer)
 
     def _tokens_in(self, question: Question, route: Route, messages: Sequence[Mapping[str, Any]]) -> int:
         contents = [message["content"] for message in messages]
