@@ -7,6 +7,7 @@ imported when the first question is asked, never by importing this file.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -329,10 +330,9 @@ def provider_of(model: str, providers: Mapping[str, str] | None = None) -> str |
     if model.partition("/")[0] in (providers or ()):
         return model.partition("/")[0]
     litellm = import_litellm()
-    try:
+    with contextlib.suppress(litellm.exceptions.BadRequestError):
         return litellm.get_llm_provider(model)[1]
-    except litellm.exceptions.BadRequestError:
-        return None
+    return None
 
 
 @functools.lru_cache(maxsize=64)

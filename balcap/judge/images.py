@@ -57,11 +57,9 @@ class ImagePolicy:
 
     def problems(self, key: str = "model.judge.images") -> list[str]:
         """What is out of range, each with the key to change."""
+        side = self.max_side
         rules = (
-            (
-                self.max_side >= _LEAST_SIDE,
-                f"max_side: {self.max_side} pixels; it must be at least {_LEAST_SIDE}",
-            ),
+            (side >= _LEAST_SIDE, f"max_side: {side} pixels; it must be at least {_LEAST_SIDE}"),
             (0 < self.max_mb < float("inf"), f"max_mb: {self.max_mb} MB; it must be above 0"),
             (1 <= self.quality <= 95, f"quality: {self.quality}; JPEG quality goes from 1 to 95"),
         )

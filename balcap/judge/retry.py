@@ -113,17 +113,14 @@ class Retrier:
                 counts once it is final: see `give_up`.
         """
         task = question.task.name
-        failure = JudgeFailure(task, "nobody was asked", "stopped")
-        chat = question.messages(items)
-        now = time.monotonic()
+        chat, now = question.messages(items), time.monotonic()
         # Fallbacks first while the judges before them cool down.
         for route in sorted(question.routes, key=lambda route: self._cools_until.get(route.name, 0.0) > now):
             try:
                 answer = await self._ask_route(question, route, chat, items)
             except JudgeFailure as missed:
                 failure = missed
-                divisible = missed.kind in DIVISIBLE and len(items) > 1
-                if divisible or missed.kind in ("stopped", "image"):
+                if missed.kind in ("stopped", "image") or (missed.kind in DIVISIBLE and len(items) > 1):
                     break
             else:
                 self._health.succeeded(task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
@@ -151,8 +152,7 @@ def _remembered(question: Question, piece: Piece, stored: Sequence[str]) -> list
 def _chunks(waiting: Sequence[_Waiting], per_call: int) -> list[list[_Waiting]]:
     """As few chunks of at most `per_call` items as possible, of about equal size; a piece is never divided."""
     items = sum(len(piece) for piece, _, _ in waiting)
-    number = max(1, -(-items // per_call))
-    size = -(-items // number)
+    size = math.ceil(items / max(1, math.ceil(items / per_call)))
     chunks: list[list[_Waiting]] = []
     held = size
     for entry in waiting:

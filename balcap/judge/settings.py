@@ -180,8 +180,7 @@ class JudgeSettings:
         if provider in (self.providers or ()):
             return []
         problems = []
-        has_address = params.get("api_base") or params.get("base_url")
-        if provider in ("hosted_vllm", "vllm") and not has_address:
+        if provider in ("hosted_vllm", "vllm") and not (params.get("api_base") or params.get("base_url")):
             problems.append(f"{where}.params.api_base: {model} needs the address of its server")
         elif (
             not params.get("api_base")

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 _LIMIT = 300  # characters of a text that is kept
 _LONGEST = 20_000  # characters that are looked at; errors may quote a whole request
 _SHORTEST = 8  # characters of a secret known by its variable's name alone: TOKENIZERS_PARALLELISM=true
-_SHORTEST_REFERENCED = 4
+_SHORTEST_KNOWN = 4
 _SECRET_NAME = re.compile(r"key|token|secret|passw|passphrase|credential|auth|bearer|cookie", re.IGNORECASE)
 
 _SHAPES = re.compile(
@@ -64,18 +64,19 @@ def keep_secret(names: Iterable[str]) -> None:
 
 def _environment_secrets() -> list[str]:
     """Values of the environment that are secrets, the longest first: one may be part of another."""
-    values = {
-        value
-        for name, value in os.environ.items()
-        if len(value) >= (_SHORTEST_REFERENCED if name in _referenced else _SHORTEST)
-        and (name in _referenced or _SECRET_NAME.search(name))
-    }
-    return sorted(values, key=lambda value: (-len(value), value))
+    variables = os.environ.items()
+    referenced = {text for name, text in variables if name in _referenced and len(text) >= _SHORTEST_KNOWN}
+    named = {value for name, value in variables if _SECRET_NAME.search(name) and len(value) >= _SHORTEST}
+    return _longest_first(referenced | named)
+
+
+def _longest_first(texts: Iterable[str]) -> list[str]:
+    return sorted(texts, key=lambda text: (-len(text), text))
 
 
 @lru_cache(maxsize=1024)
-def _forms(secret: str) -> tuple[str, ...]:
-    """How a secret may stand in an error text, the longest first."""
+def _forms(secret: str) -> list[str]:
+    """How a secret may stand in an error text."""
     raw = secret.encode(errors="surrogateescape")
     quoted = (quote(secret), quote(secret, safe=""), quote_plus(secret))
     forms = {secret, " ".join(secret.split()), json.dumps(secret)[1:-1], repr(secret)[1:-1], *quoted}
@@ -85,7 +86,7 @@ def _forms(secret: str) -> tuple[str, ...]:
         # the characters that depend on nothing but the secret
         core = encoded[-(-before * 8 // 6) : (before + len(raw)) * 8 // 6]
         forms |= {core, core.replace("+", "-").replace("/", "_")} if len(core) >= _SHORTEST else set()
-    return tuple(sorted((form for form in forms if form), key=lambda form: (-len(form), form)))
+    return _longest_first(forms - {""})
 
 
 # ---- settings
@@ -139,15 +140,13 @@ def resolve(settings: Any) -> Any:
         return {name: resolve(inner) for name, inner in settings.items()}
     if isinstance(settings, list | tuple):
         return [resolve(inner) for inner in settings]
-    return _REFERENCE.sub(_value, settings) if isinstance(settings, str) else settings
-
-
-def _value(reference: re.Match[str]) -> str:
-    name = reference.group(1)
-    if not os.environ.get(name):
-        raise LookupError(f"{reference.group()} is not set in the environment")
-    keep_secret([name])
-    return os.environ[name]
+    if not isinstance(settings, str):
+        return settings
+    names = _REFERENCE.findall(settings)
+    if missing := [name for name in names if not os.environ.get(name)]:
+        raise LookupError(f"os.environ/{missing[0]} is not set in the environment")
+    keep_secret(names)
+    return _REFERENCE.sub(lambda reference: os.environ[reference.group(1)], settings)
 
 
 def _speaks_of_a_secret(name: str) -> bool:
