@@ -91,7 +91,6 @@ class JudgeServer:
         fault_share: share of requests that something goes wrong with.
         faults: what that may be, each as likely as the others.
         seed: of the draws.
-        image_tokens: (width, height, detail) -> tokens of an image.
         log_path: JSON-lines file, appended to as requests are done with; see `records`.
 
     Attributes:
@@ -107,7 +106,6 @@ class JudgeServer:
         drip_s: seconds between two bytes of a dripping body.
         retry_after: of "429_after", in seconds.
         down_after: requests after which nothing but 503 comes; None: never.
-        cached_prefixes: whether ``usage`` tells how much of the prompt was seen before.
     """
 
     def __init__(
@@ -119,13 +117,12 @@ class JudgeServer:
         fault_share: float = 0.0,
         faults: Sequence[str] = PASSING,
         seed: int = 0,
-        image_tokens: Callable[[int, int, str | None], int] = gpt_4o_mini_image_tokens,
         log_path: str | Path | None = None,
     ) -> None:
         if unknown := {*faults} - {*FAULTS}:
             raise ValueError(f"unknown faults: {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}")
         self.right_answer = answer or right_answer
-        self.latency, self.image_tokens = latency, image_tokens
+        self.latency = latency
         self.fault_share, self.faults, self.seed = fault_share, tuple(faults), seed
         self.script: list[str | None] = []
         self.always: str | None = None
@@ -136,10 +133,8 @@ class JudgeServer:
         self.hang_s: float | None = None
         self.drip_s, self.retry_after = 0.2, 1.0
         self.down_after: int | None = None
-        self.cached_prefixes = False
         self._arrived = 0
         self._asked: Counter[str] = Counter()
-        self._prefixes: set[str] = set()
         self._log_file = None if log_path is None else open(log_path, "a", buffering=1)  # noqa: SIM115
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -265,45 +260,21 @@ class JudgeServer:
 
     def usage(self, messages: Messages, content: str) -> dict[str, Any]:
         """What the request is billed: four characters a token, and the tokens of its images."""
-        pieces = list(self._pieces(messages))
-        asked = sum(len(piece) for piece in pieces if isinstance(piece, str)) // 4
-        asked += sum(piece[1] for piece in pieces if not isinstance(piece, str))
-        said = len(content) // 4
-        usage: dict[str, Any] = {
-            "prompt_tokens": asked,
-            "completion_tokens": said,
-            "total_tokens": asked + said,
-        }
-        if self.cached_prefixes:
-            usage["prompt_tokens_details"] = {"cached_tokens": self._cached(pieces)}
-        return usage
+        tokens_in, tokens_out = self._prompt_tokens(messages), len(content) // 4
+        total = tokens_in + tokens_out
+        return {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": total}
 
-    def _pieces(self, messages: Messages) -> Iterator[str | tuple[str, int]]:
-        """The prompt in its order: texts, and (URL, tokens) of images."""
+    def _prompt_tokens(self, messages: Messages) -> int:
+        characters, tokens = 0, 0
         for message in messages:
             content = message["content"]
-            parts: list[dict[str, Any]] = [{"type": "text", "text": content}]
-            for part in parts if isinstance(content, str) else content:
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 if part["type"] == "text":
-                    yield part["text"]
+                    characters += len(part["text"])
                 else:
                     image = part["image_url"]
-                    tokens = self.image_tokens(*image_size(image["url"]), image.get("detail"))
-                    yield image["url"], tokens
-
-    def _cached(self, pieces: Sequence[str | tuple[str, int]]) -> int:
-        """Tokens of the longest prefix seen before, in steps of 128 and from 1,024 on, as OpenAI counts."""
-        digest, tokens, cached = hashlib.sha256(), 0, 0
-        for piece in pieces:
-            texts = [piece[i : i + 512] for i in range(0, len(piece), 512)] if isinstance(piece, str) else []
-            blocks = [(text, len(text) // 4) for text in texts] if isinstance(piece, str) else [piece]
-            for block, count in blocks:
-                digest.update(block.encode())
-                tokens += count
-                prefix = digest.hexdigest()
-                cached = tokens if prefix in self._prefixes else cached
-                self._prefixes.add(prefix)
-        return cached // 128 * 128 if cached >= 1024 else 0
+                    tokens += gpt_4o_mini_image_tokens(*image_size(image["url"]), image.get("detail"))
+        return tokens + characters // 4
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.keep:
@@ -379,7 +350,7 @@ def server_process(**options: Any) -> Iterator[ServerProcess]:
     """A server that lives as long as the block.
 
     Args:
-        options: as on the command line, such as ``fault_share=0.3`` or ``cached_prefixes=True``; None leaves
+        options: as on the command line, such as ``fault_share=0.3``; None leaves
             one out. The server ends with this process, however that ends.
 
     Raises:
@@ -425,17 +396,11 @@ def main(args: Sequence[str] | None = None) -> None:
     add("--port", type=int, default=0, help="0 for any")
     add("--answer", default="examples.shapes.oracle.answer", help="import path of the right answers")
     add("--fault-share", type=float, default=0.0)
-    add("--faults", default=",".join(PASSING), help="comma-separated")
     add("--seed", type=int, default=0)
     add("--latency", type=float, default=0.0, help="seconds; the median with --latency-p99")
     add("--latency-p99", type=float, help="makes the latency log-normal")
     add("--log", type=Path, help="JSON-lines file, one line per request")
     add("--down-after", type=int, help="requests until the server is down for good")
-    add("--hang-s", type=float, help="seconds until hanging requests are answered after all")
-    add("--drip-s", type=float, default=0.2, help="seconds between the bytes of a dripping body")
-    add("--retry-after", type=float, default=1.0, help="seconds")
-    add("--image-tokens", default="tests.judge_replies.gpt_4o_mini_image_tokens", help="import path")
-    add("--cached-prefixes", action="store_true", help="usage tells of prefixes that were seen before")
     add("--with-parent", action="store_true", help="end when the standard input closes")
     options = parser.parse_args(args)
 
@@ -450,14 +415,11 @@ def main(args: Sequence[str] | None = None) -> None:
         port=options.port,
         latency=latency,
         fault_share=options.fault_share,
-        faults=options.faults.split(","),
         seed=options.seed,
-        image_tokens=load(options.image_tokens),
         log_path=options.log,
     )
     server.keep = False
-    server.hang_s, server.drip_s, server.retry_after = options.hang_s, options.drip_s, options.retry_after
-    server.down_after, server.cached_prefixes = options.down_after, options.cached_prefixes
+    server.down_after = options.down_after
     if options.with_parent:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     print(server.url, flush=True)

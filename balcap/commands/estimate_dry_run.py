@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from balcap.commands.estimate_tokens import image_tokens, place_of, reasoning_tokens
-from balcap.judge import Bill, CallFailed, Decompose, Judge, JudgeSettings, Question, Reply, Route, Task
+from balcap.judge import CallFailed, Decompose, Judge, JudgeSettings, Question, Reply, Route, Task
 from balcap.judge.cache import JudgmentCache
 from balcap.judge.client import provider_of
 from balcap.judge.prompt import response_format
@@ -220,7 +220,7 @@ class FakeClient:
         self.used[key] = self.used.get(key, NOTHING) + figures
         if not answer:
             raise CallFailed("rejected", f"{task.name} has no example of an answer")
-        return Reply(answer, Bill())
+        return Reply(answer)
 
     def _tokens_in(self, question: Question, route: Route, messages: Sequence[Mapping[str, Any]]) -> int:
         contents = [message["content"] for message in messages]

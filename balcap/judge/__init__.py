@@ -19,7 +19,7 @@ never a 0, never a crash. Too many of them, or a spent budget, end the run with 
 """
 
 from balcap.judge import errors, tasks
-from balcap.judge.client import Bill, CallFailed, Client, Deployment, Price, Reply
+from balcap.judge.client import CallFailed, Client, Deployment, Price, Reply
 from balcap.judge.errors import (
     BudgetSpent,
     CacheError,
@@ -38,7 +38,7 @@ from balcap.judge.task import Asks, Group, Judgments
 from balcap.judge.tasks import Decompose, Match, Rate, Rating, Recaption, Task, Verdict, Verify
 
 __all__ = [
-    "Asks", "Bill", "BudgetSpent", "CacheError", "CallFailed", "Client", "Decompose", "Deployment", "Group",
+    "Asks", "BudgetSpent", "CacheError", "CallFailed", "Client", "Decompose", "Deployment", "Group",
     "ImagePolicy", "InvalidAnswer", "Judge", "JudgeFailure", "JudgeSettings", "JudgeStats", "JudgeUnavailable",
     "Judgments", "LedgerError", "Match", "Price", "Question", "Rate", "Rating", "Recaption", "Reply", "Route",
     "StoreError", "Task", "TaskModel", "Verdict", "Verify", "errors", "tasks",

@@ -5,6 +5,8 @@ The SQLite file only grows while runs use it; ``python main.py cache`` shows wha
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import sqlite3
@@ -20,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 BUSY_S = 10.0
 """Seconds that a process waits for another one's transaction."""
-_KEYS_PER_QUERY = 500  # SQLite takes 999 in its older versions
 
 
 class Store:
@@ -59,16 +60,16 @@ class Store:
     @classmethod
     def connect(cls, path: Path) -> sqlite3.Connection:
         """A connection to the file, which is made, with its folder, if it is missing; raises `StoreError`."""
-        connection = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False)
-            cls._prepare(connection)
+            with contextlib.ExitStack() as on_failure:
+                connection = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False)
+                on_failure.callback(connection.close)
+                cls._prepare(connection)
+                on_failure.pop_all()
+            return connection
         except (OSError, sqlite3.Error) as error:
-            if connection is not None:
-                connection.close()
             raise cls.unusable(path, str(error)) from None
-        return connection
 
     @classmethod
     def problem(cls, path: str | Path) -> str | None:
@@ -89,10 +90,8 @@ class Store:
     def unusable(cls, path: str | Path | None, why: str) -> StoreError:
         """The error for a person."""
         key = f"model.judge.{cls.setting}"
-        message = (
-            f"{key}: {path} cannot be used as {cls.what} ({why}). Name another file, move this one away, "
-        )
-        return cls.error(f"{message}or set {key} to null.", why)
+        message = f"{key}: {path} cannot be used as {cls.what} ({why}). "
+        return cls.error(f"{message}Name another file, move this one away, or set {key} to null.", why)
 
     @classmethod
     def _prepare(cls, connection: sqlite3.Connection) -> None:
@@ -149,35 +148,27 @@ class JudgmentCache(Store):
         " answer TEXT NOT NULL, at REAL NOT NULL DEFAULT 0) WITHOUT ROWID",
     )
 
-    def get(self, key: str) -> str | None:
-        """The answer's JSON, or None; errors as `get_many`."""
-        return self.get_many([key]).get(key)
-
     def get_many(self, keys: Sequence[str]) -> dict[str, str]:
         """Those of `keys` that are there, with their answers' JSON.
 
         Raises:
             CacheError: if the file turns out to be damaged.
         """
-        answers: dict[str, str] = {}
+        query = "SELECT key, answer FROM answers WHERE key IN (SELECT value FROM json_each(?))"
         with self._lock:
-            for start in range(0, len(keys) if self._connection else 0, _KEYS_PER_QUERY):
-                some = keys[start : start + _KEYS_PER_QUERY]
-                query = f"SELECT key, answer FROM answers WHERE key IN ({', '.join('?' * len(some))})"
-                try:
-                    answers.update(self._connection.execute(query, tuple(some)))  # type: ignore[union-attr]
-                except sqlite3.OperationalError as error:
-                    self._warn("read", error)
-                except sqlite3.DatabaseError as error:
-                    raise self.unusable(self.path, str(error)) from None
-        return answers
+            try:
+                return dict(self._connection.execute(query, [json.dumps(keys)])) if self._connection else {}
+            except sqlite3.OperationalError as error:
+                self._warn("read", error)
+                return {}
+            except sqlite3.DatabaseError as error:
+                raise self.unusable(self.path, str(error)) from None
 
     def put(self, key: str, task: str, model: str, answer: str) -> None:
         """Keep `answer`, a JSON text, under `key`; `task` and `model` are for people who look inside."""
         row = (key, task, model, answer, time.time())
-        self._write(
-            ("INSERT OR REPLACE INTO answers (key, task, model, answer, at) VALUES (?, ?, ?, ?, ?)", row)
-        )
+        columns = "(key, task, model, answer, at)"
+        self._write((f"INSERT OR REPLACE INTO answers {columns} VALUES (?, ?, ?, ?, ?)", row))
 
 
 def describe(path: str | Path) -> tuple[int, int]:
@@ -187,12 +178,8 @@ def describe(path: str | Path) -> tuple[int, int]:
         CacheError: if it cannot be used.
     """
     file = node_path(path)
-    connection = JudgmentCache.connect(file)
-    try:
-        answers = connection.execute("SELECT count(*) FROM answers").fetchone()[0]
-    finally:
-        connection.close()
-    return answers, size_of(file)
+    with contextlib.closing(JudgmentCache.connect(file)) as connection:
+        return connection.execute("SELECT count(*) FROM answers").fetchone()[0], size_of(file)
 
 
 def size_of(path: str | Path) -> int:

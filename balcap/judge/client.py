@@ -7,12 +7,13 @@ imported when the first question is asked, never by importing this file.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
-import importlib
 import logging
 import os
+import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from balcap.judge.errors import FailureKind, InvalidAnswer
@@ -30,18 +31,19 @@ COOLDOWN_S = 5.0
 """Seconds for which the router asks other deployments than one that has failed."""
 # litellm's words where the router's own limits, not the provider's, keep a call from being sent.
 _HELD_BACK = ("over defined", "max_parallel_requests slots in use")
-# Exceptions of litellm, the first that fits -> what sort of failure it is, and whether a repetition may succeed.
-_FAILURES: tuple[tuple[str, FailureKind, bool], ...] = (
-    ("AuthenticationError", "denied", False),
-    ("PermissionDeniedError", "denied", False),
-    ("NotFoundError", "denied", False),
-    ("RateLimitError", "limited", True),
-    ("Timeout", "timeout", True),
-    ("APIConnectionError", "connection", True),
-    ("ContextWindowExceededError", "too_long", False),
-    ("ContentPolicyViolationError", "filtered", False),
-    ("APIError", "server", True),
-)
+# Exceptions of litellm, the first that fits -> what sort of failure it is.
+_FAILURES: dict[str, FailureKind] = {
+    "AuthenticationError": "denied",
+    "PermissionDeniedError": "denied",
+    "NotFoundError": "denied",
+    "RateLimitError": "limited",
+    "Timeout": "timeout",
+    "APIConnectionError": "connection",
+    "ContextWindowExceededError": "too_long",
+    "ContentPolicyViolationError": "filtered",
+    "APIError": "server",
+}
+_MAY_PASS = {"invalid", "limited", "timeout", "server", "connection"}
 
 _CONNECTED: set[Client] = set()  # of this process
 
@@ -87,31 +89,20 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Bill:
-    """What a call used.
+class Reply:
+    """What came back, and what it used.
 
     Attributes:
+        text: of the answer; empty where nothing was written.
         tokens_in, tokens_out, tokens_cached: as in `balcap.judge.ledger.Call`.
         usd: dollars, None where no price is known.
     """
 
+    text: str = ""
     tokens_in: int = 0
     tokens_out: int = 0
     tokens_cached: int = 0
     usd: float | None = 0.0
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back.
-
-    Attributes:
-        text: of the answer, not empty.
-        bill: what it used.
-    """
-
-    text: str
-    bill: Bill
 
 
 @dataclass(eq=False)
@@ -121,10 +112,8 @@ class CallFailed(Exception):
     Attributes:
         kind: what sort of failure it is.
         reason: why, for a person; free of secrets.
-        may_pass: a repetition may succeed.
         after: seconds that the provider asks to wait.
-        bill: what it used all the same.
-        text: what the model wrote, where that was invalid.
+        reply: what came back all the same.
         sent: whether anybody was asked: not where our own limits held it back, where all deployments cool down, or
             where the image cannot be sent.
         held_back: our own limits kept it from being sent.
@@ -132,24 +121,23 @@ class CallFailed(Exception):
 
     kind: FailureKind
     reason: str
-    may_pass: bool = False
     after: float = 0.0
-    bill: Bill = Bill()
-    text: str = ""
+    reply: Reply = Reply()
     sent: bool = True
     held_back: bool = False
 
-    def __str__(self) -> str:
-        return self.reason
+    @property
+    def may_pass(self) -> bool:
+        """A repetition may succeed."""
+        return self.kind in _MAY_PASS
 
 
-def invalid(route: Route, why: str, bill: Bill, text: str = "") -> CallFailed:
+def invalid(route: Route, why: str, reply: Reply) -> CallFailed:
     """The failure of an answer that is not what was asked for."""
-    return CallFailed(
-        "invalid", f"invalid answer of {route.model}: {redact(why)}", True, bill=bill, text=text
-    )
+    return CallFailed("invalid", f"invalid answer of {route.model}: {redact(why)}", reply=reply)
 
 
+@dataclass(eq=False)
 class Client:
     """One call at a time, through a litellm `Router`.
 
@@ -158,24 +146,18 @@ class Client:
     event loop.
 
     Args:
-        deployments: where `model` is served; empty: it is reached by its own name.
         model: the judge that `deployments` belong to.
+        deployments: where `model` is served; empty: it is reached by its own name.
         providers: litellm provider name -> import path of a `CustomLLM` subclass.
         prices: litellm model string -> what it costs, stronger than litellm's own table.
     """
 
-    def __init__(
-        self,
-        deployments: Sequence[Deployment],
-        model: str,
-        providers: Mapping[str, str],
-        prices: Mapping[str, Price],
-    ):
-        self._deployments = {model: list(deployments)} if deployments else {}
-        self._providers = providers
-        self._prices = prices
-        self._routers: dict[str, Any] = {}
-        self._schema_refused: set[str] = set()
+    model: str
+    deployments: Sequence[Deployment]
+    providers: Mapping[str, str]
+    prices: Mapping[str, Price]
+    _routers: dict[str, Any] = field(default_factory=dict, init=False)
+    _schema_refused: set[str] = field(default_factory=set, init=False)
 
     async def call(
         self, question: Question, route: Route, messages: Sequence[Message], timeout_s: float
@@ -192,31 +174,28 @@ class Client:
         """
         self.connect()
         try:
-            router = self._router(route)
-            settings = self._settings(question, route)
-            sent = (messages, question.images, provider_of(self._places(route)[0].model) or "")
+            router, settings = self._router(route), self._settings(question, route)
+            provider = provider_of(self._places(route)[0].model) or ""
             # Decoding and encoding a picture takes long enough to hold up everybody else's answers.
-            chat = await asyncio.to_thread(as_sent, *sent) if question.shows_image else as_sent(*sent)
+            chat = await asyncio.to_thread(as_sent, messages, question.images, provider)
             async with asyncio.timeout(timeout_s):
-                response = await router.acompletion(
-                    model=route.name, messages=chat, timeout=timeout_s, **settings
-                )
+                response = await router.acompletion(route.name, chat, timeout=timeout_s, **settings)
         except ImageError as error:
             raise CallFailed("image", str(error), sent=False) from None
         except TimeoutError:
-            raise CallFailed("timeout", f"no answer of {route.model} within {timeout_s:g} s", True) from None
+            raise CallFailed("timeout", f"no answer of {route.model} within {timeout_s:g} s") from None
         except Exception as error:  # providers, also our users' own, raise whatever they like
             if route.name not in self._schema_refused and _refuses_schema(error):
                 # Not every OpenAI-compatible server knows schemas. The prompt states the form as well.
                 self._schema_refused.add(route.name)
                 return await self.call(question, route, messages, timeout_s)
             raise _failure(route, error) from None
-        return _read(route, response, self._bill(route, response))
+        return self._read(route, response)
 
     def connect(self) -> None:
         """Import litellm and register our providers; the first time it takes seconds."""
         if self not in _CONNECTED:
-            register_providers(self._providers)
+            register_providers(self.providers)
             _CONNECTED.add(self)
 
     async def close(self) -> None:
@@ -232,7 +211,8 @@ class Client:
             import_litellm().in_memory_llm_clients_cache.flush_cache()
 
     def _places(self, route: Route) -> list[Deployment]:
-        return self._deployments.get(route.model) or [Deployment(route.model)]
+        own = self.deployments if route.model == self.model else ()
+        return list(own) or [Deployment(route.model)]
 
     def _router(self, route: Route) -> Any:
         if route.name not in self._routers:
@@ -240,10 +220,9 @@ class Client:
             for place in places:
                 listed_price(place.model)  # looked up once, before the router writes into that table
             limited = any(place.rpm or place.tpm for place in places)
+            deployed = [_deployed(route, place) for place in places]
             self._routers[route.name] = import_litellm().Router(
-                model_list=[
-                    {"model_name": route.name, "litellm_params": _deployed(route, place)} for place in places
-                ],
+                model_list=[{"model_name": route.name, "litellm_params": params} for params in deployed],
                 num_retries=0,
                 cooldown_time=COOLDOWN_S,
                 disable_cooldowns=len(places) == 1,  # there is no other place to ask meanwhile
@@ -262,19 +241,41 @@ class Client:
             settings["response_format"] = response_format(question.task.name, question.task.schema)
         return settings
 
-    def _bill(self, route: Route, response: Any) -> Bill:
+    def _read(self, route: Route, response: Any) -> Reply:
+        """The answer with what it used; raises `CallFailed`."""
+        choices = getattr(response, "choices", None) or []
+        message = choices[0].message if choices else None
+        finish = choices[0].finish_reason if choices else None
+        reply = self._reply(route, response, getattr(message, "content", None) or "")
+        fields = getattr(message, "provider_specific_fields", None) or {}
+        if getattr(message, "refusal", None) or fields.get("refusal"):
+            raise CallFailed("refused", f"{route.model} refused to answer", reply=reply)
+        if finish == "content_filter":
+            reason = f"the content filter of {route.model} stopped the answer"
+            raise CallFailed("filtered", reason, reply=reply)
+        if finish == "length":
+            try:
+                extract_json(reply.text)
+            except InvalidAnswer:
+                reason = f"the answer of {route.model} was cut short: raise model.judge.params.max_tokens"
+                raise CallFailed("cut", reason, reply=reply) from None
+        if not reply.text.strip():
+            raise invalid(route, "it is empty" if choices else "it holds no choice", reply)
+        return reply
+
+    def _reply(self, route: Route, response: Any, text: str) -> Reply:
         usage = getattr(response, "usage", None)
-        tokens_in = getattr(usage, "prompt_tokens", 0) or 0
-        tokens_out = getattr(usage, "completion_tokens", 0) or 0
-        cached = getattr(getattr(usage, "prompt_tokens_details", None), "cached_tokens", 0) or 0
+        details = getattr(usage, "prompt_tokens_details", None)
+        counted = (usage, "prompt_tokens"), (usage, "completion_tokens"), (details, "cached_tokens")
+        tokens_in, tokens_out, cached = (getattr(holder, name, 0) or 0 for holder, name in counted)
         hidden = getattr(response, "_hidden_params", None) or {}
         model = hidden.get("litellm_model_name") or route.model
-        if price := self._prices.get(model) or self._prices.get(route.model):
-            return Bill(tokens_in, tokens_out, cached, price.usd(tokens_in, tokens_out, cached))
+        if price := self.prices.get(model) or self.prices.get(route.model):
+            return Reply(text, tokens_in, tokens_out, cached, price.usd(tokens_in, tokens_out, cached))
         cost = hidden.get("response_cost")
-        if not cost and model.partition("/")[0] not in self._providers and listed_price(model) is None:
+        if not cost and model.partition("/")[0] not in self.providers and listed_price(model) is None:
             cost = None  # litellm says 0 for models that it does not know
-        return Bill(tokens_in, tokens_out, cached, cost)
+        return Reply(text, tokens_in, tokens_out, cached, cost)
 
 
 @functools.cache
@@ -294,7 +295,7 @@ def register_providers(providers: Mapping[str, str]) -> None:
     """Make ``<name>/<model>`` reach our own providers; doing it again changes nothing.
 
     Raises:
-        ImportError, AttributeError, TypeError: as `load_provider`.
+        ImportError, AttributeError, ValueError, TypeError: as `load_provider`.
     """
     litellm = import_litellm()
     for name, path in providers.items():
@@ -309,13 +310,10 @@ def load_provider(path: str) -> Any:
     """An instance of the class at import path `path`, the same every time.
 
     Raises:
-        ImportError, AttributeError: if there is none.
+        ImportError, AttributeError, ValueError: if there is none.
         TypeError: if it is not a subclass of `litellm.CustomLLM`.
     """
-    module, _, name = path.rpartition(".")
-    if not module:
-        raise ImportError(f"{path!r} is not an import path of the form package.module.Class")
-    provider = getattr(importlib.import_module(module), name)
+    provider = pkgutil.resolve_name(path)
     if not (isinstance(provider, type) and issubclass(provider, import_litellm().CustomLLM)):
         raise TypeError(f"{path} is not a subclass of litellm.CustomLLM")
     return provider()
@@ -332,10 +330,9 @@ def provider_of(model: str, providers: Mapping[str, str] | None = None) -> str |
     if model.partition("/")[0] in (providers or ()):
         return model.partition("/")[0]
     litellm = import_litellm()
-    try:
+    with contextlib.suppress(litellm.exceptions.BadRequestError):
         return litellm.get_llm_provider(model)[1]
-    except litellm.exceptions.BadRequestError:
-        return None
+    return None
 
 
 @functools.lru_cache(maxsize=64)
@@ -364,8 +361,6 @@ def _deployed(route: Route, place: Deployment) -> dict[str, Any]:
 def _takes_schema(model: str) -> bool:
     litellm = import_litellm()
     name, provider = litellm.get_llm_provider(model)[:2]
-    if litellm.supports_response_schema(name, provider):
-        return True
     return "response_format" in (litellm.get_supported_openai_params(name, provider) or ())
 
 
@@ -382,17 +377,17 @@ def _failure(route: Route, error: Exception) -> CallFailed:
     text = text.removeprefix(f"litellm.{type(error).__name__}: ")
     reason = redact(f"{route.model}: {type(error).__name__}: {text}")
     if isinstance(error, router.RouterRateLimitErrorBasic) or any(words in text for words in _HELD_BACK):
-        return CallFailed("limited", reason, True, after=1.0, sent=False, held_back=True)
+        return CallFailed("limited", reason, after=1.0, sent=False, held_back=True)
     if isinstance(error, router.RouterRateLimitError):  # all deployments cool down
-        return CallFailed("limited", reason, True, after=min(error.cooldown_time, COOLDOWN_S), sent=False)
+        return CallFailed("limited", reason, after=min(error.cooldown_time, COOLDOWN_S), sent=False)
     body, status = getattr(error, "body", None), getattr(error, "status_code", None)
     if isinstance(body, dict) and body.get("code") == "insufficient_quota":  # comes as a rate limit
         return CallFailed("denied", reason)
-    for name, kind, may_pass in _FAILURES:
+    for name, kind in _FAILURES.items():
         if isinstance(error, getattr(exceptions, name)):
-            return CallFailed(kind, reason, may_pass, _retry_after(error))
+            return CallFailed(kind, reason, _retry_after(error))
     if isinstance(status, int) and status >= 500:
-        return CallFailed("server", reason, True, _retry_after(error))
+        return CallFailed("server", reason, _retry_after(error))
     return CallFailed("rejected", reason)
 
 
@@ -403,31 +398,3 @@ def _retry_after(error: Exception) -> float:
         return float(headers.get("retry-after", 0))
     except ValueError:
         return 0.0
-
-
-def _read(route: Route, response: Any, bill: Bill) -> Reply:
-    """The text of the answer; raises `CallFailed`."""
-    choices = getattr(response, "choices", None) or []
-    if not choices:
-        raise invalid(route, "it holds no choice", bill)
-    message, finish = choices[0].message, choices[0].finish_reason
-    text = message.content or ""
-    fields = getattr(message, "provider_specific_fields", None) or {}
-    if getattr(message, "refusal", None) or fields.get("refusal"):
-        raise CallFailed("refused", f"{route.model} refused to answer", bill=bill)
-    if finish == "content_filter":
-        raise CallFailed("filtered", f"the content filter of {route.model} stopped the answer", bill=bill)
-    if finish == "length" and not _is_complete(text):
-        reason = f"the answer of {route.model} was cut short: raise model.judge.params.max_tokens"
-        raise CallFailed("cut", reason, bill=bill)
-    if not text.strip():
-        raise invalid(route, "it is empty", bill)
-    return Reply(text, bill)
-
-
-def _is_complete(text: str) -> bool:
-    try:
-        extract_json(text)
-    except InvalidAnswer:
-        return False
-    return True

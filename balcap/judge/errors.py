@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from balcap.utils.errors import RunStopped
@@ -30,6 +31,7 @@ class InvalidAnswer(ValueError):
     """
 
 
+@dataclass(eq=False)
 class JudgeFailure(RuntimeError):
     """A judgment that is missing for good: retries are used up, or a retry cannot help.
 
@@ -41,14 +43,12 @@ class JudgeFailure(RuntimeError):
         kind: what sort of failure it is.
     """
 
-    def __init__(self, task: str, reason: str, kind: FailureKind = "rejected"):
-        super().__init__(f"{task}: {reason}")
-        self.task = task
-        self.reason = reason
-        self.kind: FailureKind = kind
+    task: str
+    reason: str
+    kind: FailureKind = "rejected"
 
-    def __reduce__(self) -> tuple[type[JudgeFailure], tuple[str, str, str]]:
-        return type(self), (self.task, self.reason, self.kind)
+    def __str__(self) -> str:
+        return f"{self.task}: {self.reason}"
 
 
 class JudgeUnavailable(RunStopped):

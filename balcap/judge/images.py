@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -57,13 +57,13 @@ class ImagePolicy:
 
     def problems(self, key: str = "model.judge.images") -> list[str]:
         """What is out of range, each with the key to change."""
-        problems = []
-        if self.max_side < _LEAST_SIDE:
-            problems.append(f"{key}.max_side: {self.max_side} pixels; it must be at least {_LEAST_SIDE}")
-        if not 0 < self.max_mb < float("inf"):
-            problems.append(f"{key}.max_mb: {self.max_mb} MB; it must be above 0")
-        if not 1 <= self.quality <= 95:
-            problems.append(f"{key}.quality: {self.quality}; JPEG quality goes from 1 to 95")
+        side = self.max_side
+        rules = (
+            (side >= _LEAST_SIDE, f"max_side: {side} pixels; it must be at least {_LEAST_SIDE}"),
+            (0 < self.max_mb < float("inf"), f"max_mb: {self.max_mb} MB; it must be above 0"),
+            (1 <= self.quality <= 95, f"quality: {self.quality}; JPEG quality goes from 1 to 95"),
+        )
+        problems = [f"{key}.{problem}" for holds, problem in rules if not holds]
         details = self.detail if isinstance(self.detail, dict) else {"": self.detail}
         for provider, detail in details.items():
             if detail not in DETAILS and not (detail is None and provider == ""):
@@ -92,12 +92,10 @@ def image_url(image: bytes, policy: ImagePolicy) -> str:
         pixels = decode_image(image, PILLOW_MAX_PIXELS)  # the data module has its own, lower limit
     except BadImage as bad:
         raise ImageError(f"the image cannot be decoded ({bad.cause})") from None
-    pixels = _scaled(pixels, policy.max_side)
-    if kind in _LOSSLESS:
-        content = _encoded(pixels, "PNG")
+    for content_kind, content in _files(pixels, policy, lossless=kind in _LOSSLESS):
         if len(content) <= policy.max_mb * 1e6:
-            return _url("image/png", content)
-    return _url("image/jpeg", _small_jpeg(pixels, policy))
+            return _url(_MIME[content_kind], content)
+    raise ImageError(f"no version of the image is within {policy.max_mb:g} MB: raise images.max_mb")
 
 
 def as_sent(messages: Sequence[dict[str, Any]], images: ImagePolicy, provider: str) -> list[dict[str, Any]]:
@@ -141,20 +139,16 @@ def _inspect(image: bytes, max_side: int) -> tuple[str, bool]:
         return kind, False
 
 
-def _small_jpeg(pixels: Image, policy: ImagePolicy) -> bytes:
-    """JPEG of at most ``max_mb``: first of lower quality, then of smaller size.
-
-    Raises:
-        ImageError: if even a tiny one is above it.
-    """
-    while True:
-        for quality in (policy.quality, *(low for low in _LOWER_QUALITIES if low < policy.quality)):
-            content = _encoded(pixels, "JPEG", quality=quality, subsampling=0)
-            if len(content) <= policy.max_mb * 1e6:
-                return content
+def _files(pixels: Image, policy: ImagePolicy, lossless: bool) -> Iterator[tuple[str, bytes]]:
+    """Format and content of files of the image: first of lower quality, then of smaller size."""
+    qualities = (policy.quality, *(low for low in _LOWER_QUALITIES if low < policy.quality))
+    pixels, side = _scaled(pixels, policy.max_side), _LEAST_SIDE
+    if lossless:
+        yield "PNG", _encoded(pixels, "PNG")
+    while side >= _LEAST_SIDE:
+        for quality in qualities:
+            yield "JPEG", _encoded(pixels, "JPEG", quality=quality, subsampling=0)
         side = int(max(pixels.size) * _SMALLER)
-        if side < _LEAST_SIDE:
-            raise ImageError(f"no version of the image is within {policy.max_mb:g} MB: raise images.max_mb")
         pixels = _scaled(pixels, side)
 
 

@@ -37,11 +37,13 @@ class Judge:
         settings: as in `JudgeSettings`.
     """
 
+    # What a process opens and counts by itself; a copy starts from these.
+    _session: Session | None = None
+    _closed_stats = JudgeStats()
+    _closed_spent = 0.0
+
     def __init__(self, model: str, **settings: Any):
         self.settings = JudgeSettings(model, **settings)
-        self._session: Session | None = None
-        self._closed_stats = JudgeStats()
-        self._closed_spent = 0.0
 
     @property
     def grouping(self) -> str:
@@ -116,9 +118,8 @@ class Judge:
         A stand-in has ``async call(question, route, messages, timeout_s) -> Reply`` (or raises `CallFailed`),
         ``connect()`` and ``async close()``, as `Client` has them.
         """
-        settings = self.settings
-        providers, prices = settings.providers or {}, settings.prices or {}
-        return Client(settings.deployments or (), settings.model, providers, prices)
+        of = self.settings
+        return Client(of.model, of.deployments or (), of.providers or {}, of.prices or {})
 
     def make_cache(self) -> JudgmentCache:
         """What remembers the answers; a subclass may return one that forgets, or only reads."""
@@ -126,9 +127,6 @@ class Judge:
 
     def _open(self) -> Session:
         """The session of this process."""
-        session = self._session
-        if session is not None and session.pid == os.getpid():
-            return session
         with _OPENING:
             if self._session is not None and self._session.pid != os.getpid():
                 _LEFT_BEHIND.append(self._session)
@@ -145,9 +143,4 @@ class Judge:
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "settings": self.settings,
-            "_session": None,
-            "_closed_stats": JudgeStats(),
-            "_closed_spent": 0.0,
-        }
+        return {"settings": self.settings}

@@ -83,6 +83,10 @@ class Question:
         """The chat as `Task.messages` writes it."""
         return self.task.messages(items, **self.context)
 
+    def parse(self, answer: dict[str, Any], items: Sequence[Any]) -> list[Any]:
+        """The answers in a JSON object, one per item; raises `InvalidAnswer`."""
+        return self.task.parse(self.task.read(answer), items, **self.context)
+
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
@@ -134,11 +138,7 @@ def fence(tag: str, value: Any) -> str:
         ValueError: for NaN and infinity, which JSON does not know.
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return f"<{tag}>\n{_STRING.sub(_escape_string, text)}\n</{tag}>"
-
-
-def _escape_string(match: re.Match[str]) -> str:
-    return _UNSAFE.sub(_escape, match.group())
+    return f"<{tag}>\n{_STRING.sub(lambda string: _UNSAFE.sub(_escape, string.group()), text)}\n</{tag}>"
 
 
 def _escape(match: re.Match[str]) -> str:

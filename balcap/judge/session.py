@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
@@ -61,7 +62,7 @@ class Session:
         Each comes from the cache, from an equal question under way, or from the provider, who is asked about
         the others in calls of at most `per_call` items. Runs on this session's loop.
         """
-        keys = [question.keys(piece) for piece in pieces]
+        keys, loop = [question.keys(piece) for piece in pieces], asyncio.get_running_loop()
         stored = self.cache.get_many([key for routes in keys for key in routes])
         futures: list[asyncio.Future[Any]] = []
         new: list[_Waiting] = []
@@ -69,17 +70,17 @@ class Session:
             known = _remembered(question, piece, [stored[key] for key in routes if key in stored])
             if known is not None:
                 self.ledger.stats.cache_hits += 1
-                future = asyncio.get_running_loop().create_future()
+                future = loop.create_future()
                 future.set_result(known)
             elif routes[0] in self._in_flight:
                 self.ledger.stats.shared += 1
                 future = self._in_flight[routes[0]]
             else:
-                future = self._in_flight[routes[0]] = asyncio.get_running_loop().create_future()
+                future = self._in_flight[routes[0]] = loop.create_future()
                 new.append((piece, routes, future))
             futures.append(future)
         for chunk in _chunks(new, per_call):
-            task = asyncio.get_running_loop().create_task(self._answer_chunk(question, chunk))
+            task = loop.create_task(self._answer_chunk(question, chunk))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
         # Shielded: one caller that gives up must not take the answer away from the others.
@@ -90,40 +91,33 @@ class Session:
         items = [item for piece, _, _ in chunk for item in piece]
         task = question.task
         try:
-            answers, route = await self.retrier.answer(
-                question, items, lambda answer: task.parse(task.read(answer), items, **question.context)
-            )
+            answers, route = await self.retrier.answer(question, items)
         except JudgeFailure as failure:
             if len(chunk) > 1 and failure.kind in DIVISIBLE:
-                half = len(chunk) // 2
-                halves = (self._answer_chunk(question, part) for part in (chunk[:half], chunk[half:]))
-                await asyncio.gather(*halves)
+                halves = chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]
+                await asyncio.gather(*(self._answer_chunk(question, half) for half in halves))
                 return
             self.retrier.give_up(failure, len(items))
-            self._settle(chunk, [failure] * len(chunk))
+            outcomes: Sequence[Any] = [failure] * len(chunk)
         except asyncio.CancelledError:
-            closed = JudgeFailure(task.name, "the judge was closed", "stopped")
-            self._settle(chunk, [closed] * len(chunk))
+            self._settle(chunk, [JudgeFailure(task.name, "the judge was closed", "stopped")] * len(chunk))
             raise
         except Exception as error:  # a mistake in a task: whoever asked must hear of it
-            self._settle(chunk, [error] * len(chunk))
+            outcomes = [error] * len(chunk)
         else:
-            remaining, which = iter(answers), list(question.routes).index(route)
-            per_piece = [[next(remaining) for _ in piece] for piece, _, _ in chunk]
-            for (_, keys, _), some in zip(chunk, per_piece, strict=True):
+            rest, which = iter(answers), list(question.routes).index(route)
+            outcomes = [[next(rest) for _ in piece] for piece, _, _ in chunk]
+            for (_, keys, _), some in zip(chunk, outcomes, strict=True):
                 # JSON holds no line break: one line per item.
                 self.cache.put(keys[which], task.name, route.model, "\n".join(map(task.dump, some)))
-            self._settle(chunk, per_piece)
+        self._settle(chunk, outcomes)
 
     def _settle(self, chunk: Sequence[_Waiting], outcomes: Sequence[Any]) -> None:
         for (_, keys, future), outcome in zip(chunk, outcomes, strict=True):
             self._in_flight.pop(keys[0], None)
-            if future.done():
-                continue
-            if isinstance(outcome, Exception) and not isinstance(outcome, JudgeFailure):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
+            if not future.done():
+                is_error = isinstance(outcome, Exception) and not isinstance(outcome, JudgeFailure)
+                (future.set_exception if is_error else future.set_result)(outcome)
 
     def close(self) -> None:
         """Cancel what is under way, close connections, cache and ledger; safe to call twice."""
@@ -134,10 +128,9 @@ class Session:
         self.ledger.close()
 
     async def _stop(self) -> None:
-        tasks = list(self._running)
-        for task in tasks:
+        for task in self._running:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._running, return_exceptions=True)
         await self._client.close()
 
 
@@ -159,8 +152,7 @@ def _remembered(question: Question, piece: Piece, stored: Sequence[str]) -> list
 def _chunks(waiting: Sequence[_Waiting], per_call: int) -> list[list[_Waiting]]:
     """As few chunks of at most `per_call` items as possible, of about equal size; a piece is never divided."""
     items = sum(len(piece) for piece, _, _ in waiting)
-    number = max(1, -(-items // per_call))
-    size = -(-items // number)
+    size = math.ceil(items / max(1, math.ceil(items / per_call)))
     chunks: list[list[_Waiting]] = []
     held = size
     for entry in waiting:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from balcap.judge import client
 from balcap.judge.cache import JudgmentCache
-from balcap.judge.client import (
-    RESERVED,
-    Deployment,
-    Price,
-    listed_price,
-    load_provider,
-    missing_keys,
-    provider_of,
-    register_providers,
-)
+from balcap.judge.client import Deployment, Price
 from balcap.judge.images import ImagePolicy
 from balcap.judge.ledger import Ledger
 from balcap.judge.prompt import Route
 from balcap.judge.tasks import Task
 from balcap.utils.redact import secret_problems
+
+_AT_LEAST = {"concurrency": 1, "retries": 0, "per_call": 1, "prices": 0, "deployments": 1}
+"""What the numbers of these settings must be at least; those of the others must be above 0."""
 
 
 @dataclass(frozen=True)
@@ -123,69 +119,59 @@ class JudgeSettings:
             for name in given or ()
             if name not in names
         ]
-        for where, _, params in self._models(key):
-            reserved = [name for name in params or () if name in RESERVED]
-            problems += [f"{where}.params.{name}: set by the judge itself; remove it" for name in reserved]
-            problems += secret_problems(params or {}, f"{where}.params")
+        for name, path in (self.providers or {}).items():
+            try:
+                client.register_providers({name: path})
+            except (ImportError, AttributeError, ValueError, TypeError) as error:
+                problems.append(f"{key}.providers.{name}: cannot load {path}: {error}")
         return problems + self._model_problems(key)
 
     def _number_problems(self, key: str) -> list[str]:
-        limits: list[tuple[str, float | None]] = [
-            (name, getattr(self, name))
-            for name in ("concurrency", "timeout_s", "retries", "max_failed_share", "budget_usd")
-        ]
-        limits += [(f"per_call.{task}", most) for task, most in (self.per_call or {}).items()]
+        names = ("concurrency", "timeout_s", "retries", "max_failed_share", "budget_usd")
+        numbers = {name: getattr(self, name) for name in names}
+        numbers |= {f"per_call.{task}": most for task, most in (self.per_call or {}).items()}
         for model, price in (self.prices or {}).items():
-            limits += [(f"prices.{model}.{name}", value) for name, value in vars(price).items()]
+            numbers |= {f"prices.{model}.{name}": usd for name, usd in vars(price).items()}
         for index, place in enumerate(self.deployments or ()):
-            limits += [
-                (f"deployments[{index}].{n}", getattr(place, n)) for n in ("rpm", "tpm", "max_parallel")
-            ]
+            limits = {"rpm": place.rpm, "tpm": place.tpm, "max_parallel": place.max_parallel}
+            numbers |= {f"deployments[{index}].{name}": limit for name, limit in limits.items()}
         problems = []
-        for name, value in limits:
-            rule, holds = _LIMITS[name.partition(".")[0].partition("[")[0]]
-            if value is not None and not holds(value):
-                problems.append(f"{key}.{name}: {value} {rule}")
-        if self.deadline < self.timeout_s:
-            problems.append(
-                f"{key}.deadline_s: {self.deadline} must be at least {key}.timeout_s: {self.timeout_s:g}"
-            )
+        for name, value in numbers.items():
+            least = _AT_LEAST.get(re.split(r"[.[]", name)[0])
+            if value is not None and not (value > 0 if least is None else value >= least):  # NaN too
+                rule = "above 0" if least is None else f"at least {least}"
+                problems.append(f"{key}.{name}: {value} must be {rule}")
+        if self.max_failed_share > 1:
+            problems.append(f"{key}.max_failed_share: {self.max_failed_share} must be at most 1")
+        if not self.deadline >= self.timeout_s:
+            rule = f"must be at least {key}.timeout_s: {self.timeout_s:g}"
+            problems.append(f"{key}.deadline_s: {self.deadline} {rule}")
         return problems
 
-    def _models(self, key: str) -> Iterator[tuple[str, str | None, Mapping[str, Any] | None]]:
-        """Key, model and parameters of everyone who is named in the settings."""
-        yield key, self.model, self.params or {}
-        for index, place in enumerate(self.deployments or ()):
-            yield f"{key}.deployments[{index}]", place.model, place.params
-        for index, other in enumerate(self.fallbacks or ()):
-            yield f"{key}.fallbacks[{index}]", other.model, other.params
-        for name, other in (self.per_task or {}).items():
-            yield f"{key}.per_task.{name}", other.model, other.params
-
     def _model_problems(self, key: str) -> list[str]:
-        problems, usable = [], {}
-        for name, path in (self.providers or {}).items():
-            try:
-                load_provider(path)
-            except (ImportError, AttributeError, TypeError) as error:
-                problems.append(f"{key}.providers.{name}: cannot load {path}: {error}")
-            else:
-                usable[name] = path
-        register_providers(usable)
-        own = self.params or {}
-        for where, model, params in self._models(key):
-            if ".deployments[" in where:
-                problems += self._place_problems(key, where, str(model), {**own, **(params or {})})
-            elif self.deployments and model in (None, self.model):
+        """What is wrong with everyone who is named in the settings, and their parameters."""
+        named: dict[str, JudgeSettings | Deployment | TaskModel] = {key: self}
+        named |= {f"{key}.deployments[{index}]": one for index, one in enumerate(self.deployments or ())}
+        named |= {f"{key}.fallbacks[{index}]": one for index, one in enumerate(self.fallbacks or ())}
+        named |= {f"{key}.per_task.{task}": one for task, one in (self.per_task or {}).items()}
+        problems, own = [], self.params or {}
+        for where, one in named.items():
+            params = one.params or {}
+            reserved = sorted(client.RESERVED.intersection(params))
+            problems += [f"{where}.params.{name}: set by the judge itself; remove it" for name in reserved]
+            problems += secret_problems(params, f"{where}.params")
+            if isinstance(one, Deployment):
+                problems += self._place_problems(key, where, one.model, {**own, **params})
+            elif self.deployments and one.model in (None, self.model):
                 continue  # asked at its deployments
-            elif model is not None or params is not None:
-                asked = own if params is None else params
-                problems += self._place_problems(key, where, model or self.model, asked)
+            elif one.model is not None or one.params is not None:
+                asked = own if one.params is None else params
+                problems += self._place_problems(key, where, one.model or self.model, asked)
         return problems
 
     def _place_problems(self, key: str, where: str, model: str, params: Mapping[str, Any]) -> list[str]:
         """What is wrong with a model that is asked with these parameters."""
-        provider = provider_of(model, self.providers)
+        provider = client.provider_of(model, self.providers)
         if provider is None:
             return [
                 f"{where}.model: litellm knows no provider for {model!r}; write <provider>/<model>, such as "
@@ -194,10 +180,13 @@ class JudgeSettings:
         if provider in (self.providers or ()):
             return []
         problems = []
-        has_address = params.get("api_base") or params.get("base_url")
-        if provider in ("hosted_vllm", "vllm") and not has_address:
+        if provider in ("hosted_vllm", "vllm") and not (params.get("api_base") or params.get("base_url")):
             problems.append(f"{where}.params.api_base: {model} needs the address of its server")
-        elif not params.get("api_base") and not params.get("api_key") and (missing := missing_keys(model)):
+        elif (
+            not params.get("api_base")
+            and not params.get("api_key")
+            and (missing := client.missing_keys(model))
+        ):
             problems.append(f"{where}.model: {model} needs in the environment: {', '.join(missing)}")
         if self.budget_usd is not None and price_of(self, model) is None:
             problems.append(
@@ -207,24 +196,9 @@ class JudgeSettings:
         return problems
 
 
-_AT_LEAST_1, _POSITIVE = ("must be at least 1", lambda v: v >= 1), ("must be above 0", lambda v: v > 0)
-_NOT_NEGATIVE = ("must be at least 0", lambda v: v >= 0)
-_LIMITS: dict[str, tuple[str, Any]] = {
-    "concurrency": _AT_LEAST_1,
-    "timeout_s": _POSITIVE,
-    "retries": _NOT_NEGATIVE,
-    "max_failed_share": ("is outside (0, 1]", lambda v: 0 < v <= 1),
-    "budget_usd": ("must be above 0, or null", lambda v: v > 0),
-    "per_call": _AT_LEAST_1,
-    "prices": _NOT_NEGATIVE,
-    "deployments": ("must be at least 1, or null", lambda v: v >= 1),
-}
-"""Setting -> what its numbers must be, and whether one is."""
-
-
 def price_of(settings: JudgeSettings, model: str) -> Price | None:
     """What `model` costs: by the settings, else by litellm's table; None if neither knows."""
-    return (settings.prices or {}).get(model) or listed_price(model)
+    return (settings.prices or {}).get(model) or client.listed_price(model)
 
 
 def _tasks(kind: type[Task[Any]] = Task) -> Iterator[type[Task[Any]]]:

@@ -155,6 +155,7 @@ class Asks(Protocol):
     ) -> list[AnswerT | JudgeFailure]: ...
 
 
+@dataclass(eq=False)
 class Group:
     """The answers about one image's captions, each kind asked for once.
 
@@ -171,25 +172,17 @@ class Group:
         reference_units: what the reference asserts, where the data already hold it.
     """
 
-    def __init__(
-        self,
-        judge: Asks,
-        sample_id: str,
-        image_bytes: bytes,
-        reference: str,
-        captions: Sequence[str],
-        reference_units: Sequence[str] | None = None,
-    ):
-        self.judge = judge
-        self.sample_id = sample_id
-        self.image_bytes = image_bytes
-        self.reference = reference
-        self.captions = list(dict.fromkeys(captions))
+    judge: Asks
+    sample_id: str
+    image_bytes: bytes
+    reference: str
+    captions: Sequence[str]
+    reference_units: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
         self.reasons: list[str] = []
-        position = {caption: index for index, caption in enumerate(self.captions)}
-        self._rollouts = [position[caption] for caption in captions]
+        self._rollouts, self.captions = self.captions, list(dict.fromkeys(self.captions))
         self._answers: dict[type[Task[Any]], asyncio.Future[Any]] = {}
-        self._given_units = reference_units
         self._units: asyncio.Future[Any] | None = None
 
     async def get(self, task: type[Task[Any]]) -> list[Any | None]:
@@ -201,12 +194,12 @@ class Group:
     async def units(self, decompose: type[Task[list[str]]]) -> list[str] | None:
         """Assertions of the reference, by `decompose`; ``[]`` without a reference, None if that failed."""
         if self._units is None:
-            self._units = asyncio.ensure_future(self._reference_units(decompose))
+            self._units = asyncio.ensure_future(self._ask_units(decompose))
         return await self._units
 
-    async def _reference_units(self, decompose: type[Task[list[str]]]) -> list[str] | None:
-        if self._given_units is not None:
-            return list(self._given_units)
+    async def _ask_units(self, decompose: type[Task[list[str]]]) -> list[str] | None:
+        if self.reference_units is not None:
+            return list(self.reference_units)
         (answers,) = await self.answers(decompose, [[self.reference]])
         return None if answers is None else answers[0]
 
@@ -225,8 +218,8 @@ class Group:
             answers = await asyncio.gather(
                 *(self.judge.ask(task, one, together=True, **context) for one in present)
             )
-        complete = iter([self._complete(one) for one in answers])
-        return [None if one is None else next(complete) for one in items]
+        rest = iter(answers)
+        return [None if one is None else self._complete(next(rest)) for one in items]
 
     def _complete(self, answers: list[Any]) -> list[Any] | None:
         failures = [answer for answer in answers if isinstance(answer, JudgeFailure)]
@@ -239,8 +232,8 @@ class Group:
 
     async def per_rollout(self, task: type[Task[Any]]) -> list[Any | None]:
         """``[G]`` answers in the order of the rollouts."""
-        answers = await self.get(task)
-        return [answers[index] for index in self._rollouts]
+        answers = dict(zip(self.captions, await self.get(task), strict=True))
+        return [answers[caption] for caption in self._rollouts]
 
     def known_units(self) -> list[str] | None:
         """`units` if they were asked for, else None."""

@@ -13,10 +13,8 @@ from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 
 _LIMIT = 300  # characters of a text that is kept
 _LONGEST = 20_000  # characters that are looked at; errors may quote a whole request
-_SHORTEST = (
-    8  # characters of a secret that is known by the name of its variable alone: TOKENIZERS_PARALLELISM=true
-)
-_SHORTEST_REFERENCED = 4
+_SHORTEST = 8  # characters of a secret known by its variable's name alone: TOKENIZERS_PARALLELISM=true
+_SHORTEST_KNOWN = 4
 _SECRET_NAME = re.compile(r"key|token|secret|passw|passphrase|credential|auth|bearer|cookie", re.IGNORECASE)
 
 _SHAPES = re.compile(
@@ -35,10 +33,7 @@ _SHAPES = re.compile(
 _REFERENCE = re.compile(r"os\.environ/([A-Za-z_][A-Za-z0-9_]*)")
 _SCHEME = re.compile(r"\s*(?:bearer|basic|token)?\s*", re.IGNORECASE)  # what may stand before a reference
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+")
-_ANYWHERE = {
-    "apikey", "authorization", "bearer", "cookie", "credential", "credentials", "passphrase", "passwd",
-    "password", "secret", "secrets",
-}  # fmt: skip
+_ANYWHERE = re.compile("apikey|authorization|bearer|cookie|credentials?|passphrase|passwd|password|secrets?")
 _AT_THE_END = {"auth", "jwt", "key", "keys", "token"}  # a token count or a key's name end otherwise
 _HARMLESS = {"bos_token", "eos_token", "pad_token", "prompt_cache_key", "stop_token"}
 _PUBLIC = re.compile(r"/|~|\w+://(?![^/?#]*@)")  # variables with such values name places, not secrets
@@ -69,32 +64,29 @@ def keep_secret(names: Iterable[str]) -> None:
 
 def _environment_secrets() -> list[str]:
     """Values of the environment that are secrets, the longest first: one may be part of another."""
-    values = {
-        value
-        for name, value in os.environ.items()
-        if len(value) >= (_SHORTEST_REFERENCED if name in _referenced else _SHORTEST)
-        and (name in _referenced or _SECRET_NAME.search(name))
-    }
-    return sorted(values, key=lambda value: (-len(value), value))
+    variables = os.environ.items()
+    referenced = {text for name, text in variables if name in _referenced and len(text) >= _SHORTEST_KNOWN}
+    named = {value for name, value in variables if _SECRET_NAME.search(name) and len(value) >= _SHORTEST}
+    return _longest_first(referenced | named)
+
+
+def _longest_first(texts: Iterable[str]) -> list[str]:
+    return sorted(texts, key=lambda text: (-len(text), text))
 
 
 @lru_cache(maxsize=1024)
-def _forms(secret: str) -> tuple[str, ...]:
-    """How a secret may stand in an error text, the longest first."""
+def _forms(secret: str) -> list[str]:
+    """How a secret may stand in an error text."""
+    raw = secret.encode(errors="surrogateescape")
     quoted = (quote(secret), quote(secret, safe=""), quote_plus(secret))
     forms = {secret, " ".join(secret.split()), json.dumps(secret)[1:-1], repr(secret)[1:-1], *quoted}
     forms |= {re.sub("%[0-9A-F]{2}", lambda code: code.group().lower(), form) for form in quoted}
     for before in range(3):  # base64 of "user:secret" shifts the secret's bits by 0, 2 or 4
-        core = _base64_core(secret.encode(errors="surrogateescape"), before)
+        encoded = base64.b64encode(bytes(before) + raw).decode()
+        # the characters that depend on nothing but the secret
+        core = encoded[-(-before * 8 // 6) : (before + len(raw)) * 8 // 6]
         forms |= {core, core.replace("+", "-").replace("/", "_")} if len(core) >= _SHORTEST else set()
-    return tuple(sorted((form for form in forms if form), key=lambda form: (-len(form), form)))
-
-
-def _base64_core(secret: bytes, before: int) -> str:
-    """The characters of the base64 of a text with `secret` in it, `before` bytes (mod 3) into it, that depend
-    on nothing but the secret."""
-    encoded = base64.b64encode(bytes(before) + secret).decode()
-    return encoded[-(-before * 8 // 6) : (before + len(secret)) * 8 // 6]
+    return _longest_first(forms - {""})
 
 
 # ---- settings
@@ -148,36 +140,27 @@ def resolve(settings: Any) -> Any:
         return {name: resolve(inner) for name, inner in settings.items()}
     if isinstance(settings, list | tuple):
         return [resolve(inner) for inner in settings]
-    return _REFERENCE.sub(_value, settings) if isinstance(settings, str) else settings
-
-
-def _value(reference: re.Match[str]) -> str:
-    name = reference.group(1)
-    if not os.environ.get(name):
-        raise LookupError(f"{reference.group()} is not set in the environment")
-    keep_secret([name])
-    return os.environ[name]
+    if not isinstance(settings, str):
+        return settings
+    names = _REFERENCE.findall(settings)
+    if missing := [name for name in names if not os.environ.get(name)]:
+        raise LookupError(f"os.environ/{missing[0]} is not set in the environment")
+    keep_secret(names)
+    return _REFERENCE.sub(lambda reference: os.environ[reference.group(1)], settings)
 
 
 def _speaks_of_a_secret(name: str) -> bool:
     words = [word.lower() for word in _WORD.findall(name)]
-    if "_".join(words) in _HARMLESS or not words:
-        return False
-    return words[-1] in _AT_THE_END or not _ANYWHERE.isdisjoint(words)
+    named = bool(words) and (words[-1] in _AT_THE_END or any(map(_ANYWHERE.fullmatch, words)))
+    return named and "_".join(words) not in _HARMLESS
 
 
 def _is_secret(value: str, known: list[str]) -> bool:
-    if _SHAPES.search(value) or _in_url(value):
-        return True
-    return any(secret in value for secret in known if not _PUBLIC.match(secret))
-
-
-def _in_url(value: str) -> bool:
-    """Does a URL hold a user, a password, or a parameter named like a secret?"""
-    if "://" not in value:
-        return False
+    """Does a text hold a known secret, the shape of one, or a URL with a user, a password or a secret parameter?"""
     try:
-        url = urlsplit(value.strip())
-        return "@" in url.netloc or any(_speaks_of_a_secret(name) for name, _ in parse_qsl(url.query))
+        url = urlsplit(value.strip() if "://" in value else "")
     except ValueError:  # no URL after all
-        return False
+        url = urlsplit("")
+    if "@" in url.netloc or any(_speaks_of_a_secret(name) for name, _ in parse_qsl(url.query)):
+        return True
+    return bool(_SHAPES.search(value)) or any(s in value for s in known if not _PUBLIC.match(s))

@@ -19,6 +19,10 @@ from balcap.judge.tasks import Rate, Verify
 from tests.judge_questions import rate, verify
 
 
+def read(cache: JudgmentCache, key: str) -> str | None:
+    return cache.get_many([key]).get(key)
+
+
 def test_the_second_time_is_free(make_judge, server, tmp_path):
     path = str(tmp_path / "runs" / "c.sqlite")
     first = make_judge(cache=path)
@@ -134,7 +138,7 @@ def test_ranks_that_start_and_write_together(tmp_path):
         rank.communicate("go\n", timeout=60)
         assert rank.returncode == 0
     cache = JudgmentCache(path)
-    assert [cache.get(f"rank{rank} {i}") for rank in range(3) for i in (0, 299)] == [
+    assert [read(cache, f"rank{rank} {i}") for rank in range(3) for i in (0, 299)] == [
         '{"i": 0}',
         '{"i": 299}',
     ] * 3
@@ -162,7 +166,7 @@ def test_killed_in_the_middle_of_writing(tmp_path):
     # All that had arrived a quarter of a second before the end is there (busy machines write late).
     old = [i for when, i in arrived if when < died - 0.25]
     assert old
-    assert all(cache.get(f"killed {i}") is not None for i in old)
+    assert all(read(cache, f"killed {i}") is not None for i in old)
     cache.put("after", "rate", "m", "{}")
     cache.close()
     database = sqlite3.connect(path)
@@ -198,7 +202,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_no_cache_keeps_nothing():
     cache = JudgmentCache(None)
     cache.put("key", "rate", "m", "{}")
-    assert cache.get("key") is None
+    assert read(cache, "key") is None
     cache.close()
 
 
@@ -213,5 +217,5 @@ def test_damage_is_named(tmp_path):
     path.write_bytes(content)
     damaged = JudgmentCache(path)
     with pytest.raises(CacheError, match=r"model\.judge\.cache: .*malformed"):
-        damaged.get(f"{7:064d}")
+        read(damaged, f"{7:064d}")
     damaged.close()

@@ -96,10 +96,8 @@ def _windows(text: str, words_per_assertion: float) -> list[str]:
     for sentence in re.split(r"[.!?;\n]+", text):
         words = sentence.split()
         if words:
-            count, length = (
-                max(1, round(len(words) / words_per_assertion)),
-                min(WORDS_IN_ASSERTION, len(words)),
-            )
+            count = max(1, round(len(words) / words_per_assertion))
+            length = min(WORDS_IN_ASSERTION, len(words))
             starts, looped = [index * len(words) // count for index in range(count)], words * 2
             assertions += [" ".join(looped[start : start + length]) + "." for start in starts]
     return _clean(assertions)

@@ -51,6 +51,10 @@ Answer with one JSON object and nothing else, one entry per caption, with the id
 """  # noqa: E501
 
 
+Texts = Sequence[Sequence[str]]
+"""The assertions of several captions."""
+
+
 class Match(Task[list[bool]]):
     """One bool per reference unit, in order, for a caption's assertions.
 
@@ -63,32 +67,24 @@ class Match(Task[list[bool]]):
     answer_type = list[bool]
     per_call = 8
 
-    def messages(  # type: ignore[override]
-        self, items: Sequence[Sequence[str]], *, units: Sequence[str]
-    ) -> list[Message]:
-        captions = [{"id": number, "assertions": list(said)} for number, said in enumerate(items, 1)]
-        text = fence("reference_units", numbered(units)) + "\n" + fence("captions", captions)
+    def messages(self, items: Texts, *, units: Sequence[str]) -> list[Message]:  # type: ignore[override]
+        captions = fence("captions", with_ids({"assertions": list(said)} for said in items))
+        text = fence("reference_units", numbered(units)) + "\n" + captions
         return chat(self.name, INSTRUCTIONS, text)
 
     def parse(  # type: ignore[override]
-        self, answer: Coverage, items: Sequence[Sequence[str]], *, units: Sequence[str]
+        self, answer: Coverage, items: Texts, *, units: Sequence[str]
     ) -> list[list[bool]]:
         return [_covered(entry, len(units)) for entry in in_order(answer.captions, len(items), "captions")]
 
     def encode(self, answers: Sequence[list[bool]]) -> dict[str, Any]:
-        return {
-            "captions": with_ids(
-                {
-                    "covered": [unit for unit, covered in enumerate(answer, 1) if covered],
-                    "missing": [unit for unit, covered in enumerate(answer, 1) if not covered],
-                }
-                for answer in answers
-            )
-        }
+        def ids(answer: list[bool], covered: bool) -> list[int]:
+            return [unit for unit, is_covered in enumerate(answer, 1) if is_covered == covered]
 
-    def example(  # type: ignore[override]
-        self, items: Sequence[Sequence[str]], *, units: Sequence[str]
-    ) -> list[list[bool]]:
+        entries = ({"covered": ids(answer, True), "missing": ids(answer, False)} for answer in answers)
+        return {"captions": with_ids(entries)}
+
+    def example(self, items: Texts, *, units: Sequence[str]) -> list[list[bool]]:  # type: ignore[override]
         """The first half of the units is covered."""
         return [[index < len(units) // 2 for index in range(len(units))] for _ in items]
 
@@ -112,8 +108,7 @@ def _covered(entry: CaptionItem, count: int) -> list[bool]:
         InvalidAnswer: unless covered and missing are together every unit, once.
     """
     if sorted([*entry.covered, *entry.missing]) != list(range(1, count + 1)):
-        raise InvalidAnswer(
-            f"caption {entry.id}: covered and missing do not hold each of the {count} units once"
-        )
+        why = f"covered and missing do not hold each of the {count} units once"
+        raise InvalidAnswer(f"caption {entry.id}: {why}")
     covered = set(entry.covered)
     return [number in covered for number in range(1, count + 1)]

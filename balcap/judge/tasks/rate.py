@@ -90,12 +90,9 @@ class Rate(Task[Rating]):
 
     def encode(self, answers: Sequence[Rating]) -> dict[str, Any]:
         """Scores are written with four decimals."""
-        return {
-            "captions": with_ids(
-                {name: round(SCALE * score, 4) for name, score in asdict(rating).items()}
-                for rating in answers
-            )
-        }
+        entries = (asdict(rating) for rating in answers)
+        scaled = ({name: round(SCALE * score, 4) for name, score in entry.items()} for entry in entries)
+        return {"captions": with_ids(scaled)}
 
     def example(self, items: Sequence[str]) -> list[Rating]:  # type: ignore[override]
         """What good captions earn: 8.5 of 10."""
@@ -106,7 +103,7 @@ class Rate(Task[Rating]):
 
 
 def _rating(scores: ScoreItem) -> Rating:
-    aspects = {name: getattr(scores, name) for name in ("clarity", "fluency", "coherency")}
+    aspects = scores.model_dump(exclude={"id"})
     for name, score in aspects.items():
         if not 0 <= score <= SCALE:  # NaN too
             raise InvalidAnswer(f"{name} {score:g} is outside 0 to {SCALE:g}")
