@@ -13,9 +13,10 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -53,12 +54,7 @@ class Peer(TrainerCallback):
     """
 
     def __init__(
-        self,
-        judge: Judge,
-        suite: RewardSuite,
-        weights: dict[str, float],
-        captions: int,
-        stop_ids: Sequence[int],
+        self, judge: Judge, suite: RewardSuite, weights: dict[str, float], captions: int, stop_ids: set[int]
     ) -> None:
         self.judge, self.suite, self.captions, self.stop_ids = judge, suite, captions, stop_ids
         self.weights = torch.tensor([weights.get(name, 0.0) for name in suite.names])
@@ -91,22 +87,16 @@ class Peer(TrainerCallback):
         """The weighted sum of the rewards of each caption; None where all are missing."""
         started = time.perf_counter()
         texts = [message[0]["content"].strip() for message in completions]
-        lengths = [len(ids) - (len(ids) > 0 and ids[-1] in self.stop_ids) for ids in completion_ids]
-        ids, files, references = (x[:: self.captions] for x in (sample_id, image_bytes, reference))
-        batch = CaptionBatch(ids, [], files, [], references)
-        rollouts = rollouts_of_texts(batch, *(list(batched(x, self.captions)) for x in (texts, lengths)))
+        G = self.captions
+        batch = CaptionBatch(sample_id[::G], [], image_bytes[::G], [], reference[::G])
+        rollouts = rollouts_of_texts(batch, [texts[i : i + G] for i in range(0, len(texts), G)])
         judgments = await asyncio.to_thread(self.suite.gather, self.judge, rollouts)
         self.judge_s += time.perf_counter() - started
         self.missing += sum(judgments.failures.values())
-        self.tokens = sum(lengths) / len(lengths)
+        self.tokens = mean(len(ids) - (ids[-1] in self.stop_ids) for ids in completion_ids)
         rewards = self.suite(rollouts, judgments).flatten(0, 1)  # [B * G, K]
         missing, sums = rewards.isnan().all(-1).tolist(), (rewards * self.weights).nansum(-1).tolist()
         return [None if gone else total for total, gone in zip(sums, missing, strict=True)]
-
-
-def batched(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """`size` of them at a time."""
-    return (values[i : i + size] for i in range(0, len(values), size))
 
 
 def recipe() -> dict[str, Any]:
@@ -129,16 +119,19 @@ def rows(case: Case, seed: int, run_dir: Path) -> Dataset:
     module.setup("fit")
     examples = []
     for batch in itertools.islice(module.train_dataloader(), case.updates):
-        columns = (batch.prompts, batch.images, batch.sample_ids, batch.image_bytes, batch.references)
-        for prompt, *values in zip(*columns, strict=True):
-            names = ("image", "sample_id", "image_bytes", "reference")
-            question = [{"role": "user", "content": prompt}]
-            examples.append({"prompt": question, **dict(zip(names, values, strict=True))})
+        columns = {
+            "prompt": [[{"role": "user", "content": prompt}] for prompt in batch.prompts],
+            "image": batch.images,
+            "sample_id": batch.sample_ids,
+            "image_bytes": batch.image_bytes,
+            "reference": batch.references,
+        }
+        examples += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return Dataset.from_list(examples)
 
 
 def settings(case: Case, seed: int, out: Path, banned: list[int]) -> GRPOConfig:
-    """What our runs have, in TRL's words."""
+    """What our runs have, in TRL's words; temperature 1, gradients clipped to 1: its defaults too."""
     model = recipe()["model"]
     optimizer = model["optimizer"]["init_args"]
     return GRPOConfig(
@@ -148,12 +141,9 @@ def settings(case: Case, seed: int, out: Path, banned: list[int]) -> GRPOConfig:
         bf16=case.precision == "bf16-mixed",
         gradient_checkpointing=False,
         per_device_train_batch_size=case.images * case.captions,
-        gradient_accumulation_steps=1,
         steps_per_generation=case.steps_per_generation,
         num_generations=case.captions,
         max_completion_length=model["sampling"]["max_tokens"],
-        temperature=1.0,
-        top_p=1.0,
         generation_kwargs={"suppress_tokens": banned},
         max_steps=case.updates,
         shuffle_dataset=False,
@@ -162,7 +152,6 @@ def settings(case: Case, seed: int, out: Path, banned: list[int]) -> GRPOConfig:
         learning_rate=optimizer["lr"],
         weight_decay=optimizer["weight_decay"],
         lr_scheduler_type="constant",
-        max_grad_norm=1.0,
         dataloader_pin_memory=False,
         logging_strategy="no",
         save_strategy="no",
@@ -188,7 +177,7 @@ def train(case: Case, seed: int, url: str, out: Path) -> list[Step]:
     suite = RewardSuite([Precision(), Recall(), Linguistic()])
     end = model.generation_config.eos_token_id
     stop_ids = {processor.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
-    peer = Peer(judge, suite, model_recipe["weights"], case.captions, sorted(stop_ids))
+    peer = Peer(judge, suite, model_recipe["weights"], case.captions, stop_ids)
     trainer = GRPOTrainer(
         model,
         reward_funcs=peer.reward,
