@@ -67,7 +67,6 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
 
     A metric that was not logged is left out, a panel without any says so.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -75,7 +74,6 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14)
     # A figure of its own instead of pyplot: no global state, and never a display.
     figure = Figure(figsize=(15, 8.4), dpi=110, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 3)
     _plot_rewards(figure.add_subplot(grid[0, :2]), series)
     _plot_length_ratio(figure.add_subplot(grid[0, 2]), series)
@@ -159,7 +157,10 @@ def _plot_time(axes: Axes, series: dict[str, Series]) -> None:
     for name, (part_steps, values) in parts.items():
         at = dict(zip(part_steps, smoothed(values), strict=True))
         top = [bottom + at.get(step, 0.0) for bottom, step in zip(base, steps, strict=True)]
-        style: dict[str, Any] = {"color": STAGES[name], "label": name.replace("judge_wait", "waiting for the judge")}
+        style: dict[str, Any] = {
+            "color": STAGES[name],
+            "label": name.replace("judge_wait", "waiting for the judge"),
+        }
         if len(steps) == 1:  # an area needs two points
             axes.bar(steps, values, bottom=base, width=0.5, **style)
         else:

@@ -84,7 +84,7 @@ class CaptionProgressBar(RichProgressBar):
             self._line(f"{name} {completed}{of}", self._shown(trainer, "train"), self._pace(completed, total))
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
         if batch_idx and self._line_is_due():

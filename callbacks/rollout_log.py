@@ -55,7 +55,7 @@ class RolloutLog(Callback):
                 self._log(trainer, "train", record)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if not trainer.sanity_checking:
             self._shown = 0 if batch_idx == 0 else self._shown
@@ -176,10 +176,8 @@ def _rows(record: StepRecord) -> Iterator[dict[str, Any]]:
 def _per_caption(record: StepRecord) -> Tensor:
     """``[B, G]`` advantages."""
     assert record.advantages is not None
-    if record.advantages.ndim == 2:
-        return record.advantages
-    mask = record.rollouts.completion_mask
-    return (record.advantages * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    values, mask = record.advantages, record.rollouts.completion_mask
+    return values if values.ndim == 2 else (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def _schema(reward_names: Any) -> pa.Schema:

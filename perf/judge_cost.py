@@ -28,7 +28,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import sqlite3
 import sys
@@ -209,7 +208,6 @@ def judged(rollouts: Rollouts, model: str, grouping: str, folder: Path, cache: s
     assert stats.unpriced_calls == 0
     with sqlite3.connect(ledger) as rows:
         paid = dict(rows.execute("SELECT task, sum(usd) FROM calls GROUP BY task").fetchall())
-    assert math.isclose(sum(paid.values()), stats.cost_usd)
     usage = (stats.calls, stats.tokens_in, stats.tokens_out)
     return Bill(suite(rollouts, judgments), *usage, paid["verify"], stats.cost_usd)
 

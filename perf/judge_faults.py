@@ -62,7 +62,7 @@ class Run:
     steps: int
 
 
-def train(out: Path, seed: int, share: float, options: dict[str, Any], threads: int | None) -> Run:
+def train(out: Path, seed: int, share: float, options: dict[str, Any]) -> Run:
     """A run in a process of its own, against a server of its own that goes wrong on a `share` of its requests."""
     out.mkdir(parents=True)
     with server_process(fault_share=share, seed=seed, log=out / "requests.jsonl") as server:
@@ -74,7 +74,7 @@ def train(out: Path, seed: int, share: float, options: dict[str, Any], threads: 
             "model.judge.deadline_s": 30,
             "model.judge.cache": out / "cache.sqlite",
         }
-        rows = fit(options, out, threads)
+        rows = fit(options, out)
     requests = server.log()
     before, after = (mean(map(true_score, logged)) for logged in validation_captions(out / "run"))
     return Run(
@@ -123,11 +123,12 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="trainings side by side, with a thread each")
     given = parser.parse_args()
     seeds, options = ([0], QUICK) if given.quick else ([0, 1, 2], {"trainer.max_steps": given.steps})
-    threads = 1 if given.at_once > 1 else None
+    if given.at_once > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the trainings
     write_world()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.at_once) as pool:
         started = {
-            (name, seed): pool.submit(train, Path(folder) / f"{name}-{seed}", seed, share, options, threads)
+            (name, seed): pool.submit(train, Path(folder) / f"{name}-{seed}", seed, share, options)
             for name, share in (("clean", 0.0), ("faulty", FAULT_SHARE))
             for seed in seeds
         }

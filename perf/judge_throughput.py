@@ -85,15 +85,13 @@ def measure(judgments: int, concurrency: int) -> dict[str, Any]:
         before, cpu, started = held(), time.process_time(), time.perf_counter()
         failed += judge.run(rate_all(judge, captions[first:], 2 * concurrency))
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-        descriptors, threads, megabytes = (now - then for now, then in zip(held(), before, strict=True))
+        growth = [now - then for now, then in zip(held(), before, strict=True)]
         judge.close()
     rate = (judgments - first) / seconds
     return {
         "throughput_share": rate * LATENCY / concurrency,
         "judgments_per_s": rate,
-        "fd_growth": descriptors,
-        "thread_growth": threads,
-        "rss_growth_mb": megabytes,
+        **dict(zip(("fd_growth", "thread_growth", "rss_growth_mb"), growth, strict=True)),
         "cpu_ms_per_judgment": 1000 * cpu / (judgments - first),
         "failed": failed,
     }

@@ -13,7 +13,6 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -25,7 +24,6 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from balcap.data import CaptionDataModule
 from balcap.judge import Judge
 from balcap.policy import PolicyConfig
 from balcap.policy.loading import load_model, load_processor, prepare
@@ -33,7 +31,7 @@ from balcap.policy.prompts import PromptEncoder
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
 from balcap.types import CaptionBatch
 from perf.pipeline import Case, Step
-from perf.report import CONFIG, ROOT, rollouts_of_texts
+from perf.report import CONFIG, DATA, ROOT, batches, rollouts_of_texts
 
 
 class Peer(TrainerCallback):
@@ -77,11 +75,11 @@ class Peer(TrainerCallback):
 
     async def reward(
         self,
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]],
-        sample_id: Sequence[str],
-        image_bytes: Sequence[bytes],
-        reference: Sequence[str],
+        completions: Any,
+        completion_ids: Any,
+        sample_id: Any,
+        image_bytes: Any,
+        reference: Any,
         **_: Any,
     ) -> list[float | None]:
         """The weighted sum of the rewards of each caption; None where all are missing."""
@@ -106,19 +104,8 @@ def recipe() -> dict[str, Any]:
 
 def rows(case: Case, seed: int, run_dir: Path) -> Dataset:
     """The images of our runs, in their order: `case.images` for each update."""
-    data = recipe()["data"]
-    module = CaptionDataModule(
-        data=str(ROOT / data["data"]),
-        image_root=str(ROOT / data["image_root"]),
-        batch_size=case.images,
-        val_size=0,
-        num_workers=0,
-        seed=seed,
-        run_dir=str(run_dir),
-    )
-    module.setup("fit")
-    examples = []
-    for batch in itertools.islice(module.train_dataloader(), case.updates):
+    examples: list[dict[str, Any]] = []
+    for batch in itertools.islice(batches(DATA, case.images, run_dir, seed), case.updates):
         columns = {
             "prompt": [[{"role": "user", "content": prompt}] for prompt in batch.prompts],
             "image": batch.images,

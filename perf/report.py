@@ -46,11 +46,8 @@ def machine() -> dict[str, Any]:
 
     found = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cores": os.cpu_count(),
-        "gpu": gpu,
-        "versions": {name: found[name] for name in sorted(PACKAGES & found.keys())},
-    }
+    versions = {name: found[name] for name in sorted(PACKAGES & found.keys())}
+    return {"cores": os.cpu_count(), "gpu": gpu, "versions": versions}
 
 
 def seconds_of(action: Callable[[], Any]) -> float:
@@ -92,7 +89,7 @@ def report(
     print(json.dumps(json.loads(exact, parse_float=lambda number: float(f"{float(number):.4g}"))))
 
 
-def run_python(arguments: Sequence[str], out: Path, threads: int | None = None) -> None:
+def run_python(arguments: Sequence[str], out: Path) -> None:
     """Run Python from the repository's root, its console in ``out/console.txt``.
 
     Raises:
@@ -100,8 +97,6 @@ def run_python(arguments: Sequence[str], out: Path, threads: int | None = None) 
     """
     out.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OPENAI_API_KEY": "dummy", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, *arguments]
     with (out / "console.txt").open("w") as console:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=console, stderr=subprocess.STDOUT)
@@ -116,7 +111,7 @@ def write_world() -> None:
         run_python(["-m", "examples.shapes.dataset", "--out", str(DATA), "--images", "3000"], DATA)
 
 
-def fit(options: dict[str, Any], out: Path, threads: int | None = None) -> list[dict[str, str]]:
+def fit(options: dict[str, Any], out: Path) -> list[dict[str, str]]:
     """``main.py fit`` on the embedded world with some options changed, its run in ``out/run``.
 
     Returns:
@@ -125,9 +120,19 @@ def fit(options: dict[str, Any], out: Path, threads: int | None = None) -> list[
     quiet = {"trainer.max_time": "null", "progress.refresh_rate": 0, "export.enabled": "false"}
     options = {"run_dir": out / "run", **quiet, **options}
     flags = [f"--{key}={value}" for key, value in options.items()]
-    run_python(["main.py", "fit", "--config", CONFIG, *flags], out, threads)
+    run_python(["main.py", "fit", "--config", CONFIG, *flags], out)
     with (out / "run/metrics.csv").open(newline="") as file:
         return [row for row in csv.DictReader(file) if row.get("time/step_s")]
+
+
+def batches(folder: Path, size: int, run_dir: Path, seed: int = 0) -> Iterable[CaptionBatch]:
+    """Batches of the images in a folder of the embedded world, in the order of a run with this seed."""
+    from balcap.data import CaptionDataModule
+
+    paths = {"data": str(folder / "shapes.json"), "image_root": str(folder), "run_dir": str(run_dir)}
+    module = CaptionDataModule(**paths, batch_size=size, val_size=0, num_workers=0, seed=seed)
+    module.setup("fit")
+    return module.train_dataloader()
 
 
 def rollouts_of_texts(batch: CaptionBatch, captions: Sequence[Sequence[str]]) -> Rollouts:

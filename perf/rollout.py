@@ -40,13 +40,12 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
 import torch
 
-from balcap.data import CaptionDataModule
 from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.policy import Policy
 from balcap.rollout import HFGenerate, Sampling, VLLMInProcess
 from examples.shapes.dataset import write_dataset
 from perf import update_case
-from perf.report import arguments, fit, installed, report, run_python, seconds_of
+from perf.report import arguments, batches, fit, installed, report, run_python, seconds_of
 
 HF, VLLM = "HF generate", "vLLM in process"
 STAGES = ("step", "rollout", "judge_wait", "update", "sync")
@@ -114,10 +113,7 @@ def load(case: Case, model: Path, data: Path) -> tuple[Any, Any]:
         str(model), dtype=case.dtype, lora=lora, min_pixels=case.pixels, max_pixels=case.pixels
     )
     policy = Policy.load(config, with_reference=False).to(case.device)
-    images = {"data": str(data / "shapes.json"), "image_root": str(data), "run_dir": str(data / "run")}
-    module = CaptionDataModule(**images, batch_size=case.images, val_size=0, num_workers=0)
-    module.setup("fit")
-    return policy, next(iter(module.train_dataloader()))
+    return policy, next(iter(batches(data, case.images, data / "run")))
 
 
 def engines(case: Case, model: Path, data: Path) -> dict[str, Any]:

@@ -51,15 +51,9 @@ class Ours:
     def update(self, work: Work) -> None:
         """One update, its gradients left on the weights."""
         logps = self.logps(work)
-        mask = work.rollouts.completion_mask
-        part = policy_loss(
-            logps,
-            logps.detach(),
-            work.advantages.to(logps.device),
-            mask.to(logps.device),
-            normalizer=loss_normalizer(mask, "token_mean"),
-        )
-        part.loss.backward()
+        advantages, mask = (x.to(logps.device) for x in (work.advantages, work.rollouts.completion_mask))
+        normalizer = loss_normalizer(work.rollouts.completion_mask, "token_mean")
+        policy_loss(logps, logps.detach(), advantages, mask, normalizer=normalizer).loss.backward()
 
     def flops(self, work: Work) -> float | None:
         """Model FLOPs of one update; None for an architecture whose FLOPs are not known."""

@@ -67,10 +67,7 @@ def build_processor(seed: int = 0) -> Any:
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=byte_level.alphabet(),
-        show_progress=False,
+        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=byte_level.alphabet()
     )
     tokenizer.train_from_iterator([*corpus, *(QUESTIONS * 20)], trainer)
     fast = PreTrainedTokenizerFast(
