@@ -158,8 +158,7 @@ def trl(case: Case, seed: int, out: Path, url: str) -> list[Step]:
     """Measured steps of `perf.pipeline_trl`."""
     options = json.dumps({**asdict(case), "seed": seed, "url": url})
     run_python(["-m", "perf.pipeline_trl", options, str(out)], out)
-    steps = [Step(**step) for step in json.loads((out / "steps.json").read_text())]
-    return steps[case.warmup :]
+    return [Step(**step) for step in json.loads((out / "steps.json").read_text())[case.warmup :]]
 
 
 def run(name: str, case: Case, seed: int, out: Path) -> list[Step]:
@@ -217,10 +216,7 @@ def main() -> None:
             for name, steps in results.items():
                 steps += run(name, case, seed, Path(folder) / f"{name}-{seed}")
     figures = summary(results)
-    title = (
-        f"{case.images} images x {case.captions} captions, a judge of {case.latency:g} s (99 %: {case.p99:g} s), "
-        f"{case.precision}; mean seconds"
-    )
+    title = f"{case.images} images x {case.captions} captions, a judge of {case.latency:g} s; mean seconds"
     rows = [
         (name, *figures["means"][name].values(), figures["median_step_s"][name], figures["missing"][name])
         for name in results

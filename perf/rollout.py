@@ -258,10 +258,7 @@ def main() -> None:
         stepped = steps(case, model, data, out)
         measured = engines(case, model, data)
     rows = [(name, measured["tokens_per_s"][name], *stepped[name].values()) for name in (HF, VLLM)]
-    title = (
-        f"{case.size}, {'LoRA' if case.lora else 'full tuning'}: {case.images} images x {case.captions} captions; "
-        f"seconds of a step of {case.step_images} images"
-    )
+    title = f"{case.images} images x {case.captions} captions; seconds of a step of {case.step_images} images"
     columns = ("engine", "caption tokens / s", *STAGES)
     report(title, columns, rows, summary(measured, stepped) | {"case": asdict(case)})
 

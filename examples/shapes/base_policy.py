@@ -34,8 +34,7 @@ from examples.shapes.scene import Scene, draw_scene, sample_scene
 log = logging.getLogger(__name__)
 
 VOCABULARY = 640
-PATCHES = 6  # on a side, merged 2 x 2: one image token per place
-IMAGE_SIZE = 14 * PATCHES
+PATCHES = 6  # of 14 pixels, on a side, merged 2 x 2: one image token per place
 HIDDEN = 160
 ALL_MARKS = [(colour, kind) for colour in world.MARK_COLOURS for kind in world.MARKS]
 PAD, END, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
@@ -63,8 +62,7 @@ def build_processor(seed: int = 0) -> Any:
     scenes = [sample_scene(rng) for _ in range(2000)]
     corpus = [write(scene, rng) for scene in scenes for write in (reference, clean, flawed)]
     tokenizer = Tokenizer(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = byte_level
+    tokenizer.pre_tokenizer = byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=byte_level.alphabet()
@@ -77,7 +75,7 @@ def build_processor(seed: int = 0) -> Any:
         additional_special_tokens=list(SPECIAL[1:]),
         model_max_length=2048,
     )
-    size = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": IMAGE_SIZE**2}
+    size = {"shortest_edge": (14 * PATCHES) ** 2, "longest_edge": (14 * PATCHES) ** 2}
     images, videos = Qwen2VLImageProcessor(size=size), Qwen2VLVideoProcessor(size=size)
     return Qwen2_5_VLProcessor(images, fast, videos, chat_template=CHAT_TEMPLATE)
 
