@@ -121,10 +121,8 @@ def rollout_markdown(record: StepRecord, b: int) -> str:
     rows = [row for row in _rows(record) if row["group"] == b]
     names = list(record.reward_names)
     lines = [
-        f"**{_cell(rows[0]['sample_id'])}** {_cell(rows[0]['prompt'])}",
-        "",
-        f"Reference ({rows[0]['reference_length']} tokens): {_cell(rows[0]['reference'])}",
-        "",
+        f"**{_cell(rows[0]['sample_id'])}** {_cell(rows[0]['prompt'])}\n",
+        f"Reference ({rows[0]['reference_length']} tokens): {_cell(rows[0]['reference'])}\n",
         "| " + " | ".join(["caption", "tokens", *names, "advantage", "assertions"]) + " |",
         "|" + " --- |" * (len(names) + 4),
     ]

@@ -33,6 +33,8 @@ from balcap.types import CaptionBatch
 from perf.pipeline import Case, Step
 from perf.report import CONFIG, DATA, ROOT, batches, rollouts_of_texts
 
+MODEL = yaml.safe_load((ROOT / CONFIG).read_text())["model"]  # of the embedded world's config
+
 
 class Peer(TrainerCallback):
     """Rewards as TRL wants them, and the seconds of every step.
@@ -97,11 +99,6 @@ class Peer(TrainerCallback):
         return [None if gone else total for total, gone in zip(sums, missing, strict=True)]
 
 
-def recipe() -> dict[str, Any]:
-    """The config of the embedded world."""
-    return dict(yaml.safe_load((ROOT / CONFIG).read_text()))
-
-
 def rows(case: Case, seed: int, run_dir: Path) -> Dataset:
     """The images of our runs, in their order: `case.images` for each update."""
     examples: list[dict[str, Any]] = []
@@ -119,8 +116,7 @@ def rows(case: Case, seed: int, run_dir: Path) -> Dataset:
 
 def settings(case: Case, seed: int, out: Path, banned: list[int]) -> GRPOConfig:
     """What our runs have, in TRL's words; temperature 1, gradients clipped to 1: its defaults too."""
-    model = recipe()["model"]
-    optimizer = model["optimizer"]["init_args"]
+    optimizer = MODEL["optimizer"]["init_args"]
     return GRPOConfig(
         output_dir=str(out),
         seed=seed,
@@ -130,12 +126,12 @@ def settings(case: Case, seed: int, out: Path, banned: list[int]) -> GRPOConfig:
         per_device_train_batch_size=case.images * case.captions,
         steps_per_generation=case.steps_per_generation,
         num_generations=case.captions,
-        max_completion_length=model["sampling"]["max_tokens"],
+        max_completion_length=MODEL["sampling"]["max_tokens"],
         generation_kwargs={"suppress_tokens": banned},
         max_steps=case.updates,
         shuffle_dataset=False,
         loss_type="dapo",  # the mean over all tokens, as ours
-        beta=model["kl_coef"],
+        beta=MODEL["kl_coef"],
         learning_rate=optimizer["lr"],
         weight_decay=optimizer["weight_decay"],
         lr_scheduler_type="constant",
@@ -149,7 +145,6 @@ def settings(case: Case, seed: int, out: Path, banned: list[int]) -> GRPOConfig:
 
 def train(case: Case, seed: int, url: str, out: Path) -> list[Step]:
     """Steps of a run of `case.updates` updates."""
-    model_recipe = recipe()["model"]
     judge = Judge(
         "openai/gpt-4o-mini",
         params={"api_base": url},
@@ -158,13 +153,13 @@ def train(case: Case, seed: int, url: str, out: Path) -> list[Step]:
         cache=None,
         ledger=str(out / "ledger.sqlite"),
     )
-    policy = PolicyConfig(**{**model_recipe["policy"], "model": str(ROOT / model_recipe["policy"]["model"])})
+    policy = PolicyConfig(**{**MODEL["policy"], "model": str(ROOT / MODEL["policy"]["model"])})
     model, processor = prepare(load_model(policy), policy), load_processor(policy)
     processor.tokenizer.padding_side = "left"  # TRL takes it for granted, and misplaces images without a word
     suite = RewardSuite([Precision(), Recall(), Linguistic()])
     end = model.generation_config.eos_token_id
     stop_ids = {processor.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
-    peer = Peer(judge, suite, model_recipe["weights"], case.captions, stop_ids)
+    peer = Peer(judge, suite, MODEL["weights"], case.captions, stop_ids)
     trainer = GRPOTrainer(
         model,
         reward_funcs=peer.reward,
