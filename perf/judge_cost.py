@@ -209,7 +209,7 @@ def judged(rollouts: Rollouts, model: str, grouping: str, folder: Path, cache: s
     with sqlite3.connect(ledger) as rows:
         paid = dict(rows.execute("SELECT task, sum(usd) FROM calls GROUP BY task").fetchall())
     usage = (stats.calls, stats.tokens_in, stats.tokens_out)
-    return Bill(suite(rollouts, judgments), *usage, paid["verify"], stats.cost_usd)
+    return Bill(suite(rollouts, judgments), *usage, paid.get("verify", 0.0), stats.cost_usd)
 
 
 def compare(first: Rollouts, second: Rollouts, model: str) -> dict[str, Bill]:
