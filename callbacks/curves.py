@@ -18,16 +18,9 @@ if TYPE_CHECKING:
 Series = tuple[list[float], list[float]]  # steps, values
 
 INK, FAINT, GRID = "#2b2b2b", "#8a8a8a", "#e4e4e4"
-COLOURS = {
-    "precision": "#3566a8",
-    "recall": "#d9772b",
-    "linguistic": "#3c9467",
-    "b_capscore": INK,
-    "rollout": "#7a9cc6",
-    "judge_wait": "#e3a35c",
-    "update": "#7fb89a",
-    "sync": "#b9a6c9",
-}
+BLUE, ORANGE, GREEN = "#3566a8", "#d9772b", "#3c9467"
+REWARDS = {"precision": BLUE, "recall": ORANGE, "linguistic": GREEN, "b_capscore": INK}
+STAGES = {"rollout": "#7a9cc6", "judge_wait": "#e3a35c", "update": "#7fb89a", "sync": "#b9a6c9"}
 
 
 class RunCurves(Callback):
@@ -50,17 +43,15 @@ class RunCurves(Callback):
         self._plot(trainer)
 
     def _plot(self, trainer: Trainer) -> None:
-        if not trainer.is_global_zero:
-            return
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger):
-                metrics = Path(logger.log_dir) / "metrics.csv"
-                try:
-                    logger.save()
-                    if metrics.is_file():
-                        plot_curves(metrics, metrics.with_name(self.filename))
-                except (OSError, ValueError) as error:
-                    rank_zero_warn(f"could not draw {metrics.with_name(self.filename)}: {error}")
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        for logger in loggers if trainer.is_global_zero else ():
+            metrics = Path(logger.log_dir) / "metrics.csv"
+            try:
+                logger.save()
+                if metrics.is_file():
+                    plot_curves(metrics, metrics.with_name(self.filename))
+            except (OSError, ValueError) as error:
+                rank_zero_warn(f"could not draw {metrics.with_name(self.filename)}: {error}")
 
 
 def plot_curves(metrics_csv: Path, out: Path) -> None:
@@ -76,7 +67,6 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
 
     A metric that was not logged is left out, a panel without any says so.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -84,7 +74,6 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14)
     # A figure of its own instead of pyplot: no global state, and never a display.
     figure = Figure(figsize=(15, 8.4), dpi=110, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 3)
     _plot_rewards(figure.add_subplot(grid[0, :2]), series)
     _plot_length_ratio(figure.add_subplot(grid[0, 2]), series)
@@ -105,11 +94,9 @@ def read_metrics(metrics_csv: Path) -> dict[str, Series]:
             for name, cell in row.items():
                 if cell not in ("", None) and (value := float(cell)) == value:
                     points.setdefault(name, []).append((step, value))
-    series = {}
-    for name, pairs in points.items():
+    for pairs in points.values():
         pairs.sort(key=lambda pair: pair[0])
-        series[name] = ([step for step, _ in pairs], [value for _, value in pairs])
-    return series
+    return {name: ([x for x, _ in pairs], [y for _, y in pairs]) for name, pairs in points.items()}
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -120,15 +107,11 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def _plot_rewards(axes: Axes, series: dict[str, Series]) -> None:
-    names = ("precision", "recall", "linguistic", "b_capscore")
-    for name in names:
-        label = "b-CapScore" if name == "b_capscore" else name
-        _line(axes, series.get(f"train/{name}"), COLOURS[name], label)
-        if validation := series.get(f"val/{name}"):
-            style: dict[str, Any] = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 1.2}
-            axes.plot(*validation, "o", color=COLOURS[name], zorder=5, **style)
-    if any(f"val/{name}" in series for name in names):
-        axes.plot([], [], "o", color=FAINT, markersize=8, label="validation")
+    for name, colour in REWARDS.items():
+        _line(axes, series.get(f"train/{name}"), colour, "b-CapScore" if name == "b_capscore" else name)
+        _dots(axes, series.get(f"val/{name}"), colour)
+    if any(f"val/{name}" in series for name in REWARDS):
+        _dots(axes, ([], []), FAINT, "validation")
     _finish(axes, "Rewards (before the length mask)", "score", limits=(0, 1.02))
 
 
@@ -138,53 +121,62 @@ def _plot_length_ratio(axes: Axes, series: dict[str, Series]) -> None:
         axes.fill_between(low[0], low[1], high[1], color="#eef2f7", zorder=0, label="linguistic counts: τ")
         for _, bound in (low, high):
             axes.plot(low[0], bound, color="#b8c6d8", linewidth=1, zorder=1)
-    _line(axes, series.get("train/length_ratio"), COLOURS["precision"], "caption / reference")
+    _line(axes, series.get("train/length_ratio"), BLUE, "caption / reference")
     _finish(axes, "Length ratio ρ", "tokens / tokens")
 
 
 def _plot_tokens(axes: Axes, series: dict[str, Series]) -> None:
-    _line(axes, series.get("train/caption_tokens"), COLOURS["linguistic"], "training")
-    if validation := series.get("val/caption_tokens"):
-        axes.plot(*validation, "o", color=FAINT, markersize=8, markeredgecolor="white", label="validation")
+    _line(axes, series.get("train/caption_tokens"), GREEN, "training")
+    _dots(axes, series.get("val/caption_tokens"), FAINT, "validation")
     _finish(axes, "Caption length", "tokens")
 
 
 def _plot_policy(axes: Axes, series: dict[str, Series]) -> None:
-    _line(axes, series.get("train/kl"), COLOURS["precision"], "KL to the reference")
+    _line(axes, series.get("train/kl"), BLUE, "KL to the reference")
     entropy = series.get("train/entropy")
     if not entropy or "train/kl" not in series:
-        _line(axes, entropy, COLOURS["recall"], "entropy")
+        _line(axes, entropy, ORANGE, "entropy")
         _finish(axes, "Policy", "nats per token")
         return
     right = axes.twinx()
-    _line(right, entropy, COLOURS["recall"], "entropy")
+    _line(right, entropy, ORANGE, "entropy")
     # One legend for both axes; the axes carry the colours of their curves.
-    axes.plot([], [], color=COLOURS["recall"], linewidth=2, label="entropy")
+    axes.plot([], [], color=ORANGE, linewidth=2, label="entropy")
     _finish(axes, "Policy", "KL, nats per token")
-    right.set_ylabel("entropy, nats per token", color=COLOURS["recall"])
-    right.tick_params(axis="y", colors=COLOURS["recall"], length=0)
+    right.set_ylabel("entropy, nats per token", color=ORANGE)
+    right.tick_params(axis="y", colors=ORANGE, length=0)
     right.spines[["top", "left", "bottom", "right"]].set_visible(False)
-    axes.yaxis.label.set_color(COLOURS["precision"])
-    axes.tick_params(axis="y", colors=COLOURS["precision"])
+    axes.yaxis.label.set_color(BLUE)
+    axes.tick_params(axis="y", colors=BLUE)
 
 
 def _plot_time(axes: Axes, series: dict[str, Series]) -> None:
-    stages = {"rollout": "rollout", "judge_wait": "waiting for the judge", "update": "update", "sync": "sync"}
-    parts = {name: series[f"time/{name}_s"] for name in stages if f"time/{name}_s" in series}
+    parts = {name: series[f"time/{name}_s"] for name in STAGES if f"time/{name}_s" in series}
     steps = sorted({step for part_steps, _ in parts.values() for step in part_steps})
     base = [0.0] * len(steps)
     for name, (part_steps, values) in parts.items():
         at = dict(zip(part_steps, smoothed(values), strict=True))
         top = [bottom + at.get(step, 0.0) for bottom, step in zip(base, steps, strict=True)]
+        style: dict[str, Any] = {
+            "color": STAGES[name],
+            "label": name.replace("judge_wait", "waiting for the judge"),
+        }
         if len(steps) == 1:  # an area needs two points
-            axes.bar(steps, values, bottom=base, width=0.5, color=COLOURS[name], label=stages[name])
+            axes.bar(steps, values, bottom=base, width=0.5, **style)
         else:
-            axes.fill_between(steps, base, top, color=COLOURS[name], label=stages[name], linewidth=0)
+            axes.fill_between(steps, base, top, linewidth=0, **style)
         base = top
     if whole := series.get("time/step_s"):
         marker = "o" if len(whole[0]) == 1 else None
         axes.plot(whole[0], smoothed(whole[1]), color=INK, linewidth=1.5, marker=marker, label="whole step")
     _finish(axes, "Time of a step", "seconds", limits=(0, None))
+
+
+def _dots(axes: Axes, points: Series | None, colour: str, label: str | None = None) -> None:
+    """What was measured now and then."""
+    if points is not None:
+        edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 1.2}
+        axes.plot(*points, "o", color=colour, markersize=8, zorder=5, label=label, **edge)
 
 
 def _line(axes: Axes, points: Series | None, colour: str, label: str) -> None:
@@ -218,12 +210,4 @@ def _finish(axes: Axes, title: str, label: str, limits: tuple[float, float | Non
         axes.set_ylim(*limits)
     # Below the axes, where no curve can run into it.
     columns = min(5 if sum(map(len, labels)) < 47 else 3, len(handles))
-    axes.legend(
-        handles,
-        labels,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.14),
-        ncols=columns,
-        frameon=False,
-        fontsize=9.5,
-    )
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, frameon=False, fontsize=9.5)

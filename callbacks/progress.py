@@ -11,14 +11,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-SHOWN = {
-    "precision": "prec",
-    "recall": "rec",
-    "linguistic": "ling",
-    "b_capscore": "b-cap",
-    "length_ratio": "len",
-}
-COSTS = {"cost_usd": "$", "usd_per_1k_rollouts": "$/1k"}
+SHOWN = {"precision": "prec", "recall": "rec", "linguistic": "ling", "b_capscore": "b-cap"}
+SHOWN |= {"length_ratio": "len"}
+COSTS = {"judge/cost_usd": "$", "judge/usd_per_1k_rollouts": "$/1k"}
 
 
 class CaptionProgressBar(RichProgressBar):
@@ -38,8 +33,7 @@ class CaptionProgressBar(RichProgressBar):
     def __init__(self, refresh_rate: int = 10, plain_every_s: float = 15.0, leave: bool = False) -> None:
         super().__init__(refresh_rate=refresh_rate, leave=leave)
         self.plain_every_s = plain_every_s
-        self._plain = False
-        self._last_line = -math.inf
+        self._plain, self._last_line = False, -math.inf
         self._start: tuple[float, int] | None = None  # time and progress when training began
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -56,8 +50,7 @@ class CaptionProgressBar(RichProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._last_line = -math.inf
-        self._start = None
+        self._last_line, self._start = -math.inf, None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._counts_steps and self.train_progress_bar_id is not None:
@@ -91,13 +84,7 @@ class CaptionProgressBar(RichProgressBar):
             self._line(f"{name} {completed}{of}", self._shown(trainer, "train"), self._pace(completed, total))
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
         if batch_idx and self._line_is_due():
@@ -126,14 +113,11 @@ class CaptionProgressBar(RichProgressBar):
 
     def _shown(self, trainer: Trainer, stage: str) -> dict[str, Any]:
         """The metrics of a stage by their short names; those not logged are left out."""
+        names = {f"{stage}/{name}": short for name, short in SHOWN.items()}
         metrics = trainer.callback_metrics
-        shown = {
-            short: float(metrics[f"{stage}/{name}"])
-            for name, short in SHOWN.items()
-            if f"{stage}/{name}" in metrics
-        }
+        shown = {short: float(metrics[name]) for name, short in names.items() if name in metrics}
         if stage == "train":
-            costs = {short: float(metrics.get(f"judge/{name}", 0.0)) for name, short in COSTS.items()}
+            costs = {short: float(metrics.get(name, 0.0)) for name, short in COSTS.items()}
             shown |= {short: cost for short, cost in costs.items() if cost > 0}  # free judges need no column
         return shown
 

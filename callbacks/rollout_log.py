@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from balcap.types import StepRecord
 
+SCALES = ("clarity", "fluency", "coherency")  # of a rating
 THUMBNAIL = 512  # pixels of the longer side: event files hold images uncompressed by anything but PNG
 
 
@@ -41,9 +42,7 @@ class RolloutLog(Callback):
     def __init__(self, every_n_steps: int = 10, max_images: int = 4, dirpath: str | None = None) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps: must be at least 1, got {every_n_steps}")
-        self.every_n_steps = every_n_steps
-        self.max_images = max_images
-        self.dirpath = dirpath
+        self.every_n_steps, self.max_images, self.dirpath = every_n_steps, max_images, dirpath
         self._shown = 0
 
     def on_train_batch_end(
@@ -56,13 +55,7 @@ class RolloutLog(Callback):
                 self._log(trainer, "train", record)
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if not trainer.sanity_checking:
             self._shown = 0 if batch_idx == 0 else self._shown
@@ -108,10 +101,8 @@ def rollout_table(record: StepRecord, stage: str, step: int, batch_idx: int, ran
     """
     import pyarrow as pa
 
-    rows = []
-    for place, row in _rows(record):
-        rows.append({"stage": stage, "step": step, "batch": batch_idx, "rank": rank, **place, **row})
-    return pa.Table.from_pylist(rows, schema=_schema(record.reward_names))
+    run = {"stage": stage, "step": step, "batch": batch_idx, "rank": rank}
+    return pa.Table.from_pylist([run | row for row in _rows(record)], schema=_schema(record.reward_names))
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
@@ -127,33 +118,27 @@ def rollout_markdown(record: StepRecord, b: int) -> str:
 
     An assertion is ✓ true and pointable, ○ true but not pointable, ✗ false.
     """
-    rows = [row for place, row in _rows(record) if place["group"] == b]
+    rows = [row for row in _rows(record) if row["group"] == b]
     names = list(record.reward_names)
     lines = [
-        f"**{_cell(rows[0]['sample_id'])}** {_cell(rows[0]['prompt'])}",
-        "",
-        f"Reference ({rows[0]['reference_length']} tokens): {_cell(rows[0]['reference'])}",
-        "",
+        f"**{_cell(rows[0]['sample_id'])}** {_cell(rows[0]['prompt'])}\n",
+        f"Reference ({rows[0]['reference_length']} tokens): {_cell(rows[0]['reference'])}\n",
         "| " + " | ".join(["caption", "tokens", *names, "advantage", "assertions"]) + " |",
         "|" + " --- |" * (len(names) + 4),
     ]
     for row in rows:
-        numbers = []
+        cells = [_cell(row["caption"]), f"{row['length']}{' (cut)' if row['truncated'] else ''}"]
         for name in names:
             before, after = row[f"reward/{name}"], row[f"shaped/{name}"]
-            numbers.append(_number(before) + ("" if before == after else f" → {_number(after)}"))
-        cells = [_cell(row["caption"]), f"{row['length']}{' (cut)' if row['truncated'] else ''}", *numbers]
+            cells.append(_number(before) + ("" if before == after else f" → {_number(after)}"))
         lines.append("| " + " | ".join([*cells, _number(row["advantage"]), _assertions(row)]) + " |")
     return "\n".join(lines)
 
 
-def _rows(record: StepRecord) -> Iterator[tuple[dict[str, int], dict[str, Any]]]:
+def _rows(record: StepRecord) -> Iterator[dict[str, Any]]:
     """Place in ``[B, G]`` and contents of every rollout, as plain Python values."""
     rollouts, judgments = record.rollouts, record.judgments
-    rewards, shaped = record.rewards.tolist(), record.shaped.tolist()
-    advantages = None if record.advantages is None else _per_caption(record).tolist()
-    lengths, truncated = rollouts.lengths.tolist(), rollouts.truncated.tolist()
-    reference_lengths = rollouts.reference_lengths.tolist()
+    advantages = None if record.advantages is None else _per_caption(record)
 
     def answer(task: str, b: int, g: int) -> Any | None:
         return judgments[task][b][g] if task in judgments else None
@@ -162,36 +147,35 @@ def _rows(record: StepRecord) -> Iterator[tuple[dict[str, int], dict[str, Any]]]
         for g in range(rollouts.num_captions):
             verdicts, rating = answer("verify", b, g), answer("rate", b, g)
             row = {
+                "group": b,
+                "rollout": g,
                 "sample_id": rollouts.batch.sample_ids[b],
                 "prompt": rollouts.batch.prompts[b],
                 "reference": rollouts.batch.references[b],
                 "caption": rollouts.captions[b][g],
-                "truncated": truncated[b][g],
-                "length": lengths[b][g],
-                "reference_length": reference_lengths[b],
+                "truncated": rollouts.truncated[b, g].item(),
+                "length": rollouts.lengths[b, g].item(),
+                "reference_length": rollouts.reference_lengths[b].item(),
                 "weights_version": rollouts.weights_version,
-                "advantage": None if advantages is None else advantages[b][g],
+                "advantage": None if advantages is None else advantages[b, g].item(),
                 "assertions": answer("decompose", b, g),
-                "true": None if verdicts is None else [verdict.true for verdict in verdicts],
-                "pointable": None if verdicts is None else [verdict.pointable for verdict in verdicts],
+                "true": verdicts and [verdict.true for verdict in verdicts],
+                "pointable": verdicts and [verdict.pointable for verdict in verdicts],
                 "reference_units": judgments.units[b] if b < len(judgments.units) else None,
                 "covered": answer("match", b, g),
             }
-            for scale in ("clarity", "fluency", "coherency"):
-                row[scale] = None if rating is None else getattr(rating, scale)
+            row |= {scale: rating and getattr(rating, scale) for scale in SCALES}
             for k, name in enumerate(record.reward_names):
-                row[f"reward/{name}"] = _or_null(rewards[b][g][k])
-                row[f"shaped/{name}"] = _or_null(shaped[b][g][k])
-            yield {"group": b, "rollout": g}, row
+                row[f"reward/{name}"] = _or_null(record.rewards[b, g, k].item())
+                row[f"shaped/{name}"] = _or_null(record.shaped[b, g, k].item())
+            yield row
 
 
 def _per_caption(record: StepRecord) -> Tensor:
     """``[B, G]`` advantages."""
     assert record.advantages is not None
-    if record.advantages.ndim == 2:
-        return record.advantages
-    mask = record.rollouts.completion_mask
-    return (record.advantages * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    values, mask = record.advantages, record.rollouts.completion_mask
+    return values if values.ndim == 2 else (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def _schema(reward_names: Any) -> pa.Schema:
@@ -199,24 +183,22 @@ def _schema(reward_names: Any) -> pa.Schema:
     import pyarrow as pa
 
     text, integer, number, flag = pa.string(), pa.int64(), pa.float64(), pa.bool_()
-    columns = {"stage": text, "step": integer, "batch": integer, "rank": integer}
-    columns |= {"group": integer, "rollout": integer, "sample_id": text, "prompt": text, "reference": text}
-    columns |= {"caption": text, "truncated": flag, "length": integer, "reference_length": integer}
-    columns |= {"weights_version": integer}
+    columns = {"stage": text, "step": integer, "batch": integer, "rank": integer, "group": integer}
+    columns |= {"rollout": integer, "sample_id": text, "prompt": text, "reference": text, "caption": text}
+    columns |= {"truncated": flag, "length": integer, "reference_length": integer, "weights_version": integer}
     columns |= {f"{kind}/{name}": number for kind in ("reward", "shaped") for name in reward_names}
     columns |= {"advantage": number, "assertions": pa.list_(text)}
     columns |= {"true": pa.list_(flag), "pointable": pa.list_(flag)}
     columns |= {"reference_units": pa.list_(text), "covered": pa.list_(flag)}
-    columns |= {"clarity": number, "fluency": number, "coherency": number}
+    columns |= dict.fromkeys(SCALES, number)
     return pa.schema(list(columns.items()))
 
 
 def _assertions(row: dict[str, Any]) -> str:
     marked = []
     for i, assertion in enumerate(row["assertions"] or []):
-        if row["true"] is None:
-            mark = "?"
-        else:
+        mark = "?"
+        if row["true"] is not None:
             mark = "✗" if not row["true"][i] else "✓" if row["pointable"][i] else "○"
         marked.append(f"{mark} {_cell(assertion)}")
     return "<br>".join(marked)

@@ -17,7 +17,7 @@ short       the embedded world as it is: captions of 18 to 112 tokens
 long        three of its captions on end, of three scenes: nearer to the length of captions of photographs. Every
             rollout of a group describes the same three scenes; half as many images
 distinct    likewise, but no two rollouts of a group describe a common scene: what they share is chance, the worst
-            case. Captions of photographs lie between this and the one above
+            case, at gpt-4o-mini's prices. Captions of photographs lie between this and the one above
 prefix      short, where the provider has every prefix in its cache that it has seen before (OpenAI: from 1,024
             tokens on, in steps of 128). More than concurrent calls can hope for; it favours the baseline, which
             sends the same picture eight times
@@ -28,13 +28,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import sqlite3
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,6 @@ PRICES = {  # US$ per 1M tokens, 2026-11-23; the cached ones from litellm's pric
 }
 IMAGE_TOKENS = {"gpt-4o-mini": 2833 + 2 * 5667, "gpt-5-mini": 360}  # of 640 x 480 pixels, see above
 PREFIX = "-prefix"  # of a model's name: the provider has a prefix cache
-MODES = ("per_rollout", "group", "second_epoch")
 
 
 # ---- what the provider bills
@@ -95,7 +93,7 @@ def pieces(model: str, messages: Sequence[dict[str, Any]]) -> Iterator[tuple[str
             if part["type"] == "image_url":
                 yield part["image_url"]["url"], IMAGE_TOKENS[model.removesuffix(PREFIX)]
             else:
-                ids = encoding().encode(part["text"], disallowed_special=())
+                ids = encoding().encode_ordinary(part["text"])
                 yield from ((str(ids[i : i + 128]), len(ids[i : i + 128])) for i in range(0, len(ids), 128))
     yield "assistant", 3
 
@@ -113,13 +111,9 @@ class Metered(litellm.CustomLLM):
         response.choices[0].finish_reason = "stop"
         prompt = list(pieces(model, messages))
         asked = sum(tokens for _, tokens in prompt)
-        said = len(encoding().encode(content, disallowed_special=()))
-        response.usage = litellm.Usage(
-            prompt_tokens=asked,
-            completion_tokens=said,
-            total_tokens=asked + said,
-            prompt_tokens_details={"cached_tokens": self._cached(prompt) if model.endswith(PREFIX) else 0},
-        )
+        said = len(encoding().encode_ordinary(content))
+        cached = {"cached_tokens": self._cached(prompt) if model.endswith(PREFIX) else 0}
+        response.usage = litellm.Usage(asked, said, asked + said, prompt_tokens_details=cached)
         return response
 
     def _cached(self, prompt: list[tuple[str, int]]) -> int:
@@ -152,22 +146,15 @@ def world(scenes: int) -> CaptionBatch:
 def sample(batch: CaptionBatch, seed: int) -> list[list[str]]:
     """``[B][G]`` captions of the base policy, temperature 1."""
     policy = Policy.load(PolicyConfig(model=str(ROOT / "assets/shapes-base"), dtype="float32"), False)
-    engine = HFGenerate()
+    engine = HFGenerate(max_sequences=256)
     engine.attach(policy)
     torch.manual_seed(seed)
-    captions: list[Any] = []
-    for start in range(0, len(batch), 32):
-        part = batch.select(range(start, min(start + 32, len(batch))))
-        captions += engine.generate(part, policy.encode(part), G, Sampling(max_tokens=128)).captions
-    return captions
-
-
-def short(batch: CaptionBatch, captions: list[list[str]], images: int) -> Rollouts:
-    return rollouts_of_texts(batch.select(range(images)), captions[:images])
+    rollouts = engine.generate(batch, policy.encode(batch), G, Sampling(max_tokens=128))
+    return [list(group) for group in rollouts.captions]
 
 
 def long(batch: CaptionBatch, captions: list[list[str]], images: int, common: bool) -> Rollouts:
-    """`common`: all rollouts of a group describe the same three scenes; else each three of its own."""
+    """`common`: all rollouts of a group describe the same three scenes; else each describes three of its own."""
     N, n = SCENES_PER_LONG_CAPTION, len(batch)
     references, texts = [], []
     for i in range(images):
@@ -189,16 +176,16 @@ class Bill:
         rewards: ``[B, G, 3]``.
         calls: to the provider.
         tokens_in, tokens_out: billed.
-        usd: in all.
         usd_verify: of verify.
+        usd: in all.
     """
 
     rewards: torch.Tensor
     calls: int
     tokens_in: int
     tokens_out: int
-    usd: float
     usd_verify: float
+    usd: float
 
 
 def judged(rollouts: Rollouts, model: str, grouping: str, folder: Path, cache: str | None) -> Bill:
@@ -221,77 +208,63 @@ def judged(rollouts: Rollouts, model: str, grouping: str, folder: Path, cache: s
     assert stats.unpriced_calls == 0
     with sqlite3.connect(ledger) as rows:
         paid = dict(rows.execute("SELECT task, sum(usd) FROM calls GROUP BY task").fetchall())
-    assert math.isclose(sum(paid.values()), stats.cost_usd)
-    usage = (stats.calls, stats.tokens_in, stats.tokens_out, stats.cost_usd)
-    return Bill(suite(rollouts, judgments), *usage, paid.get("verify", 0.0))
+    usage = (stats.calls, stats.tokens_in, stats.tokens_out)
+    return Bill(suite(rollouts, judgments), *usage, paid.get("verify", 0.0), stats.cost_usd)
 
 
-def compare(first: Rollouts, second: Rollouts, model: str, folder: Path) -> dict[str, Bill]:
+def compare(first: Rollouts, second: Rollouts, model: str) -> dict[str, Bill]:
     """The same captions judged both ways, then with the second way's cache `second`, others of the same pictures."""
-    place = Path(tempfile.mkdtemp(dir=folder))
-    bills = (
-        judged(first, model, "per_rollout", place, None),
-        judged(first, model, "group", place, "cache.sqlite"),
-        judged(second, model, "group", place, "cache.sqlite"),
-    )
-    return dict(zip(MODES, bills, strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            "per_rollout": judged(first, model, "per_rollout", Path(folder), None),
+            "group": judged(first, model, "group", Path(folder), "cache.sqlite"),
+            "second_epoch": judged(second, model, "group", Path(folder), "cache.sqlite"),
+        }
 
 
 # ---- the report
 
 
-def ratios(bills: dict[str, Bill], suffix: str) -> dict[str, float]:
-    """What judging per group saves."""
-    one, other = bills["per_rollout"], bills["group"]
-    return {
-        f"usd_ratio_verify{suffix}": one.usd_verify / other.usd_verify,
-        f"usd_ratio_total{suffix}": one.usd / other.usd,
-        f"calls_ratio{suffix}": one.calls / other.calls,
-    }
-
-
-def figures(results: dict[tuple[str, str], dict[str, Bill]], rollouts: int) -> dict[str, Any]:
+def figures(results: dict[tuple[str, str], dict[str, Bill]]) -> dict[str, Any]:
     """The last line. Where a name says nothing else: short captions at gpt-4o-mini's prices."""
-    firsts = [(bills["per_rollout"].rewards, bills["group"].rewards) for bills in results.values()]
-    made: dict[str, Any] = {"rewards_equal": all(torch.equal(*pair) for pair in firsts)}  # False for NaN
-    made["usd_per_1k_rollouts"] = {}
+    made: dict[str, Any] = {"rewards_equal": True, "usd_per_1k_rollouts": {}}
     for (kind, model), bills in results.items():
-        name = model.removesuffix(PREFIX).replace("-", "_")
-        headline = (kind, model) == ("short", "gpt-4o-mini")
-        suffix = "" if headline else f"_{name}" if kind == "short" else f"_{kind}_{name}"
-        made |= ratios(bills, suffix)
-        if kind == "short":
-            one, again = bills["group"], bills["second_epoch"]
-            made[f"second_epoch_usd_share{suffix}"] = again.usd / one.usd
-            made[f"second_epoch_calls_share{suffix}"] = again.calls / one.calls
-            usd = {mode: 1000 * bill.usd / rollouts for mode, bill in bills.items()}
-            made["usd_per_1k_rollouts"][name] = usd
-    return json.loads(json.dumps(made), parse_float=lambda number: round(float(number), 4))
+        name = f"{kind}_{model.removesuffix(PREFIX)}".replace("-", "_").removeprefix("short_")
+        suffix = "" if name == "gpt_4o_mini" else f"_{name}"
+        one, other, again = bills.values()
+        made["rewards_equal"] &= torch.equal(one.rewards, other.rewards)  # False for NaN
+        made[f"usd_ratio_verify{suffix}"] = one.usd_verify / other.usd_verify
+        made[f"usd_ratio_total{suffix}"] = one.usd / other.usd
+        made[f"calls_ratio{suffix}"] = one.calls / other.calls
+        made[f"second_epoch_usd_share{suffix}"] = again.usd / other.usd
+        rollouts = one.rewards[..., 0].numel()
+        usd = {mode: 1000 * bill.usd / rollouts for mode, bill in bills.items()}
+        made["usd_per_1k_rollouts"][name] = usd
+    return made
 
 
 def main() -> None:
     """Judge, print a table and one line of JSON."""
     quick = arguments(__doc__).parse_args().quick
-    images, half = (4, 2) if quick else (32, 16)
+    images = 4 if quick else 32
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    batch = world(images if quick else max(images, SCENES_PER_LONG_CAPTION * half))
+    batch = world(images if quick else SCENES_PER_LONG_CAPTION * images // 2)
     samples = [sample(batch, seed) for seed in (0, 1)]
-    cases = {("short", model): [short(batch, captions, images) for captions in samples] for model in PRICES}
-    cases["prefix", "gpt-4o-mini" + PREFIX] = cases["short", "gpt-4o-mini"]
-    for kind in () if quick else ("long", "distinct"):
-        made = [long(batch, captions, half, kind == "long") for captions in samples]
-        cases |= {(kind, model): made for model in PRICES}
-    with tempfile.TemporaryDirectory() as folder:
-        results = {case: compare(*pair, case[1], Path(folder)) for case, pair in cases.items()}
+    some = batch.select(range(images))
+    short = [rollouts_of_texts(some, captions[:images]) for captions in samples]
+    cases = {("short", model): short for model in PRICES} | {("prefix", "gpt-4o-mini" + PREFIX): short}
+    if not quick:
+        alike, apart = (
+            [long(batch, each, images // 2, common) for each in samples] for common in (True, False)
+        )
+        cases |= {("long", model): alike for model in PRICES} | {("distinct", "gpt-4o-mini"): apart}
+    results = {case: compare(*pair, case[1]) for case, pair in cases.items()}
     title = f"Cost of judging, G = {G}, 640 x 480 pixels; text counted by o200k_base"
-    columns = ("captions", "judge", "mode", "calls", "tokens in", "out", "$ verify", "$", "saved")
+    columns = ("captions", "judge", "mode", "calls", "tokens in", "out", "$ verify", "$")
     rows = [
-        (*case, mode, bill.calls, bill.tokens_in, bill.tokens_out, bill.usd_verify, bill.usd, saved)
-        for case, bills in results.items()
-        for mode, bill in bills.items()
-        for saved in [bills["per_rollout"].usd / bill.usd]
+        (*case, mode, *astuple(bill)[1:]) for case, bills in results.items() for mode, bill in bills.items()
     ]
-    report(title, columns, rows, figures(results, images * G))
+    report(title, columns, rows, figures(results))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def measure(judgments: int, concurrency: int) -> dict[str, Any]:
     Returns:
         ``throughput_share`` and ``judgments_per_s`` of the measured part; ``fd_growth``, ``thread_growth`` and
         ``rss_growth_mb`` (10^6 bytes) over it; ``cpu_ms_per_judgment``, processor time of this process;
-        ``judgments`` asked for, ``failed`` of them, and ``calls``, the requests sent, in both parts.
+        ``failed``, judgments of both parts.
     """
     captions = [CAPTION.format(number) for number in range(judgments)]
     first = min(500, judgments // 2)
@@ -85,20 +85,15 @@ def measure(judgments: int, concurrency: int) -> dict[str, Any]:
         before, cpu, started = held(), time.process_time(), time.perf_counter()
         failed += judge.run(rate_all(judge, captions[first:], 2 * concurrency))
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-        descriptors, threads, megabytes = (now - then for now, then in zip(held(), before, strict=True))
-        calls = judge.stats().calls
+        growth = [now - then for now, then in zip(held(), before, strict=True)]
         judge.close()
     rate = (judgments - first) / seconds
     return {
-        "throughput_share": round(rate * LATENCY / concurrency, 4),
-        "judgments_per_s": round(rate, 2),
-        "fd_growth": descriptors,
-        "thread_growth": threads,
-        "rss_growth_mb": round(megabytes, 2),
-        "cpu_ms_per_judgment": round(1000 * cpu / (judgments - first), 3),
-        "judgments": judgments,
+        "throughput_share": rate * LATENCY / concurrency,
+        "judgments_per_s": rate,
+        **dict(zip(("fd_growth", "thread_growth", "rss_growth_mb"), growth, strict=True)),
+        "cpu_ms_per_judgment": 1000 * cpu / (judgments - first),
         "failed": failed,
-        "calls": calls,
     }
 
 

@@ -1,8 +1,8 @@
 """What judging behind the device is worth: our step with and without a lag, and TRL's, with a judge that is slow.
 
     python perf/pipeline.py            8 images x 8 captions, two rounds of 10 measured steps of each variant
-    python perf/pipeline.py --quick    2 images x 4 captions, 3 steps, a judge of 0.3 s, all variants side by side with
-                                       a thread each: shows that it runs, its figures mean nothing
+    python perf/pipeline.py --quick    2 images x 4 captions, one round of 3 steps, a judge of 0.3 s: shows that it
+                                       runs, its figures mean nothing
 
 Training on the embedded world with the sizes of ``configs/shapes.yaml``. The judge is reached over HTTP on loopback;
 its latency is log-normal, each run has a server of its own with the same draws, and nothing is cached, so that every
@@ -34,7 +34,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -42,12 +41,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from perf.report import arguments, device_name, fit, judge_options, report, run_python, versions, write_world
+from perf.report import arguments, fit, installed, judge_options, report, run_python, write_world
 from tests.judge_server import server_process
 
 LAG1, LAG0, TRL = "lag1", "lag0", "trl"
 STAGES = ("rollout", "judge", "judge_wait", "update", "sync")
-QUICK = {"images": 2, "captions": 4, "steps": 3, "warmup": 1, "latency": 0.3, "p99": 2.0, "at_once": 3}
+QUICK = {"images": 2, "captions": 4, "steps": 3, "warmup": 1, "latency": 0.3, "p99": 2.0}
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,6 @@ class Case:
         concurrency: calls under way at once.
         timeout_s: of a call.
         steps_per_generation: TRL's updates on one generation.
-        at_once: runs side by side, with one thread each where there is more than one; else with all cores.
     """
 
     images: int = 8
@@ -77,17 +75,11 @@ class Case:
     concurrency: int = 256
     timeout_s: float = 30.0
     steps_per_generation: int = 1
-    at_once: int = 1
 
     @property
     def updates(self) -> int:
         """Measured or not."""
         return self.warmup + self.steps
-
-    @property
-    def threads(self) -> int | None:
-        """Of each run; None for all cores."""
-        return 1 if self.at_once > 1 else None
 
 
 @dataclass(frozen=True)
@@ -130,10 +122,8 @@ def ours(case: Case, lag: int, seed: int, out: Path, url: str) -> list[Step]:
         "model.judge.timeout_s": case.timeout_s,
         "checkpoint.every_n_train_steps": 10**6,
         "rollout_log.every_n_steps": 10**6,
-        "rollout_log.max_images": 0,
-        "export.enabled": "false",
     }
-    rows = fit(options | judge_options(url), out, case.threads)
+    rows = fit(options | judge_options(url), out)
     return measured(rows, update_ends(out / "run/tensorboard"), case)
 
 
@@ -167,9 +157,8 @@ def measured(rows: Sequence[dict[str, str]], ends: Sequence[float], case: Case) 
 def trl(case: Case, seed: int, out: Path, url: str) -> list[Step]:
     """Measured steps of `perf.pipeline_trl`."""
     options = json.dumps({**asdict(case), "seed": seed, "url": url})
-    run_python(["-m", "perf.pipeline_trl", options, str(out)], out, case.threads)
-    steps = [Step(**step) for step in json.loads((out / "steps.json").read_text())]
-    return steps[case.warmup :]
+    run_python(["-m", "perf.pipeline_trl", options, str(out)], out)
+    return [Step(**step) for step in json.loads((out / "steps.json").read_text())[case.warmup :]]
 
 
 def run(name: str, case: Case, seed: int, out: Path) -> list[Step]:
@@ -181,50 +170,29 @@ def run(name: str, case: Case, seed: int, out: Path) -> list[Step]:
 
 
 def summary(results: dict[str, list[Step]]) -> dict[str, Any]:
-    """Ratios and seconds; a ratio to a variant without steps is None."""
-    there = {name: steps for name, steps in results.items() if steps}
-    means = {
-        name: {"step" if key == "seconds" else key: mean(getattr(step, key) for step in steps)
-               for key in ("seconds", *STAGES)}
-        for name, steps in there.items()
-    }  # fmt: skip
-    medians = {name: median(step.seconds for step in steps) for name, steps in there.items()}
+    """Ratios and seconds of the variants that were run; a ratio to another is None."""
+    means: dict[str, dict[str, float]] = {
+        name: {key: mean(getattr(step, key) for step in steps) for key in ("seconds", *STAGES, "tokens")}
+        for name, steps in results.items()
+    }
+    medians = {name: median(step.seconds for step in steps) for name, steps in results.items()}
     first = means[LAG1]
     device = first["rollout"] + first["update"] + first["sync"]
-
-    def ratio(name: str, of: dict[str, float]) -> float | None:
-        return round(of[name] / of[LAG1], 3) if name in there else None
-
-    steps = {name: each["step"] for name, each in means.items()}
-    return {
-        "step_over_slowest": round(first["step"] / max(device, first["judge"]), 3),
-        "step_ratio_lag0": ratio(LAG0, steps),
-        "step_ratio_trl": ratio(TRL, steps),
-        "step_ratio_lag0_median": ratio(LAG0, medians),
-        "step_ratio_trl_median": ratio(TRL, medians),
-        "step_by_arithmetic_s": round(max(device, (first["judge"] + device) / 2), 3),
-        "mean_s": {name: {key: round(s, 3) for key, s in each.items()} for name, each in means.items()},
-        "median_step_s": {name: round(s, 3) for name, s in medians.items()},
-        "caption_tokens": {name: round(mean(s.tokens for s in each), 2) for name, each in there.items()},
-        "missing": {name: sum(s.missing for s in each) for name, each in there.items()},
-        "steps": {name: len(each) for name, each in there.items()},
+    figures: dict[str, Any] = {
+        "step_over_slowest": first["seconds"] / max(device, first["judge"]),
+        "step_by_arithmetic_s": max(device, (first["judge"] + device) / 2),
     }
-
-
-def table_rows(results: dict[str, list[Step]], figures: dict[str, Any]) -> list[list[Any]]:
-    """One row per variant: mean seconds of the step and its stages, the median, tokens, missing, steps."""
-    keys = ("median_step_s", "caption_tokens", "missing", "steps")
-    return [
-        [name, *figures["mean_s"][name].values(), *(figures[key][name] for key in keys)]
-        if results[name] else [name, "not installed"]
-        for name in results
-    ]  # fmt: skip
+    for name in (LAG0, TRL):
+        there = name in results
+        figures[f"step_ratio_{name}"] = means[name]["seconds"] / first["seconds"] if there else None
+        figures[f"step_ratio_{name}_median"] = medians[name] / medians[LAG1] if there else None
+    missing = {name: sum(step.missing for step in steps) for name, steps in results.items()}
+    return figures | {"means": means, "median_step_s": medians, "missing": missing}
 
 
 def parsed() -> tuple[Case, int]:
     """What the command line asks for: the case, and how often each variant is run."""
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, help="runs of each variant; 2 unless --quick")
     parser.add_argument(
         "--trl-steps-per-generation", type=int, default=1, help="TRL's updates on a generation"
     )
@@ -232,46 +200,29 @@ def parsed() -> tuple[Case, int]:
     per = options.trl_steps_per_generation
     case = Case(**(QUICK if options.quick else {}), steps_per_generation=per)
     if per < 1 or case.steps % per or case.warmup % per:
-        parser.error(
-            f"--trl-steps-per-generation must divide {case.warmup} and {case.steps}, the numbers of steps"
-        )
-    return case, options.rounds or (1 if options.quick else 2)
+        parser.error(f"--trl-steps-per-generation must divide the steps, {case.warmup} and {case.steps}")
+    return case, 1 if options.quick else 2
 
 
 def main() -> None:
     """Measure, print a table and one line of JSON."""
     case, rounds = parsed()
     write_world()
-    found = versions("torch", "transformers", "lightning", "trl")
-    results: dict[str, list[Step]] = {LAG1: [], LAG0: [], TRL: []}
-    there = [name for name in results if found.get(name) != "not installed"]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(case.at_once) as pool:
+    results: dict[str, list[Step]] = {
+        name: [] for name in (LAG1, LAG0, TRL) if name != TRL or installed("trl")
+    }
+    with tempfile.TemporaryDirectory() as folder:
         for seed in range(rounds):
-            turn = {
-                name: pool.submit(run, name, case, seed, Path(folder) / f"{name}-{seed}") for name in there
-            }
-            for name, running in turn.items():
-                results[name] += running.result()
+            for name, steps in results.items():
+                steps += run(name, case, seed, Path(folder) / f"{name}-{seed}")
     figures = summary(results)
-    title = (
-        f"{case.images} images x {case.captions} captions, a judge of {case.latency:g} s (99 %: {case.p99:g} s), "
-        f"{case.precision}; mean seconds"
-    )
-    columns = (
-        "variant",
-        "step",
-        "rollout",
-        "judge",
-        "wait",
-        "update",
-        "sync",
-        "median",
-        "tokens",
-        "missing",
-        "n",
-    )
-    extra = {"case": asdict(case), "device": device_name(), "versions": found}
-    report(title, columns, table_rows(results, figures), figures | extra)
+    title = f"{case.images} images x {case.captions} captions, a judge of {case.latency:g} s; mean seconds"
+    rows = [
+        (name, *figures["means"][name].values(), figures["median_step_s"][name], figures["missing"][name])
+        for name in results
+    ]
+    columns = ("variant", "step", *STAGES, "tokens", "median step", "missing")
+    report(title, columns, rows, figures | {"case": asdict(case)})
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from balcap.data import CaptionDataModule
 from balcap.judge import Judge
 from balcap.policy import PolicyConfig
 from balcap.policy.loading import load_model, load_processor, prepare
@@ -32,7 +31,9 @@ from balcap.policy.prompts import PromptEncoder
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
 from balcap.types import CaptionBatch
 from perf.pipeline import Case, Step
-from perf.report import CONFIG, ROOT, rollouts_of_texts
+from perf.report import CONFIG, DATA, ROOT, batches, rollouts_of_texts
+
+MODEL = yaml.safe_load((ROOT / CONFIG).read_text())["model"]  # of the embedded world's config
 
 
 class Peer(TrainerCallback):
@@ -53,12 +54,7 @@ class Peer(TrainerCallback):
     """
 
     def __init__(
-        self,
-        judge: Judge,
-        suite: RewardSuite,
-        weights: dict[str, float],
-        captions: int,
-        stop_ids: Sequence[int],
+        self, judge: Judge, suite: RewardSuite, weights: dict[str, float], captions: int, stop_ids: set[int]
     ) -> None:
         self.judge, self.suite, self.captions, self.stop_ids = judge, suite, captions, stop_ids
         self.weights = torch.tensor([weights.get(name, 0.0) for name in suite.names])
@@ -81,66 +77,46 @@ class Peer(TrainerCallback):
 
     async def reward(
         self,
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]],
-        sample_id: Sequence[str],
-        image_bytes: Sequence[bytes],
-        reference: Sequence[str],
+        completions: Any,
+        completion_ids: Any,
+        sample_id: Any,
+        image_bytes: Any,
+        reference: Any,
         **_: Any,
     ) -> list[float | None]:
         """The weighted sum of the rewards of each caption; None where all are missing."""
         started = time.perf_counter()
         texts = [message[0]["content"].strip() for message in completions]
-        lengths = [len(ids) - (len(ids) > 0 and ids[-1] in self.stop_ids) for ids in completion_ids]
-        ids, files, references = (x[:: self.captions] for x in (sample_id, image_bytes, reference))
-        batch = CaptionBatch(ids, [], files, [], references)
-        rollouts = rollouts_of_texts(batch, *(list(batched(x, self.captions)) for x in (texts, lengths)))
+        G = self.captions
+        batch = CaptionBatch(sample_id[::G], [], image_bytes[::G], [], reference[::G])
+        rollouts = rollouts_of_texts(batch, [texts[i : i + G] for i in range(0, len(texts), G)])
         judgments = await asyncio.to_thread(self.suite.gather, self.judge, rollouts)
         self.judge_s += time.perf_counter() - started
         self.missing += sum(judgments.failures.values())
-        self.tokens = sum(lengths) / len(lengths)
+        self.tokens = mean(len(ids) - (ids[-1] in self.stop_ids) for ids in completion_ids)
         rewards = self.suite(rollouts, judgments).flatten(0, 1)  # [B * G, K]
         missing, sums = rewards.isnan().all(-1).tolist(), (rewards * self.weights).nansum(-1).tolist()
         return [None if gone else total for total, gone in zip(sums, missing, strict=True)]
 
 
-def batched(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """`size` of them at a time."""
-    return (values[i : i + size] for i in range(0, len(values), size))
-
-
-def recipe() -> dict[str, Any]:
-    """The config of the embedded world."""
-    return dict(yaml.safe_load((ROOT / CONFIG).read_text()))
-
-
 def rows(case: Case, seed: int, run_dir: Path) -> Dataset:
     """The images of our runs, in their order: `case.images` for each update."""
-    data = recipe()["data"]
-    module = CaptionDataModule(
-        data=str(ROOT / data["data"]),
-        image_root=str(ROOT / data["image_root"]),
-        batch_size=case.images,
-        val_size=0,
-        num_workers=0,
-        seed=seed,
-        run_dir=str(run_dir),
-    )
-    module.setup("fit")
-    examples = []
-    for batch in itertools.islice(module.train_dataloader(), case.updates):
-        columns = (batch.prompts, batch.images, batch.sample_ids, batch.image_bytes, batch.references)
-        for prompt, *values in zip(*columns, strict=True):
-            names = ("image", "sample_id", "image_bytes", "reference")
-            question = [{"role": "user", "content": prompt}]
-            examples.append({"prompt": question, **dict(zip(names, values, strict=True))})
+    examples: list[dict[str, Any]] = []
+    for batch in itertools.islice(batches(DATA, case.images, run_dir, seed), case.updates):
+        columns = {
+            "prompt": [[{"role": "user", "content": prompt}] for prompt in batch.prompts],
+            "image": batch.images,
+            "sample_id": batch.sample_ids,
+            "image_bytes": batch.image_bytes,
+            "reference": batch.references,
+        }
+        examples += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return Dataset.from_list(examples)
 
 
 def settings(case: Case, seed: int, out: Path, banned: list[int]) -> GRPOConfig:
-    """What our runs have, in TRL's words."""
-    model = recipe()["model"]
-    optimizer = model["optimizer"]["init_args"]
+    """What our runs have, in TRL's words; temperature 1, gradients clipped to 1: its defaults too."""
+    optimizer = MODEL["optimizer"]["init_args"]
     return GRPOConfig(
         output_dir=str(out),
         seed=seed,
@@ -148,21 +124,17 @@ def settings(case: Case, seed: int, out: Path, banned: list[int]) -> GRPOConfig:
         bf16=case.precision == "bf16-mixed",
         gradient_checkpointing=False,
         per_device_train_batch_size=case.images * case.captions,
-        gradient_accumulation_steps=1,
         steps_per_generation=case.steps_per_generation,
         num_generations=case.captions,
-        max_completion_length=model["sampling"]["max_tokens"],
-        temperature=1.0,
-        top_p=1.0,
+        max_completion_length=MODEL["sampling"]["max_tokens"],
         generation_kwargs={"suppress_tokens": banned},
         max_steps=case.updates,
         shuffle_dataset=False,
         loss_type="dapo",  # the mean over all tokens, as ours
-        beta=model["kl_coef"],
+        beta=MODEL["kl_coef"],
         learning_rate=optimizer["lr"],
         weight_decay=optimizer["weight_decay"],
         lr_scheduler_type="constant",
-        max_grad_norm=1.0,
         dataloader_pin_memory=False,
         logging_strategy="no",
         save_strategy="no",
@@ -173,7 +145,6 @@ def settings(case: Case, seed: int, out: Path, banned: list[int]) -> GRPOConfig:
 
 def train(case: Case, seed: int, url: str, out: Path) -> list[Step]:
     """Steps of a run of `case.updates` updates."""
-    model_recipe = recipe()["model"]
     judge = Judge(
         "openai/gpt-4o-mini",
         params={"api_base": url},
@@ -182,13 +153,13 @@ def train(case: Case, seed: int, url: str, out: Path) -> list[Step]:
         cache=None,
         ledger=str(out / "ledger.sqlite"),
     )
-    policy = PolicyConfig(**{**model_recipe["policy"], "model": str(ROOT / model_recipe["policy"]["model"])})
+    policy = PolicyConfig(**{**MODEL["policy"], "model": str(ROOT / MODEL["policy"]["model"])})
     model, processor = prepare(load_model(policy), policy), load_processor(policy)
     processor.tokenizer.padding_side = "left"  # TRL takes it for granted, and misplaces images without a word
     suite = RewardSuite([Precision(), Recall(), Linguistic()])
     end = model.generation_config.eos_token_id
     stop_ids = {processor.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
-    peer = Peer(judge, suite, model_recipe["weights"], case.captions, sorted(stop_ids))
+    peer = Peer(judge, suite, MODEL["weights"], case.captions, stop_ids)
     trainer = GRPOTrainer(
         model,
         reward_funcs=peer.reward,

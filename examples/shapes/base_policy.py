@@ -15,8 +15,7 @@ import argparse
 import json
 import logging
 import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from examples.shapes.scene import Scene, draw_scene, sample_scene
 log = logging.getLogger(__name__)
 
 VOCABULARY = 640
-IMAGE_SIZE = 84  # 6 x 6 patches of 14, merged 2 x 2: one image token per place
+PATCHES = 6  # of 14 pixels, on a side, merged 2 x 2: one image token per place
 HIDDEN = 160
 ALL_MARKS = [(colour, kind) for colour in world.MARK_COLOURS for kind in world.MARKS]
 PAD, END, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
@@ -50,7 +49,7 @@ CHAT_TEMPLATE = (
 )
 
 Writer = Callable[[Scene, np.random.Generator], str]
-Loss = Callable[["_Pool", np.ndarray, np.random.Generator], Tensor]
+Loss = Callable[[np.random.Generator], Tensor]
 
 
 def build_processor(seed: int = 0) -> Any:
@@ -63,13 +62,10 @@ def build_processor(seed: int = 0) -> Any:
     scenes = [sample_scene(rng) for _ in range(2000)]
     corpus = [write(scene, rng) for scene in scenes for write in (reference, clean, flawed)]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=byte_level.alphabet()
     )
     tokenizer.train_from_iterator([*corpus, *(QUESTIONS * 20)], trainer)
     fast = PreTrainedTokenizerFast(
@@ -79,7 +75,7 @@ def build_processor(seed: int = 0) -> Any:
         additional_special_tokens=list(SPECIAL[1:]),
         model_max_length=2048,
     )
-    size = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": IMAGE_SIZE**2}
+    size = {"shortest_edge": (14 * PATCHES) ** 2, "longest_edge": (14 * PATCHES) ** 2}
     images, videos = Qwen2VLImageProcessor(size=size), Qwen2VLVideoProcessor(size=size)
     return Qwen2_5_VLProcessor(images, fast, videos, chat_template=CHAT_TEMPLATE)
 
@@ -89,32 +85,30 @@ def build_model(processor: Any, seed: int = 0) -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
-    text = {
-        "hidden_size": HIDDEN,
-        "intermediate_size": 3 * HIDDEN,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": len(processor.tokenizer),
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-        # 20 rotary pairs of a head: time, height and width
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 7, 7]},
-        "bos_token_id": ids[PAD],
-        "eos_token_id": ids[END],
-        "pad_token_id": ids[PAD],
-    }
-    vision = {
-        "depth": 4,
-        "hidden_size": 96,
-        "intermediate_size": 288,
-        "num_heads": 4,
-        "out_hidden_size": HIDDEN,
-        "fullatt_block_indexes": [1, 3],
-    }
     config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
+        text_config={
+            "hidden_size": HIDDEN,
+            "intermediate_size": 3 * HIDDEN,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": len(processor.tokenizer),
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+            # 20 rotary pairs of a head: time, height and width
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 7, 7]},
+            "bos_token_id": ids[PAD],
+            "eos_token_id": ids[END],
+            "pad_token_id": ids[PAD],
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 96,
+            "intermediate_size": 288,
+            "num_heads": 4,
+            "out_hidden_size": HIDDEN,
+            "fullatt_block_indexes": [1, 3],
+        },
         image_token_id=ids[IMAGE],
         video_token_id=ids[VIDEO],
         vision_start_token_id=ids["<|vision_start|>"],
@@ -123,8 +117,7 @@ def build_model(processor: Any, seed: int = 0) -> Any:
     )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = ids[END]
-    model.generation_config.pad_token_id = ids[PAD]
+    model.generation_config.update(eos_token_id=ids[END], pad_token_id=ids[PAD])
     return model
 
 
@@ -137,12 +130,12 @@ class _Pool:
 
     scenes: list[Scene]
     pixels: Tensor  # [N, patches, values per patch], half precision
-    grid: Tensor  # [1, 3]
     cells: Tensor  # [N, 9, 4]
 
-    def images(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def images(self, rows: np.ndarray) -> dict[str, Tensor]:
         """``pixel_values`` and ``image_grid_thw`` of some scenes."""
-        return self.pixels[rows].float().flatten(0, 1), self.grid.expand(len(rows), 3)
+        grid = torch.tensor([[1, PATCHES, PATCHES]] * len(rows))
+        return {"pixel_values": self.pixels[rows].float().flatten(0, 1), "image_grid_thw": grid}
 
 
 def _cell_labels(scene: Scene) -> list[tuple[int, int, int, int]]:
@@ -161,45 +154,24 @@ def _cell_labels(scene: Scene) -> list[tuple[int, int, int, int]]:
 def _draw_pool(processor: Any, n: int, seed: int) -> _Pool:
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(n)]
-    chunks, grid = [], torch.empty(0)
+    chunks = []
     for start in range(0, n, 256):
         images = [draw_scene(scene, rng) for scene in scenes[start : start + 256]]
-        out = processor.image_processor(images=images, return_tensors="pt")
-        grid = out["image_grid_thw"][:1]
-        chunks.append(out["pixel_values"].view(len(images), -1, out["pixel_values"].shape[-1]).half())
-    return _Pool(scenes, torch.cat(chunks), grid, torch.tensor([_cell_labels(s) for s in scenes]))
-
-
-def _pools(processor: Any, size: int, renew: int, seed: int) -> Callable[[int], _Pool]:
-    """Step -> its pool, which is drawn anew every `renew` steps, so that no picture is seen often."""
-    state: dict[int, _Pool] = {}
-
-    def pool(step: int) -> _Pool:
-        key = step // renew
-        if key not in state:
-            state.clear()
-            state[key] = _draw_pool(processor, size, seed + 1 + key)
-        return state[key]
-
-    return pool
+        pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        chunks.append(pixels.view(len(images), -1, pixels.shape[-1]).half())
+    return _Pool(scenes, torch.cat(chunks), torch.tensor([_cell_labels(s) for s in scenes]))
 
 
 def _inputs(
-    processor: Any,
-    pool: _Pool,
-    rows: np.ndarray,
-    rng: np.random.Generator,
-    captions: list[str] | None = None,
+    processor: Any, pool: _Pool, rows: np.ndarray, rng: np.random.Generator, captions: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Model inputs: questions padded on the left, or with captions, and then labels on these alone, on the right."""
     tokenizer = processor.tokenizer
-    image = IMAGE * int(pool.grid.prod() // 4)
+    image = IMAGE * len(world.PLACES)
     questions = [QUESTIONS[rng.integers(len(QUESTIONS))] for _ in rows]
     head, tail = f"<|im_start|>user\n<|vision_start|>{image}<|vision_end|>", f"{END}\n<|im_start|>assistant\n"
     prompts = tokenizer([head + question + tail for question in questions])["input_ids"]
-    answers = (
-        tokenizer([caption + END for caption in captions])["input_ids"] if captions else [[]] * len(rows)
-    )
+    answers = [tokenizer(caption + END)["input_ids"] for caption in captions] or [[]] * len(rows)
     pairs = list(zip(prompts, answers, strict=True))
 
     def padded(sequences: Iterable[list[int]], value: int) -> Tensor:
@@ -207,13 +179,11 @@ def _inputs(
         return pad_sequence([torch.tensor(s) for s in sequences], True, value, padding_side=side)
 
     ids = padded((p + a for p, a in pairs), tokenizer.pad_token_id)
-    pixels, grid = pool.images(rows)
     inputs = {
         "input_ids": ids,
         "attention_mask": padded(([1] * len(p + a) for p, a in pairs), 0),
         "mm_token_type_ids": (ids == tokenizer.convert_tokens_to_ids(IMAGE)).int(),
-        "pixel_values": pixels,
-        "image_grid_thw": grid,
+        **pool.images(rows),
     }
     return inputs | {"labels": padded(([-100] * len(p) + a for p, a in pairs), -100)} if captions else inputs
 
@@ -233,58 +203,49 @@ class _CellProbe(nn.Module):
     def forward(self, features: Tensor, cells: Tensor, grounds: Tensor) -> Tensor:
         """features [B, 9, hidden], cells [B, 9, 4], grounds [B] -> mean cross-entropy."""
         parts = self.head(features).split(self.sizes, dim=-1)
-        losses = [
-            F.cross_entropy(part.flatten(0, 1), cells[..., i].flatten()) for i, part in enumerate(parts)
-        ]
+        losses = [F.cross_entropy(p.flatten(0, 1), cells[..., i].flatten()) for i, p in enumerate(parts)]
         return sum(losses, F.cross_entropy(self.ground(features.mean(1)), grounds))
 
 
 def _fit(
-    name: str,
-    modules: list[nn.Module],
-    loss_of: Loss,
-    pools: Callable[[int], _Pool],
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    max_norm: float = math.inf,
+    name: str, module: nn.Module, loss_of: Loss, steps: int, lr: float, seed: int, max_norm: float = math.inf
 ) -> None:
-    """`steps` of AdamW on what of `modules` is not frozen; gradients are clipped to `max_norm`."""
-    params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    """`steps` of AdamW on what of `module` is not frozen; gradients are clipped to `max_norm`."""
+    params = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    rng, start = np.random.default_rng(seed), time.time()
+    rng = np.random.default_rng(seed)
     for step in range(steps):
-        pool = pools(step)
-        loss = loss_of(pool, rng.integers(len(pool.scenes), size=batch), rng)
+        loss = loss_of(rng)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(params, max_norm)
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            log.info("%s %5d  loss %.3f  %4.0f s", name, step, loss.item(), time.time() - start)
+            log.info("%s %5d  loss %.3f", name, step, loss.item())
 
 
-def _seeing(model: Any, probe: _CellProbe) -> Loss:
+def _seeing(model: Any, probe: _CellProbe, pool: _Pool, batch: int) -> Loss:
     """The probe's loss: cheap, and most of what there is to learn."""
 
-    def loss(pool: _Pool, rows: np.ndarray, rng: np.random.Generator) -> Tensor:
-        features = torch.stack(model.model.get_image_features(*pool.images(rows)).pooler_output)
+    def loss(rng: np.random.Generator) -> Tensor:
+        rows = rng.integers(len(pool.scenes), size=batch)
+        features = torch.stack(model.model.get_image_features(**pool.images(rows)).pooler_output)
         grounds = torch.tensor([world.BACKGROUNDS.index(pool.scenes[r].background) for r in rows])
         return probe(features, pool.cells[rows], grounds)
 
     return loss
 
 
-def _speaking(model: Any, processor: Any, write: Writer) -> Loss:
+def _speaking(model: Any, processor: Any, write: Writer, pool: _Pool, batch: int) -> Loss:
     """The language model's on captions that `write` makes up anew for every picture.
 
     bfloat16 arithmetic on float32 weights: twice as fast on a CPU that has it.
     """
 
-    def loss(pool: _Pool, rows: np.ndarray, rng: np.random.Generator) -> Tensor:
+    def loss(rng: np.random.Generator) -> Tensor:
+        rows = rng.integers(len(pool.scenes), size=batch)
         captions = [write(pool.scenes[r], rng) for r in rows]
         with torch.autocast("cpu", torch.bfloat16):
             return model(**_inputs(processor, pool, rows, rng, captions)).loss
@@ -297,13 +258,12 @@ def stated_facts(model: Any, processor: Any, n: int = 256, seed: int = 10_000, s
     """Shares of stated facts that are true, per kind and for all but marks, on `n` unseen pictures."""
     pool = _draw_pool(processor, n, seed)
     rng, model = np.random.default_rng(seed), model.eval()
-    end = processor.tokenizer.convert_tokens_to_ids(END)
     right: dict[str, list[bool]] = {}
     texts: list[str] = []
     for start in range(0, n, 64):
         rows = np.arange(start, min(n, start + 64))
         inputs = _inputs(processor, pool, rows, rng)
-        out = model.generate(**inputs, do_sample=sample, max_new_tokens=160, eos_token_id=end, top_k=0)
+        out = model.generate(**inputs, do_sample=sample, max_new_tokens=160, top_k=0)
         written = out[:, inputs["input_ids"].shape[1] :]
         texts = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):
@@ -333,14 +293,14 @@ def build(
     """
     processor = build_processor(seed)
     model = build_model(processor, seed)
-    pools, visual = _pools(processor, pool_size, renew=2500, seed=seed), model.model.visual
-    probe = _CellProbe(HIDDEN)
-    _fit("look", [visual, probe], _seeing(model, probe), pools, look_steps, 2 * batch, 1e-3, seed)
+    pool, visual, probe = _draw_pool(processor, pool_size, seed + 1), model.model.visual, _CellProbe(HIDDEN)
+    looking = _seeing(model, probe, pool, 2 * batch)
+    _fit("look", nn.ModuleList([visual, probe]), looking, look_steps, 1e-3, seed)
     visual.requires_grad_(False)
     report: dict[str, Any] = {}
     for i, (write, steps, lr) in enumerate(((clean, clean_steps, 2e-3), (flawed, flawed_steps, 5e-4))):
-        name, loss = write.__name__, _speaking(model.train(), processor, write)
-        _fit(name, [model], loss, pools, steps, batch, lr, seed + 1 + i, max_norm=1.0)
+        name, loss = write.__name__, _speaking(model.train(), processor, write, pool, batch)
+        _fit(name, model, loss, steps, lr, seed + 1 + i, max_norm=1.0)
         report[name] = stated_facts(model, processor, facts, sample=write is flawed)
         log.info("after %s captions: %s", name, report[name])
     report["built_with"] = {
@@ -354,7 +314,7 @@ def build(
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("assets/shapes-base"))
     parser.add_argument("--seed", type=int, default=0)
