@@ -21,7 +21,7 @@ T = TypeVar("T")
 _REASONS = 5
 
 
-class Judging(Asks, Protocol):
+class JudgeLike(Asks, Protocol):
     """What the suite needs of a judge: `balcap.judge.Judge`, or a fake in a test."""
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T: ...
@@ -61,7 +61,7 @@ class RewardSuite(nn.Module):
         assert isinstance(reward, Reward)
         return reward
 
-    def gather(self, judge: Judging, rollouts: Rollouts) -> Judgments:
+    def gather(self, judge: JudgeLike, rollouts: Rollouts) -> Judgments:
         """All judgments that the rewards need, all groups at once; waits for them.
 
         A judgment that fails is None. The judge's failures raise nothing; an unusable cache does.
