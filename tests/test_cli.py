@@ -69,8 +69,10 @@ def test_configs_repeat_no_default() -> None:
     from inspect import signature
 
     from balcap.module import BalCapModule
+    from balcap.trainer.update import UpdateSettings
 
-    defaults = {name: p.default for name, p in signature(BalCapModule).parameters.items()}
+    parameters = signature(BalCapModule).parameters | signature(UpdateSettings).parameters
+    defaults = {name: p.default for name, p in parameters.items()}
     for config in CONFIGS:
         model = yaml.safe_load(config.read_text())["model"]
         assert not [k for k, v in model.items() if not isinstance(v, (dict, list)) and defaults[k] == v], (

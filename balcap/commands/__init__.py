@@ -3,7 +3,7 @@
 `estimate.py`    what a run's judge will cost: a subcommand of the trainer, with the flags of ``fit``;
                  `estimate_run.py` (from sampled rows to the run), `estimate_dry_run.py` (judging that asks nobody),
                  `estimate_tokens.py` (tokens of images, texts, reasoning)
-`recaption.py`   new references for a data set: settings and command; `recaption_run.py` (the run),
+`recaption.py`   new references for a data set; `recaption_settings.py`, `recaption_run.py` (the run),
                  `recaption_files.py` (what it writes)
 `serve.py`       a vLLM server that samples for a run
 `ledger.py`      what a cache and a ledger of judgments hold (`ledger`, `cache`)

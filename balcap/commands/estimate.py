@@ -53,7 +53,7 @@ class BalCapTrainer(Trainer):
         rows: int = 32,
         ranks: int | None = None,
         sample_policy: bool = False,
-        overlap: float = 0.4,
+        overlap: float = 0.45,
         words_per_assertion: float = 4.1,
         chars_per_token: float | None = None,
         image_tokens: int | None = None,

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from balcap.commands.recaption import RecaptionSettings
+from balcap.commands.recaption_settings import RecaptionSettings
 from balcap.data.order import select_rows
 from balcap.data.reader import prompt_for
 from balcap.data.sharegpt4v import PLACEHOLDER, TEXT_ONLY_CAUSES, DataError, column, normalise

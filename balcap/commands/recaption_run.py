@@ -19,7 +19,6 @@ from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any
 
-from balcap.commands.recaption import RecaptionSettings, asked_model, own_keys
 from balcap.commands.recaption_files import (
     Quarantine,
     QuarantinedRow,
@@ -28,6 +27,7 @@ from balcap.commands.recaption_files import (
     plan_rows,
     write_rows,
 )
+from balcap.commands.recaption_settings import RecaptionSettings, asked_model, own_keys
 from balcap.data.images import BadImage
 from balcap.data.reader import ImageFolder, prompt_for
 from balcap.data.sharegpt4v import DataError, load_rows, raw_rows

@@ -1,0 +1,165 @@
+"""The settings of ``recaption``, checked before anything is asked."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from balcap.data.images import MAX_PIXELS
+from balcap.data.settings import DataSettings
+from balcap.judge import Decompose, Judge, Recaption, Task
+
+_DATA_SETTINGS = ("data", "image_root", "name", "folders", "max_rows", "link_targets", "max_pixels_in_file",
+                  "prompts", "seed", "cache_dir")  # fmt: skip
+"""Settings that are those of `DataSettings`."""
+
+
+@dataclass
+class RecaptionSettings:
+    """New reference captions for a data set, and what they assert.
+
+    Run it again with the same settings and it goes on where it was, however it ended: what is in the judge's
+    cache is not paid for again. What is written at the end is a ShareGPT4V file in the order of the data set.
+
+    Args:
+        data: ShareGPT4V rows: path of a ``.json`` or ``.jsonl`` file, or a hub id such as
+            ``Lin-Chen/ShareGPT4V``. Rows need an image and may lack a caption.
+        image_root: folder that the image paths in the rows start from. Only files below it are read, since
+            images are sent to the judge.
+        out: the ``.json`` file to write. Beside it lie its settings, the list of quarantined rows, and the
+            ledger.
+        judge: who writes the captions. It needs a ``cache``, from which a run goes on; its ``ledger`` is kept
+            beside `out` unless it names another.
+        name: configuration of a hub data set, such as ``ShareGPT4V``.
+        folders: use only images below these folders of `image_root`, such as ``coco/train2017``; null for
+            all.
+        max_rows: use only the first this many rows that are left after `folders`; null for all. It may be
+            raised later: rows that have their caption are not paid for again.
+        link_targets: folders outside `image_root` that symbolic links in it may lead to.
+        max_pixels_in_file: width x height up to which an image is decoded, a guard against decompression
+            bombs.
+        prompts: instructions, of which every image gets the one that its path and `seed` pick; null for the
+            row's own question.
+        seed: of the choice among `prompts`.
+        decompose: also write what every caption asserts, ``reference_units``, so that training does not pay
+            for it.
+        decompose_judge: who decomposes, best the judge of the training run; null for `judge`.
+        keep_original: keep the caption that is replaced under ``original_caption``.
+        retry_quarantined: ask again about rows that an earlier run has put into quarantine.
+        partial: write `out` even if rows are left for the next run, without them.
+        cache_dir: folder for the table made from the JSON; null for the Hugging Face cache.
+    """
+
+    data: str | None = None
+    image_root: str | None = None
+    out: str | None = None
+    judge: Judge | None = None
+    name: str | None = None
+    folders: list[str] | None = None
+    max_rows: int | None = None
+    link_targets: list[str] | None = None
+    max_pixels_in_file: int = MAX_PIXELS
+    prompts: list[str] | None = None
+    seed: int = 0
+    decompose: bool = True
+    decompose_judge: Judge | None = None
+    keep_original: bool = True
+    retry_quarantined: bool = False
+    partial: bool = False
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for judge in self.judges().values():
+            if judge.settings.ledger is None and self.out is not None:
+                judge.settings.ledger = str(self.beside_out("ledger.sqlite"))
+
+    @property
+    def out_path(self) -> Path:
+        return Path(self.out or "").expanduser()
+
+    def beside_out(self, suffix: str) -> Path:
+        """``<out>.<suffix>``."""
+        return self.out_path.with_name(f"{self.out_path.name}.{suffix}")
+
+    def judges(self) -> dict[str, Judge]:
+        """The judges that are set, by their keys."""
+        both = {"judge": self.judge, "decompose_judge": self.decompose_judge}
+        return {key: judge for key, judge in both.items() if judge is not None}
+
+    def problems(self) -> list[str]:
+        """What is wrong, each message beginning with the key to change. Reads no data, calls no provider."""
+        shared = {name: getattr(self, name) for name in _DATA_SETTINGS}
+        problems = [own_keys(text) for text in DataSettings(**shared).problems("fit")]
+        return problems + self._out_problems() + self._judge_problems()
+
+    def _out_problems(self) -> list[str]:
+        if self.out is None:
+            return ["out is required: the .json file to write"]
+        path, settings = self.out_path, self.beside_out("settings.json")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        wrong = ""
+        if path.suffix != ".json" or path.is_dir():
+            wrong = "must be a file that ends in .json"
+        elif self.data and Path(self.data).expanduser().resolve() == path.resolve():
+            wrong = "is the data set itself (data); name another file"
+        elif path.exists() and not settings.exists():
+            wrong = f"exists and was not written by recaption (no {settings.name}); name another file"
+        elif not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            wrong = f"cannot be written: {folder} is no folder that you may write to"
+        return [f"out: {self.out} {wrong}"] if wrong else []
+
+    def _judge_problems(self) -> list[str]:
+        problems = []
+        if self.judge is None:
+            problems.append("judge is required: who writes captions, such as judge.model openai/gpt-5-mini")
+        if self.decompose_judge is not None and not self.decompose:
+            problems.append("decompose_judge is set, but decompose is false: change one of them")
+        for key, judge in self.judges().items():
+            problems += judge.problems(key=key)
+            if judge.settings.cache is None:
+                problems.append(f"{key}.cache must be a file: an interrupted run goes on from its answers")
+        return problems
+
+    def identity(self, digest: str) -> dict[str, Any]:
+        """All that answers depend on, by the keys that set it; `digest` is of the data set's content."""
+        assert self.judge is not None
+        identity: dict[str, Any] = {
+            "data (digest of its content)": digest,
+            "prompts": self.prompts,
+            "decompose": self.decompose,
+        }
+        identity |= {"seed": self.seed if self.prompts else None, **_asked("judge", self.judge, Recaption)}
+        if self.decompose:
+            identity |= _asked("decompose_judge", self.decompose_judge or self.judge, Decompose)
+        return identity
+
+
+def _asked(key: str, judge: Judge, task: type[Task[Any]]) -> dict[str, Any]:
+    first, *others = judge.settings.routes(task.name)
+    return {
+        f"{key}.model": first.model,
+        f"{key}.params": first.content,
+        f"{key}.fallbacks": [[other.model, other.content] for other in others],
+        f"{key}.images": repr(judge.settings.images),
+        f"{key}.cache": str(Path(judge.settings.cache or "").expanduser().resolve()),
+        f"{task.name} (version of its prompt)": task.version,
+    }
+
+
+def asked_model(judge: Judge, task: type[Task[Any]]) -> str:
+    """Who is asked, for whoever reads the file: with fallbacks, any of them may have answered."""
+    return " or ".join(dict.fromkeys(route.model for route in judge.settings.routes(task.name)))
+
+
+def own_keys(text: str, judge: str = "judge") -> str:
+    """A message of `balcap.data` or of a judge, with the keys that its settings have here.
+
+    Args:
+        text: the message, which names keys as they are in training.
+        judge: key of the judge it comes from.
+    """
+    text = re.sub(rf"\bdata\.({'|'.join(_DATA_SETTINGS)})\b", r"\1", text)
+    return text.replace("model.judge", judge)
