@@ -42,6 +42,14 @@ async def post(url: str, body: dict[str, Any], timeout: float = 5.0) -> tuple[in
         return response.status, response.headers, await response.text()
 
 
+def recorded(server: JudgeServer, least: int = 1) -> list[dict[str, Any]]:
+    """What the server wrote down, which it does after it has answered."""
+    deadline = time.monotonic() + 20
+    while len(server.records) < least and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return server.records
+
+
 @pytest.fixture
 def server() -> Iterator[JudgeServer]:
     server = JudgeServer()
@@ -60,7 +68,7 @@ def test_a_right_answer_has_the_form_and_bill_of_an_openai_response(server: Judg
     assert reply["usage"]["prompt_tokens"] == pytest.approx(asked / 4, abs=1)
     assert reply["usage"]["completion_tokens"] == len(content) // 4
     assert (server.requests, server.keys) == ([question()], ["Bearer k"])
-    assert [(record["task"], record["answered"]) for record in server.records] == [("decompose", True)]
+    assert [(record["task"], record["answered"]) for record in recorded(server)] == [("decompose", True)]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +86,7 @@ def test_refusals(server: JudgeServer, fault: str, status: int, text: str) -> No
     assert seen == status
     assert text in body
     assert headers.get("Retry-After") == ("0.25" if fault == "429_after" else None)
-    assert [(record["fault"], record["usage"]) for record in server.records] == [(fault, None)]
+    assert [(record["fault"], record["usage"]) for record in recorded(server)] == [(fault, None)]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +147,7 @@ def faults(seed: int, order: int = 1) -> dict[str, list[str | None]]:
     finally:
         server.close()
     seen: dict[str, list[str | None]] = {}
-    for record in server.records:
+    for record in recorded(server):
         seen.setdefault(record["sha256"], []).append(record["fault"])
     return seen
 
