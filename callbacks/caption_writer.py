@@ -34,6 +34,7 @@ class CaptionWriter(BasePredictionWriter):
         first.parent.mkdir(parents=True, exist_ok=True)
         rank = trainer.global_rank
         self._file = first if rank == 0 else first.with_suffix(f".rank{rank}.jsonl")
+        _drop_torn_line(self._file)
         done = {row["image"] for file in _parts(first) for row in read_jsonl(file)}
         if done:
             trainer.datamodule.skip(done)  # type: ignore[attr-defined]
@@ -60,3 +61,10 @@ class CaptionWriter(BasePredictionWriter):
 
 def _parts(first: Path) -> list[Path]:
     return [p for p in (first, *first.parent.glob(f"{first.stem}.rank*.jsonl")) if p.exists()]
+
+
+def _drop_torn_line(file: Path) -> None:
+    """Remove what a kill has left of a last line, so that every line of the file is whole."""
+    data = file.read_bytes() if file.exists() else b""
+    if data and not data.endswith(b"\n"):
+        file.write_bytes(data[: data.rfind(b"\n") + 1])
