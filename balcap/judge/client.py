@@ -7,6 +7,7 @@ imported when the first question is asked, never by importing this file.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import functools
 import logging
@@ -20,6 +21,7 @@ from balcap.judge.errors import FailureKind, InvalidAnswer
 from balcap.judge.images import ImageError, as_sent
 from balcap.judge.prompt import Question, Route, extract_json, response_format
 from balcap.judge.task import Message
+from balcap.utils.loop import process_loop
 from balcap.utils.redact import redact, resolve
 
 # Set here, or a matter of how a question is asked; in `params` they would be silently overruled.
@@ -207,8 +209,7 @@ class Client:
         self._routers.clear()
         _CONNECTED.discard(self)
         if not _CONNECTED:
-            await import_litellm().close_litellm_async_clients()
-            import_litellm().in_memory_llm_clients_cache.flush_cache()
+            await _close_connections()
 
     def _places(self, route: Route) -> list[Deployment]:
         own = self.deployments if route.model == self.model else ()
@@ -278,6 +279,19 @@ class Client:
         return Reply(text, tokens_in, tokens_out, cached, cost)
 
 
+async def _close_connections() -> None:
+    litellm = import_litellm()
+    await litellm.close_litellm_async_clients()
+    litellm.in_memory_llm_clients_cache.flush_cache()
+
+
+def _close_at_exit() -> None:
+    """Where nobody has closed a judge: litellm's own clean-up would wait for connections of another loop."""
+    if _CONNECTED:
+        with contextlib.suppress(Exception):
+            process_loop().submit(_close_connections()).result(timeout=5)
+
+
 @functools.cache
 def import_litellm() -> Any:
     """litellm, quiet: no price table from the network, no help texts on the console."""
@@ -285,6 +299,7 @@ def import_litellm() -> Any:
     import litellm
     import litellm.types.router  # `Router` itself is a lazy attribute
 
+    atexit.register(_close_at_exit)
     litellm.suppress_debug_info = True
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import os
 import threading
 from collections.abc import Coroutine
@@ -50,13 +52,19 @@ class BackgroundLoop:
             return await coroutine
         return await asyncio.wrap_future(self.submit(coroutine))
 
-    def stop(self) -> None:
-        """Cancel what is running, stop the loop and its thread."""
+    def stop(self, timeout: float | None = None) -> None:
+        """Cancel what is running, stop the loop and its thread.
+
+        Args:
+            timeout: seconds that what is running may take to end; None for no limit.
+        """
         if self.loop.is_closed():
             return
-        self.run(self._drain())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
+        try:
+            self.submit(self._drain()).result(timeout)
+        finally:
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join(timeout)
         self.loop.close()
 
     async def _drain(self) -> None:
@@ -73,7 +81,7 @@ _STARTING = threading.Lock()
 
 
 def process_loop() -> BackgroundLoop:
-    """The one loop of this process for all judges; it is never stopped.
+    """The one loop of this process for all judges; it runs until the process ends.
 
     litellm keeps HTTP clients per event loop. A loop for each judge would leave those of dead loops behind, and a
     new loop with the id of a dead one would be handed its connections.
@@ -81,4 +89,12 @@ def process_loop() -> BackgroundLoop:
     with _STARTING:
         if os.getpid() not in _LOOPS:  # after a fork the parent's thread does not run here
             _LOOPS[os.getpid()] = BackgroundLoop()
+            atexit.register(_stop_at_exit, os.getpid())
         return _LOOPS[os.getpid()]
+
+
+def _stop_at_exit(pid: int) -> None:
+    """No thread of ours runs while the interpreter ends; a fork's copy of this handler does nothing."""
+    if os.getpid() == pid:
+        with contextlib.suppress(Exception):
+            _LOOPS[pid].stop(timeout=5)
