@@ -273,3 +273,5 @@ class BalCapModule(L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         self.pipeline.close()
+        if self.loop is not None:  # another fit has another optimizer
+            self._skipped, self.loop = self.loop.skipped, None
