@@ -6,12 +6,33 @@ import sqlite3
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
 
 from balcap.judge.cache import JudgmentCache, Store, size_of
 from balcap.judge.errors import StoreError
 from balcap.judge.ledger import Ledger
+
+_ANSWERS = """
+SELECT task, model, printf('%,d', count(*)) AS answers,
+    printf('%.1f', total(length(answer) + length(key)) / 1e6) AS MB,
+    date(nullif(min(at), 0), 'unixepoch', 'localtime') AS first,
+    date(nullif(max(at), 0), 'unixepoch', 'localtime') AS last
+FROM answers GROUP BY task, model ORDER BY task, model
+"""
+
+_CALLS = """
+SELECT task, model, outcome, printf('%,d', count(*)) AS calls, printf('%,d', sum(items)) AS items,
+    printf('%,d', sum(tokens_in)) AS tokens_in, printf('%,d', sum(tokens_cached)) AS cached,
+    printf('%,d', sum(tokens_out)) AS tokens_out, printf('%.4f', total(usd)) AS "$",
+    printf('%,d', sum(usd IS NULL)) AS "no price", printf('%.1f', avg(latency_s)) AS s,
+    printf('%.1f', max(latency_s)) AS s_max
+FROM calls GROUP BY task, model, outcome ORDER BY task, model, outcome
+"""
 
 
 def cache(
@@ -32,55 +53,34 @@ def cache(
         model: delete only answers of this model.
         max_mb: delete the oldest answers until the rest takes about so many megabytes.
     """
-    connection = _open(path, JudgmentCache)
-    before = size_of(path) / 1e6
-    deleted = prune(connection, older_than_days, task, model, max_mb)
-    if deleted is not None:
-        print(f"deleted {deleted:,} answers; {before:,.1f} MB before, {size_of(path) / 1e6:,.1f} MB now")
-    rows = connection.execute(
-        "SELECT task, model, count(*), total(length(answer) + length(key)) / 1e6, min(at), max(at) FROM answers"
-        " GROUP BY task, model ORDER BY task, model"
-    ).fetchall()
-    _table(
-        f"{path}, {size_of(path) / 1e6:,.1f} MB",
-        ("task", "model", "answers", "MB", "first", "last"),
-        [(*row[:2], f"{row[2]:,}", f"{row[3]:,.1f}", _day(row[4]), _day(row[5])) for row in rows],
-    )
-    connection.close()
-
-
-def prune(
-    connection: sqlite3.Connection,
-    older_than_days: float | None = None,
-    task: str | None = None,
-    model: str | None = None,
-    max_mb: float | None = None,
-) -> int | None:
-    """Delete as `cache` says; the number of answers that went, None if nothing was asked for."""
     oldest = None if older_than_days is None else time.time() - 86400 * older_than_days
-    filters = [
-        (c, v) for c, v in (("task = ?", task), ("model = ?", model), ("at < ?", oldest)) if v is not None
-    ]
-    if not filters and max_mb is None:
-        return None
-    where, values = (
-        " AND ".join(condition for condition, _ in filters) or "1",
-        [value for _, value in filters],
-    )
-    deleted = 0
+    chosen = {"task = ?": task, "model = ?": model}
+    doomed = {"at < ?": oldest, "size > ?": None if max_mb is None else max_mb * 1e6}
+    with closing(_open(path, JudgmentCache)) as connection:
+        if any(value is not None for value in (chosen | doomed).values()):
+            before = size_of(path) / 1e6
+            deleted = _prune(connection, chosen, doomed)
+            after = size_of(path) / 1e6
+            print(f"deleted {deleted:,} answers; {before:,.1f} MB before, {after:,.1f} MB now")
+        _show(f"{path}, {size_of(path) / 1e6:,.1f} MB", connection.execute(_ANSWERS))
+
+
+def _prune(
+    connection: sqlite3.Connection, chosen: dict[str, str | None], doomed: dict[str, float | None]
+) -> int:
+    """Delete, of the answers that meet all conditions of `chosen`, those that meet one of `doomed`; how many.
+
+    Conditions whose value is None are left out; no condition is met by all. ``size`` is that of an answer and of
+    all that are newer.
+    """
+    where = " AND ".join(condition for condition, value in chosen.items() if value is not None) or "1"
+    which = " OR ".join(condition for condition, value in doomed.items() if value is not None) or "1"
+    values = [value for value in (chosen | doomed).values() if value is not None]
+    size = "sum(length(answer) + length(key) + length(task) + length(model) + 8)"
+    sized = f"SELECT key, at, {size} OVER (ORDER BY at DESC, key) AS size FROM answers WHERE {where}"
+    statement = f"DELETE FROM answers WHERE key IN (SELECT key FROM ({sized}) WHERE {which})"
     with connection:
-        if oldest is not None or max_mb is None:
-            deleted = connection.execute(f"DELETE FROM answers WHERE {where}", values).rowcount
-            where, values = "1", []
-        if max_mb is not None:
-            size = "sum(length(answer) + length(key) + length(task) + length(model) + 8)"
-            newest_first = (
-                f"SELECT key, {size} OVER (ORDER BY at DESC, key) AS total FROM answers WHERE {where}"
-            )
-            deleted += connection.execute(
-                f"DELETE FROM answers WHERE key IN (SELECT key FROM ({newest_first}) WHERE total > ?)",
-                [*values, max_mb * 1e6],
-            ).rowcount
+        deleted = connection.execute(statement, values).rowcount
     connection.execute("VACUUM")
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return deleted
@@ -93,56 +93,19 @@ def ledger(path: str) -> None:
         path: the ledger, or the run folder that it is in.
     """
     file = Path(path) / "judge_ledger.sqlite" if Path(path).is_dir() else Path(path)
-    connection = _open(str(file), Ledger)
-    rows = connection.execute(
-        "SELECT task, model, outcome, count(*), sum(items), sum(tokens_in), sum(tokens_cached), sum(tokens_out),"
-        " sum(usd), sum(usd IS NULL), avg(latency_s), max(latency_s) FROM calls GROUP BY task, model, outcome"
-        " ORDER BY task, model, outcome"
-    ).fetchall()
-    calls, usd = sum(row[3] for row in rows), sum(row[8] or 0.0 for row in rows)
-    _table(
-        f"{file}: {calls:,} calls, ${usd:,.4f}",
-        [
-            "task",
-            "model",
-            "outcome",
-            "calls",
-            "items",
-            "tokens_in",
-            "cached",
-            "tokens_out",
-            "$",
-            "s",
-            "s_max",
-        ],
-        [
-            (
-                *row[:3],
-                *(f"{value:,}" for value in row[3:8]),
-                f"{row[8] or 0:,.4f}" + (f" ({row[9]} without price)" if row[9] else ""),
-                f"{row[10]:.1f}",
-                f"{row[11]:.1f}",
-            )
-            for row in rows
-        ],
-    )
-    connection.close()
+    with closing(_open(str(file), Ledger)) as connection:
+        calls, usd = connection.execute("SELECT count(*), total(usd) FROM calls").fetchone()
+        _show(f"{file}: {calls:,} calls, ${usd:,.4f}", connection.execute(_CALLS))
 
 
 def run_cache(args: Sequence[str]) -> None:
     """``python main.py cache``."""
-    _run(cache, args)
+    auto_cli(cache, args=list(args), as_positional=True)
 
 
 def run_ledger(args: Sequence[str]) -> None:
     """``python main.py ledger``."""
-    _run(ledger, args)
-
-
-def _run(command: Any, args: Sequence[str]) -> None:
-    from jsonargparse import auto_cli
-
-    auto_cli(command, args=list(args), as_positional=True)
+    auto_cli(ledger, args=list(args), as_positional=True)
 
 
 def _open(path: str, store: type[Store]) -> sqlite3.Connection:
@@ -154,17 +117,11 @@ def _open(path: str, store: type[Store]) -> sqlite3.Connection:
         raise SystemExit(f"path: {path} cannot be read as {store.what} ({error.why})") from None
 
 
-def _day(at: float) -> str:
-    return time.strftime("%Y-%m-%d", time.localtime(at)) if at else "–"
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _show(title: str, rows: sqlite3.Cursor) -> None:
+    """The rows as a table under the names of their columns, two of which are texts."""
     table = Table(title=title)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < 2 else "right")
+    for number, (name, *_) in enumerate(rows.description):
+        table.add_column(name, justify="left" if number < 2 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*("–" if value is None else value for value in row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
