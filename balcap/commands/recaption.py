@@ -9,10 +9,16 @@ references.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
-from balcap.commands.recaption_settings import RecaptionSettings
+from jsonargparse import ArgumentParser
+
+from balcap.commands.recaption_settings import RecaptionSettings, own_keys
+from balcap.config import ConfigError
+from balcap.data.sharegpt4v import DataError
+from balcap.judge import StoreError
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -21,8 +27,6 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with a status other than 0, or a message.
     """
-    from jsonargparse import ArgumentParser
-
     parser = ArgumentParser(
         prog="main.py recaption",
         description="Write new reference captions for a data set, and what they assert (arXiv 2605.07394).",
@@ -33,12 +37,20 @@ def main(args: Sequence[str] | None = None) -> None:
     values.pop("config", None)
     settings = RecaptionSettings(**values)
     if problems := settings.problems():
-        from balcap.cli import ConfigError  # imports Lightning
-
         raise ConfigError(problems)
-    from balcap.commands.recaption_run import run  # imports torch
+    from balcap.commands.recaption_run import RecaptionRun  # imports torch
 
-    status, message = run(settings)
+    try:
+        status, message = RecaptionRun(settings).run()
+    except (DataError, StoreError) as error:
+        raise SystemExit(own_keys(str(error))) from None
+    except OSError as error:
+        raise SystemExit(
+            f"out: cannot write {error.filename or settings.out} ({error.strerror}). What was paid for is kept: "
+            "run the same command once there is room, and a folder that you may write to"
+        ) from None
+    except KeyboardInterrupt:  # before the first question
+        raise SystemExit(128 + signal.SIGINT) from None
     print(message, file=sys.stderr if status else sys.stdout, flush=True)
     if status:
         raise SystemExit(status)

@@ -8,19 +8,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from balcap.commands.recaption_settings import RecaptionSettings
+from balcap.config import ConfigError
 from balcap.data.order import select_rows
 from balcap.data.reader import prompt_for
-from balcap.data.sharegpt4v import PLACEHOLDER, TEXT_ONLY_CAUSES, DataError, column, normalise
+from balcap.data.sharegpt4v import PLACEHOLDER, TEXT_ONLY_CAUSES, DataError, column, normalise, raw_rows
+from balcap.judge import Decompose, Recaption
 from balcap.utils.files import append_jsonl, atomic_write, read_jsonl
 
 log = logging.getLogger(__name__)
@@ -80,35 +82,22 @@ def claim(path: Path, settings: dict[str, Any]) -> Iterator[bool]:
     Raises:
         ConfigError: the file was written with other settings, by something else, or another process holds it.
     """
-    from balcap.cli import ConfigError  # imports Lightning
-
-    settings = json.loads(json.dumps(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
-        if not _lock(file):
-            raise ConfigError([f"out: another process is working with {path} right now"])
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError([f"out: another process is working with {path} right now"]) from None
+        except OSError:
+            pass  # a file system that knows no locks
         file.seek(0)
         text = file.read()
-        if text and (problems := _changed(path, text, settings)):
-            raise ConfigError(problems)
         if not text:
             json.dump({"recaption": settings}, file, indent=2)
             file.flush()
-            os.fsync(file.fileno())
+        elif problems := _changed(path, text, json.loads(json.dumps(settings))):
+            raise ConfigError(problems)
         yield not text
-
-
-def _lock(file: IO[str]) -> bool:
-    """Whether no other process holds the file. Always on Windows, and on file systems that know no locks."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        pass
-    return True
 
 
 def _changed(path: Path, text: str, settings: dict[str, Any]) -> list[str]:
@@ -130,7 +119,7 @@ def _changed(path: Path, text: str, settings: dict[str, Any]) -> list[str]:
     return problems
 
 
-def plan_rows(settings: RecaptionSettings, table: Any) -> tuple[list[int], list[QuarantinedRow]]:
+def plan_rows(settings: RecaptionSettings, table: Any) -> tuple[list[int], dict[int, QuarantinedRow]]:
     """The rows that can be captioned, in the order of the data set; and those that cannot.
 
     A missing caption or question is no fault here, a second row of an image is.
@@ -149,60 +138,75 @@ def plan_rows(settings: RecaptionSettings, table: Any) -> tuple[list[int], list[
             f"{root} (folders={settings.folders})"
         )
     first: dict[str, int] = {}
-    good: list[int] = []
-    bad: list[QuarantinedRow] = []
+    bad: dict[int, QuarantinedRow] = {}
     for row in map(int, chosen):
         image, cause = sample_ids[row], causes[row]
         if cause and cause not in TEXT_ONLY_CAUSES:
-            bad.append(QuarantinedRow(row, image, cause, table[row]["detail"]))
+            bad[row] = QuarantinedRow(row, image, cause, table[row]["detail"])
         elif first.setdefault(image, row) != row:
-            bad.append(
-                QuarantinedRow(row, image, "duplicate_image", f"row {first[image]} has the same image")
-            )
-        else:
-            good.append(row)
-    return good, bad
+            why = f"row {first[image]} has the same image"
+            bad[row] = QuarantinedRow(row, image, "duplicate_image", why)
+    return list(first.values()), bad
 
 
 def output_row(
     raw: dict[str, Any],
-    caption: tuple[str, str],
-    units: tuple[list[str], str] | None,
+    caption: str,
+    units: Sequence[str],
+    models: tuple[str, str],
     prompts: Sequence[str] = (),
     seed: int = 0,
-    keep_original: bool = True,
 ) -> dict[str, Any]:
-    """A row of the data set with its new caption; other keys stay as they are.
+    """A row of the data set with its new caption, and the old one as ``original_caption``; other keys stay.
 
     Args:
         raw: the row as it was.
-        caption: the new caption, and the model that wrote it.
-        units: the assertions of the new caption, and the model that found them; None to write none.
+        caption: the new caption.
+        units: what it asserts.
+        models: who wrote the caption, and who found the units.
         prompts, seed: as `balcap.data.reader.prompt_for`.
-        keep_original: store the caption that is replaced as ``original_caption``.
     """
     flat = normalise(raw, 0)
-    new = {key: value for key, value in raw.items() if key not in ("reference_units", "units_model")}
     turns = raw.get("conversations") or ()
     human = next((turn.get("value") for turn in turns if str(turn.get("from")) == "human"), None)
     if prompts or not human or PLACEHOLDER not in human:
         human = f"{PLACEHOLDER}\n{prompt_for(flat['sample_id'], flat['question'], prompts, seed)}"
-    new["conversations"] = [{"from": "human", "value": human}, {"from": "gpt", "value": caption[0]}]
-    if keep_original:
-        new["original_caption"] = flat["caption"]
-    new["caption_model"] = caption[1]
-    if units is not None:
-        new["reference_units"], new["units_model"] = units
-    return new
+    turns = [{"from": "human", "value": human}, {"from": "gpt", "value": caption}]
+    new = {"conversations": turns, "original_caption": flat["caption"], "caption_model": models[0]}
+    return raw | new | {"reference_units": units, "units_model": models[1]}
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write a JSON array, one row a line, whole or not at all; the number of rows."""
-    number = 0
+def write_out(settings: RecaptionSettings, answered: Mapping[int, str], digest: str) -> None:
+    """Write ``<out>``, whole or not at all.
+
+    Args:
+        settings: of the run.
+        answered: row -> its caption and what that asserts, as JSON.
+        digest: of the data set as it was when the run began.
+
+    Raises:
+        DataError: the data set is another one now.
+    """
+    rows, digest_now = raw_rows(str(settings.data), settings.name, settings.cache_dir)
+    if digest_now != digest:
+        raise DataError(
+            f"data: {settings.data} has changed while its rows were captioned. Put back what it was and "
+            "run the same command: nothing is paid for again"
+        )
+    models = settings.asked_model(Recaption), settings.asked_model(Decompose)
+
+    def new_row(row: int, raw: dict[str, Any]) -> dict[str, Any]:
+        caption, units = json.loads(answered[row])
+        return output_row(raw, caption, units, models, settings.prompts or (), settings.seed)
+
+    write_rows(settings.out_path, (new_row(row, raw) for row, raw in enumerate(rows) if row in answered))
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a JSON array, one row a line, whole or not at all."""
     # Half of a surrogate pair is legal in JSON but not in UTF-8: "replace".
     with atomic_write(path, errors="replace") as file:
-        file.write("[")
-        for number, row in enumerate(rows, 1):
-            file.write((",\n" if number > 1 else "\n") + json.dumps(row, ensure_ascii=False))
+        file.write("[\n")
+        for number, row in enumerate(rows):
+            file.write((",\n" if number else "") + json.dumps(row, ensure_ascii=False))
         file.write("\n]\n")
-    return number

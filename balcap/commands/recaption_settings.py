@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,9 @@ class RecaptionSettings:
             images are sent to the judge.
         out: the ``.json`` file to write. Beside it lie its settings, the list of quarantined rows, and the
             ledger.
-        judge: who writes the captions. It needs a ``cache``, from which a run goes on; its ``ledger`` is kept
-            beside `out` unless it names another.
+        judge: who writes the captions and says what they assert; ``per_task.decompose`` may name another model
+            for the latter, best that of the training run. It needs a ``cache``, from which a run goes on; its
+            ``ledger`` is kept beside `out` unless it names another.
         name: configuration of a hub data set, such as ``ShareGPT4V``.
         folders: use only images below these folders of `image_root`, such as ``coco/train2017``; null for
             all.
@@ -44,10 +44,6 @@ class RecaptionSettings:
         prompts: instructions, of which every image gets the one that its path and `seed` pick; null for the
             row's own question.
         seed: of the choice among `prompts`.
-        decompose: also write what every caption asserts, ``reference_units``, so that training does not pay
-            for it.
-        decompose_judge: who decomposes, best the judge of the training run; null for `judge`.
-        keep_original: keep the caption that is replaced under ``original_caption``.
         retry_quarantined: ask again about rows that an earlier run has put into quarantine.
         partial: write `out` even if rows are left for the next run, without them.
         cache_dir: folder for the table made from the JSON; null for the Hugging Face cache.
@@ -64,17 +60,13 @@ class RecaptionSettings:
     max_pixels_in_file: int = MAX_PIXELS
     prompts: list[str] | None = None
     seed: int = 0
-    decompose: bool = True
-    decompose_judge: Judge | None = None
-    keep_original: bool = True
     retry_quarantined: bool = False
     partial: bool = False
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        for judge in self.judges().values():
-            if judge.settings.ledger is None and self.out is not None:
-                judge.settings.ledger = str(self.beside_out("ledger.sqlite"))
+        if self.judge is not None and self.judge.settings.ledger is None and self.out is not None:
+            self.judge.settings.ledger = str(self.beside_out("ledger.sqlite"))
 
     @property
     def out_path(self) -> Path:
@@ -84,82 +76,57 @@ class RecaptionSettings:
         """``<out>.<suffix>``."""
         return self.out_path.with_name(f"{self.out_path.name}.{suffix}")
 
-    def judges(self) -> dict[str, Judge]:
-        """The judges that are set, by their keys."""
-        both = {"judge": self.judge, "decompose_judge": self.decompose_judge}
-        return {key: judge for key, judge in both.items() if judge is not None}
-
     def problems(self) -> list[str]:
         """What is wrong, each message beginning with the key to change. Reads no data, calls no provider."""
         shared = {name: getattr(self, name) for name in _DATA_SETTINGS}
-        problems = [own_keys(text) for text in DataSettings(**shared).problems("fit")]
-        return problems + self._out_problems() + self._judge_problems()
+        problems = [own_keys(text) for text in DataSettings(**shared).problems("fit")] + self._out_problems()
+        if self.judge is None:
+            return [
+                *problems,
+                "judge is required: who writes captions, such as judge.model openai/gpt-5-mini",
+            ]
+        problems += self.judge.problems(key="judge")
+        if self.judge.settings.cache is None:
+            problems.append("judge.cache must be a file: an interrupted run goes on from its answers")
+        return problems
 
     def _out_problems(self) -> list[str]:
         if self.out is None:
             return ["out is required: the .json file to write"]
         path, settings = self.out_path, self.beside_out("settings.json")
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        wrong = ""
         if path.suffix != ".json" or path.is_dir():
             wrong = "must be a file that ends in .json"
         elif self.data and Path(self.data).expanduser().resolve() == path.resolve():
             wrong = "is the data set itself (data); name another file"
         elif path.exists() and not settings.exists():
             wrong = f"exists and was not written by recaption (no {settings.name}); name another file"
-        elif not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            wrong = f"cannot be written: {folder} is no folder that you may write to"
-        return [f"out: {self.out} {wrong}"] if wrong else []
-
-    def _judge_problems(self) -> list[str]:
-        problems = []
-        if self.judge is None:
-            problems.append("judge is required: who writes captions, such as judge.model openai/gpt-5-mini")
-        if self.decompose_judge is not None and not self.decompose:
-            problems.append("decompose_judge is set, but decompose is false: change one of them")
-        for key, judge in self.judges().items():
-            problems += judge.problems(key=key)
-            if judge.settings.cache is None:
-                problems.append(f"{key}.cache must be a file: an interrupted run goes on from its answers")
-        return problems
+        else:
+            return []
+        return [f"out: {self.out} {wrong}"]
 
     def identity(self, digest: str) -> dict[str, Any]:
         """All that answers depend on, by the keys that set it; `digest` is of the data set's content."""
         assert self.judge is not None
+        judge = self.judge.settings
         identity: dict[str, Any] = {
             "data (digest of its content)": digest,
             "prompts": self.prompts,
-            "decompose": self.decompose,
+            "seed": self.seed if self.prompts else None,
+            "judge.images": repr(judge.images),
+            "judge.cache": str(Path(judge.cache or "").expanduser().resolve()),
         }
-        identity |= {"seed": self.seed if self.prompts else None, **_asked("judge", self.judge, Recaption)}
-        if self.decompose:
-            identity |= _asked("decompose_judge", self.decompose_judge or self.judge, Decompose)
+        for task in (Recaption, Decompose):
+            asked = [{"model": route.model, "params": route.content} for route in judge.routes(task.name)]
+            identity |= {f"judge ({task.name})": asked, f"{task.name} (version of its prompt)": task.version}
         return identity
 
-
-def _asked(key: str, judge: Judge, task: type[Task[Any]]) -> dict[str, Any]:
-    first, *others = judge.settings.routes(task.name)
-    return {
-        f"{key}.model": first.model,
-        f"{key}.params": first.content,
-        f"{key}.fallbacks": [[other.model, other.content] for other in others],
-        f"{key}.images": repr(judge.settings.images),
-        f"{key}.cache": str(Path(judge.settings.cache or "").expanduser().resolve()),
-        f"{task.name} (version of its prompt)": task.version,
-    }
+    def asked_model(self, task: type[Task[Any]]) -> str:
+        """Who is asked, for whoever reads the file: with fallbacks, any of them may have answered."""
+        assert self.judge is not None
+        return " or ".join(dict.fromkeys(route.model for route in self.judge.settings.routes(task.name)))
 
 
-def asked_model(judge: Judge, task: type[Task[Any]]) -> str:
-    """Who is asked, for whoever reads the file: with fallbacks, any of them may have answered."""
-    return " or ".join(dict.fromkeys(route.model for route in judge.settings.routes(task.name)))
-
-
-def own_keys(text: str, judge: str = "judge") -> str:
-    """A message of `balcap.data` or of a judge, with the keys that its settings have here.
-
-    Args:
-        text: the message, which names keys as they are in training.
-        judge: key of the judge it comes from.
-    """
+def own_keys(text: str) -> str:
+    """A message of `balcap.data` or of the judge, which names keys as they are in training, with those of here."""
     text = re.sub(rf"\bdata\.({'|'.join(_DATA_SETTINGS)})\b", r"\1", text)
-    return text.replace("model.judge", judge)
+    return text.replace("model.judge", "judge")

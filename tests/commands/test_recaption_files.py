@@ -25,11 +25,11 @@ ROW = {
         {"from": "gpt", "value": "No."},
     ],
 }
-CAPTION, UNITS = ("A red cat sits.", "a/b"), (["There is a cat."], "c/d")
+CAPTION, UNITS, MODELS = "A red cat sits.", ["There is a cat."], ("a/b", "c/d")
 
 
 def test_a_row_keeps_what_it_was_but_for_its_caption() -> None:
-    new = output_row(ROW, CAPTION, UNITS)
+    new = output_row(ROW, CAPTION, UNITS, MODELS)
     turns = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "A red cat sits."}]
     assert new == {
         "id": 7,
@@ -48,12 +48,8 @@ def test_a_row_keeps_what_it_was_but_for_its_caption() -> None:
 
 def test_units_of_the_caption_that_is_replaced_do_not_survive_it() -> None:
     old = {**ROW, "reference_units": ["There is a dog."], "units_model": "x/y"}
-    assert not output_row(old, CAPTION, None).keys() & {"reference_units", "units_model"}
-    assert output_row(old, CAPTION, UNITS)["reference_units"] == ["There is a cat."]
-
-
-def test_the_original_may_go() -> None:
-    assert "original_caption" not in output_row(ROW, CAPTION, UNITS, keep_original=False)
+    new = output_row(old, CAPTION, UNITS, MODELS)
+    assert (new["reference_units"], new["units_model"]) == (["There is a cat."], "c/d")
 
 
 @pytest.mark.parametrize(
@@ -65,20 +61,20 @@ def test_the_original_may_go() -> None:
     ],
 )
 def test_a_row_without_a_question_or_placeholder_gets_one(raw: dict, human: str) -> None:
-    new = output_row(raw, CAPTION, None)
+    new = output_row(raw, CAPTION, UNITS, MODELS)
     assert new["conversations"][0] == {"from": "human", "value": human}
     assert new["original_caption"] == ""
     assert next(flat_rows([new]))["problem"] == ""
 
 
 def test_a_chosen_prompt_takes_the_place_of_the_question() -> None:
-    new = output_row(ROW, CAPTION, None, prompts=["Say what you see."])
+    new = output_row(ROW, CAPTION, UNITS, MODELS, prompts=["Say what you see."])
     assert new["conversations"][0]["value"] == "<image>\nSay what you see."
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    assert write_rows(path, [{"a": "é\ud800"}, {"b": 1}]) == 2
+    write_rows(path, [{"a": "é\ud800"}, {"b": 1}])
     assert json.loads(path.read_text(encoding="utf-8")) == [{"a": "é?"}, {"b": 1}]
     before = path.read_bytes()
 
@@ -89,7 +85,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         write_rows(path, broken())
     assert path.read_bytes() == before
-    assert write_rows(path, []) == 0
+    write_rows(path, [])
     assert json.loads(path.read_text()) == []
 
 

@@ -107,22 +107,10 @@ def test_chosen_prompts_are_asked_and_written(recaption_arguments, cli, out: Pat
     assert sorted(f"<image>\n{question}" for question in asked) == sorted(humans)
 
 
-def test_without_decomposition_only_captions_are_asked_for(recaption_arguments, cli, out: Path) -> None:
-    cli(recaption_arguments(**FAULTY, decompose="false", keep_original="false", max_rows=8))
-    assert {task for task, _ in FaultyOracle.asked} == {"recaption"}
-    for row in read(out):
-        assert not row.keys() & {"reference_units", "units_model", "original_caption"}
-        assert row["caption_model"] == "faulty/model"
-
-
-def test_another_judge_may_decompose(recaption_arguments, cli, tmp_path: Path, out: Path) -> None:
-    other = tmp_path / "other.yaml"
-    other.write_text(
-        "decompose_judge: {model: shapes/oracle, providers: {shapes: examples.shapes.oracle.Oracle}, "
-        f"cache: {tmp_path / 'other.sqlite'}}}"
-    )
-    arguments = recaption_arguments(**FAULTY, max_rows=6)
-    cli([*arguments[:3], "--config", str(other), *arguments[3:]])
+def test_another_model_may_decompose(recaption_arguments, cli, out: Path) -> None:
+    providers = "{faulty: tests.commands.recaption_fakes.FaultyOracle, shapes: examples.shapes.oracle.Oracle}"
+    options = {"judge.providers": providers, "judge.per_task": "{decompose: {model: shapes/oracle}}"}
+    cli(recaption_arguments(**FAULTY | options, max_rows=6))
     assert {task for task, _ in FaultyOracle.asked} == {"recaption"}
     assert {(row["caption_model"], row["units_model"]) for row in read(out)} == {
         ("faulty/model", "shapes/oracle")
@@ -386,19 +374,18 @@ def test_all_problems_are_reported_at_once_and_nothing_is_touched(
                 max_rows=0,
                 prompts='[" "]',
                 seed=-1,
-                decompose="false",
                 max_pixels_in_file=0,
                 **{
                     "judge.model": "openai/gpt-5-mini",
                     "judge.concurrency": 0,
-                    "decompose_judge.model": "nowhere/model",
+                    "judge.per_task": "{decompose: {model: nowhere/model}}",
                 },
             )
         )
     keys = [problem.split()[0].rstrip(":") for problem in refused.value.problems]
     assert sorted(keys) == sorted(
         ["data", "image_root", "out", "max_rows", "prompts", "seed", "max_pixels_in_file", "judge.model",
-         "judge.concurrency", "decompose_judge.model", "decompose_judge"]
+         "judge.concurrency", "judge.per_task.decompose.model"]
     )  # fmt: skip
     assert not out.parent.exists()
 
@@ -454,11 +441,13 @@ def test_other_settings_than_those_of_an_earlier_run_are_refused(
     before = out.read_bytes()
     options = {"judge.params": "{temperature: 1}", "judge.cache": tmp_path / "other.sqlite"}
     with pytest.raises(ConfigError) as refused:
-        cli(recaption_arguments(max_rows=3, decompose="false", **options))
+        cli(recaption_arguments(max_rows=3, **options))
     text = str(refused.value)
     assert f'judge.cache was "{tmp_path / "judge.sqlite"}", is "{tmp_path / "other.sqlite"}"' in text
-    assert 'judge.params was {}, is {"temperature": 1}' in text
-    assert "decompose was true, is false" in text
+    for task in ("recaption", "decompose"):
+        asked = '[{"model": "shapes/oracle", "params": %s}]'
+        was, now = asked % "{}", asked % '{"temperature": 1}'
+        assert f"judge ({task}) was {was}, is {now}" in text
     assert "Set them back" in text
     assert out.read_bytes() == before
     cli(
