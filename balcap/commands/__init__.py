@@ -1,8 +1,9 @@
 """The commands beside Lightning's own, each run by ``python main.py <command>``.
 
 `estimate.py`    what a run's judge will cost: a subcommand of the trainer, with the flags of ``fit``;
-                 `estimate_run.py` (from sampled rows to the run), `estimate_dry_run.py` (judging that asks nobody),
-                 `estimate_tokens.py` (tokens of images, texts, reasoning)
+                 `estimate_assumptions.py` (its flags), `estimate_plan.py` (the images that are judged),
+                 `estimate_dry_run.py` (judging that asks nobody), `estimate_tokens.py` (tokens of images, texts,
+                 reasoning), `estimate_run.py` (all of it together)
 `recaption.py`   new references for a data set; `recaption_settings.py`, `recaption_run.py` (the run),
                  `recaption_files.py` (what it writes)
 `serve.py`       a vLLM server that samples for a run

@@ -6,19 +6,13 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from balcap.commands.estimate_dry_run import (
-    FakeClient,
-    Plan,
-    Usage,
-    dry_run,
-    share_text,
-    stand_ins,
-)
+from balcap.commands.estimate_assumptions import Assumptions
+from balcap.commands.estimate_dry_run import FakeClient, Usage, dry_run, stand_ins
+from balcap.commands.estimate_plan import Plan
 from balcap.commands.estimate_run import Estimate
 from balcap.judge import Deployment, Group, JudgeSettings, Price, Task, TaskModel
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
@@ -47,15 +41,13 @@ def play(
     visits: tuple[int, int] = (1, 0),
     units: Sequence[str] | None = None,
     suite: RewardSuite | None = None,
-) -> tuple[Usage, FakeClient]:
+) -> Usage:
     """What one row uses: every text is a token, an image 1000."""
-    client = FakeClient(
-        settings or JudgeSettings(MODEL), lambda text: 1, False, image=1000, words_per_assertion=4
-    )
+    assume = Assumptions(words_per_assertion=4, image_tokens=1000, reasoning_tokens=0, chars_per_token=1)
+    client = FakeClient(settings or JudgeSettings(MODEL), lambda text: 1, assume)
     suite = suite or RewardSuite([Precision(), Recall(), Linguistic()])
-    texts = captions_of(captions * (2 if visits[1] else 1))
-    (used,) = dry_run(client, suite, rows_of(units), texts, visits)
-    return used, client
+    (used,) = dry_run(client, suite, rows_of(units), captions_of(2 * captions), visits)
+    return used
 
 
 def calls(used: Usage) -> dict[str, float]:
@@ -63,29 +55,31 @@ def calls(used: Usage) -> dict[str, float]:
 
 
 def test_a_group_shares_calls() -> None:
-    used, _ = play()
+    used = play()
     # 8 captions, 4 a call, and the reference; 40 assertions in one call; 8 captions in one match; each rated alone
     assert calls(used) == {"decompose": 3, "verify": 1, "match": 1, "rate": 8}
     # a system and a user text of one token each, and the image; the answers a token each
-    assert used["verify", MODEL].tolist() == [1, 1002, 1]
-    assert used["rate", MODEL].tolist() == [8, 16, 8]
+    assert used["verify", MODEL][:3].tolist() == [1, 1002, 1]
+    assert used["rate", MODEL][:3].tolist() == [8, 16, 8]
+    # $0.15 and $0.60 per million tokens
+    assert used["rate", MODEL][3] == pytest.approx((16 * 0.15 + 8 * 0.6) / 1e6)
 
 
 def test_units_of_the_data_are_not_asked_for() -> None:
-    assert calls(play(units=["A dog."])[0])["decompose"] == 2
+    assert calls(play(units=["A dog."]))["decompose"] == 2
 
 
 def test_the_settings_of_the_judge_split_the_calls() -> None:
     settings = JudgeSettings(MODEL, per_call={"verify": 10, "rate": 4, "decompose": 8})
-    assert calls(play(settings)[0]) == {"decompose": 2, "verify": 4, "match": 1, "rate": 2}
+    assert calls(play(settings)) == {"decompose": 2, "verify": 4, "match": 1, "rate": 2}
     alone = JudgeSettings(MODEL, grouping="per_rollout")
-    assert calls(play(alone)[0]) == {"decompose": 9, "verify": 8, "match": 8, "rate": 8}
+    assert calls(play(alone)) == {"decompose": 9, "verify": 8, "match": 8, "rate": 8}
 
 
 def test_a_reference_is_decomposed_once_over_all_visits_unless_nothing_is_remembered() -> None:
     # 10 images for the first time, 5 again
-    assert calls(play(visits=(10, 5))[0])["decompose"] == 10 * 3 + 5 * 2
-    assert calls(play(JudgeSettings(MODEL, cache=None), visits=(10, 5))[0])["decompose"] == 15 * 3
+    assert calls(play(visits=(10, 5)))["decompose"] == 10 * 3 + 5 * 2
+    assert calls(play(JudgeSettings(MODEL, cache=None), visits=(10, 5)))["decompose"] == 15 * 3
 
 
 class Mood(Task[str]):
@@ -109,47 +103,58 @@ class Calm(Linguistic):
     needs = (Mood,)
 
 
-def test_a_task_without_an_example_is_counted_with_a_short_answer() -> None:
-    used, client = play(captions=3, suite=RewardSuite([Calm()]))
-    assert client.unknown == {"mood"}
-    assert used["mood", MODEL].tolist() == [3, 6, 3 * FakeClient.SHORT_ANSWER]
+def test_a_task_without_an_example_is_named() -> None:
+    with pytest.raises(ValueError, match=r"mood: the task has no example\(\)"):
+        play(captions=3, suite=RewardSuite([Calm()]))
 
 
-def test_stand_ins_are_as_long_as_the_reference_and_all_different() -> None:
+def test_stand_ins_are_as_long_as_asked_and_all_different() -> None:
     references = ["a b c d e f g h i j", "k l m", "n o p q", ""]
-    captions = stand_ins(references, 0, 9, most=100)
+    captions = stand_ins(references, 0, 9, 10, overlap=0.0)
     assert all(len(caption.split()) == 10 for caption in captions)
     assert len(set(captions)) == 9
-    assert [len(caption.split()) for caption in stand_ins(references, 0, 2, most=4)] == [4, 4]
-    assert stand_ins(references, 3, 2, most=100) == ["", ""]
-    assert stand_ins([""], 0, 2, most=100) == ["", ""]
+    assert stand_ins(references, 0, 2, 0, overlap=0.5) == ["", ""]
+    assert stand_ins([""], 0, 2, 3, overlap=0.5) == ["", ""]
 
 
-def test_captions_share_their_beginning() -> None:
-    captions = ["k l m n o p q r s t", "u v"]
-    assert share_text(captions, "a b c d e f", 0.3) == ["a b c n o p q r s t", "a v"]
-    assert share_text(captions, "a b", 1.0) == ["a b m n o p q r s t", "a b"]
-    assert share_text(captions, "a b", 0.0) == captions
+def test_stand_ins_share_the_beginning_of_the_reference() -> None:
+    references = ["a b c d e f", "k l m n"]
+    # the others' words and then its own, from the start and from the sixth of these ten on
+    assert stand_ins(references, 0, 2, 6, overlap=0.5) == ["a b c k l m", "a b c c d e"]
+    assert stand_ins(references, 0, 2, 6, overlap=1.0) == ["a b c d e f"] * 2
+    assert stand_ins(references, 1, 1, 6, overlap=1.0) == ["k l m n a b"]  # a reference that is too short
+
+
+def test_a_value_out_of_range_is_named() -> None:
+    with pytest.raises(ValueError, match=r"--overlap 1\.5 is out of range: 0 to 1"):
+        Assumptions(overlap=1.5)
 
 
 # ---- the whole run
 
 
+def used_by(settings: JudgeSettings, calls: float) -> Usage:
+    """A row with so many calls of ten tokens."""
+    client = FakeClient(settings, lambda text: 5, Assumptions(chars_per_token=1))
+    suite = RewardSuite([Linguistic()])
+    (used,) = dry_run(client, suite, rows_of(), captions_of(2), (int(calls), 0))
+    return used
+
+
 def estimate(settings: JudgeSettings, **options: Any) -> Estimate:
     """10 steps of 2 images out of 12 rows, of which 3 were sampled: 100, 200 and 300 calls of ten tokens."""
     plan = Plan(batches=10, images_per_batch=2, train_rows=12, validations=(), val_images=0)
-    model = (settings.per_task or {}).get("rate", TaskModel()).model or settings.model
-    rows = [{("rate", model): np.array([n, 10.0 * n, 0.0])} for n in (100, 200, 300)]
+    rows = [used_by(settings, calls) for calls in (100, 200, 300)]
     return Estimate(settings, plan, rollouts=20, train=rows, **options)
 
 
 def test_rows_are_averaged_and_their_spread_is_the_interval() -> None:
     found = estimate(JudgeSettings("a/b", prices={"a/b": Price(1000.0, 0.0)}))
     # $1000 per million tokens of input: 200 calls of 10 tokens are $2
-    assert found.figures(found.used).tolist() == [200, 2000, 0, pytest.approx(2)]
+    assert found.used.total.tolist() == [200, 2000, 1000, pytest.approx(2)]
     # standard deviation 100 calls; 2 * 100 / sqrt(3) * sqrt(1 - 3 / 12) = 100
-    assert found.uncertainty().tolist() == pytest.approx([100, 1000, 0, 1])
-    assert found.as_json()["usd_per_1k_rollouts"] == pytest.approx(100)
+    assert found.uncertainty().tolist() == pytest.approx([100, 1000, 500, 1])
+    assert "$ per 1,000 rollouts: $100.00" in shown(found)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +168,7 @@ def test_rows_are_averaged_and_their_spread_is_the_interval() -> None:
 )
 def test_prices_are_those_of_who_is_asked(settings: JudgeSettings) -> None:
     found = estimate(settings)
-    assert found.unpriced == []
-    assert found.figures(found.used)[3] == pytest.approx(2)
+    assert found.used.total[3] == pytest.approx(2)
 
 
 def shown(found: Estimate) -> str:
@@ -175,11 +179,9 @@ def shown(found: Estimate) -> str:
 
 def test_a_judge_without_a_price_is_named() -> None:
     found = estimate(JudgeSettings("a/b", budget_usd=1.0), assumptions=[("so it is", "--flag")])
-    data = found.as_json()
-    assert (data["total"]["usd"], data["total"]["calls"]) == (None, 200)
-    assert data["unpriced_models"] == ["a/b"]
-    assert data["budget_spent_at_step"] is None
+    assert found.used.total[0] == 200
     text = shown(found)
+    assert "budget" not in text
     assert "unknown" in text
     assert "The price of a/b is unknown" in text
     assert "so it is  [--flag]" in text
@@ -188,6 +190,5 @@ def test_a_judge_without_a_price_is_named() -> None:
 @pytest.mark.parametrize(("budget", "step"), [(0.5, 2), (1.99, 9), (2.01, None)])
 def test_a_budget_is_compared(budget: float, step: int | None) -> None:
     found = estimate(JudgeSettings("a/b", prices={"a/b": Price(1000.0, 0.0)}, budget_usd=budget))
-    assert found.as_json()["budget_spent_at_step"] == step
     expected = "lasts for the whole run" if step is None else f"at about step {step} of 10"
     assert expected in shown(found)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from balcap.commands.estimate_dry_run import Plan, ranks_of, training_batches, validations
+from balcap.commands.estimate_plan import Plan, ranks_of, training_batches, validations
 
 
 @pytest.mark.parametrize(
@@ -56,18 +56,18 @@ def test_images_are_judged_for_the_first_time_or_again(batches: int, first: int,
 @pytest.mark.parametrize(
     ("devices", "nodes", "accelerator", "visible", "expected"),
     [
-        (8, 2, "gpu", 0, (16, True)),
-        ([0, 3], 1, "gpu", 0, (2, True)),
-        ("0,3,5", 1, "gpu", 0, (3, True)),
-        ("4", 1, "gpu", 0, (4, True)),
-        (-1, 1, "gpu", 8, (8, False)),
-        ("-1", 2, "gpu", 0, (2, False)),
-        ("auto", 1, "gpu", 0, (1, False)),
-        ("auto", 1, "cpu", 8, (1, True)),
-        (3, 1, "cpu", 8, (3, True)),
+        (8, 2, "gpu", 0, 16),
+        ([0, 3], 1, "gpu", 0, 2),
+        ("0,3,5", 1, "gpu", 0, 3),
+        ("4", 1, "gpu", 0, 4),
+        (-1, 1, "gpu", 8, 8),
+        ("-1", 2, "gpu", 0, 2),
+        ("auto", 1, "gpu", 0, 1),
+        ("auto", 1, "cpu", 8, 1),
+        (3, 1, "cpu", 8, 3),
     ],
 )
 def test_processes_are_counted_from_the_config(
-    devices: int | str | Sequence[int], nodes: int, accelerator: str, visible: int, expected: tuple[int, bool]
+    devices: int | str | Sequence[int], nodes: int, accelerator: str, visible: int, expected: int
 ) -> None:
     assert ranks_of(devices, nodes, accelerator, visible) == expected

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import litellm
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from balcap.cli import ConfigError
+from balcap.commands.estimate_assumptions import Assumptions
+from balcap.commands.estimate_run import Estimate
 from tests.commands.conftest import Paid
 from tests.support import ROOT, metrics
 
 Run = Callable[[str, list[str]], None]
 Figures = dict[str, tuple[float, float, float]]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Estimate]:
+    """The estimates of a test, in order."""
+    all_made: list[Estimate] = []
+    show = Estimate.show
+
+    def shown(self: Estimate, console: Console) -> None:
+        all_made.append(self)
+        show(self, console)
+
+    monkeypatch.setattr(Estimate, "show", shown)
+    return all_made
 
 
 class Untouchable(litellm.CustomLLM):
@@ -32,69 +52,77 @@ class Untouchable(litellm.CustomLLM):
         raise AssertionError("an estimate asked the judge")
 
 
-def _estimate(run: Run, paid: Paid, tmp_path: Path, *flags: str) -> dict[str, Any]:
+@pytest.fixture
+def estimated(run: Run, paid: Paid, tmp_path: Path, made: list[Estimate]) -> Callable[..., Estimate]:
     """The estimate of the run that was paid for, counted as its server counts, without what it left behind."""
-    files = ["--run_dir", str(tmp_path / "run"), "--model.judge.cache", str(tmp_path / "cache.sqlite")]
-    out = tmp_path / "estimate.json"
-    run("estimate", [*paid.arguments, *files, "--chars_per_token", "4", "--json", str(out), *flags])
-    return json.loads(out.read_text())
+
+    def estimate(*flags: str) -> Estimate:
+        files = ["--run_dir", str(tmp_path / "run"), "--model.judge.cache", str(tmp_path / "cache.sqlite")]
+        run("estimate", [*paid.arguments, *files, "--chars_per_token", "4", *flags])
+        return made[-1]
+
+    return estimate
 
 
-def _figures(data: dict[str, Any]) -> Figures:
-    return {row["task"]: (row["calls"], row["tokens_in"], row["tokens_out"]) for row in data["tasks"]}
+def _figures(found: Estimate) -> Figures:
+    return {task: tuple(figures[:3]) for (task, _), figures in found.used.items()}
 
 
 def _sums(figures: Figures) -> list[float]:
     return [sum(row[column] for row in figures.values()) for column in range(3)]
 
 
-def test_the_estimate_is_within_a_fifth_of_what_the_run_spends(run: Run, paid: Paid, tmp_path: Path) -> None:
-    data = _estimate(run, paid, tmp_path, "--sample_policy", "true")
-    figures = _figures(data)
+def _measured(run: Path) -> list[str]:
+    """Flags that say what the captions of a run were like."""
+    rows = [row for file in run.glob("rollouts/*.parquet") for row in pq.read_table(file).to_pylist()]
+    words = sum(len(row["caption"].split()) for row in rows)
+    assertions = sum(len(row["assertions"]) for row in rows)
+    return [f"--caption_words={round(words / len(rows))}", f"--words_per_assertion={words / assertions}"]
+
+
+def test_the_estimate_is_within_a_fifth_of_what_the_run_spends(
+    estimated: Callable[..., Estimate], paid: Paid
+) -> None:
+    found = estimated(*_measured(paid.run))
+    figures = _figures(found)
     assert _sums(figures) == pytest.approx(_sums(paid.tasks), rel=0.2)
-    assert data["total"]["usd"] == pytest.approx(paid.usd, rel=0.2)
+    assert found.used.total[3] == pytest.approx(paid.usd, rel=0.2)
     assert set(figures) == set(paid.tasks)
     for task, spent in paid.tasks.items():
         assert figures[task] == pytest.approx(spent, rel=0.25), task
 
 
-def test_the_policy_is_sampled_without_the_runs_servers(run: Run, paid: Paid, tmp_path: Path) -> None:
-    server = ["--model.engine", "balcap.rollout.VLLMServer"]
-    server += ["--model.engine.init_args.urls", '["http://127.0.0.1:9"]']
-    data = _estimate(run, paid, tmp_path, "--sample_policy", "true", *server)
-    assert _sums(_figures(data)) == pytest.approx(_sums(paid.tasks), rel=0.2)
-
-
-def test_without_the_policy_answers_are_rather_over_than_underestimated(
-    run: Run, paid: Paid, tmp_path: Path
+def test_with_captions_as_long_as_references_answers_are_rather_over_than_underestimated(
+    estimated: Callable[..., Estimate], paid: Paid
 ) -> None:
-    data = _estimate(run, paid, tmp_path)
-    calls, tokens_in, tokens_out = _sums(_figures(data))
+    found = estimated()
+    calls, tokens_in, tokens_out = _sums(_figures(found))
     spent = _sums(paid.tasks)
     assert [calls, tokens_in] == pytest.approx(spent[:2], rel=0.2)
     assert tokens_in + tokens_out == pytest.approx(spent[1] + spent[2], rel=0.2)
-    assert data["total"]["usd"] == pytest.approx(paid.usd, rel=0.2)
+    assert found.used.total[3] == pytest.approx(paid.usd, rel=0.2)
     # This world's captions are shorter and repeat themselves more than the references that stand for them.
     assert 0.9 * spent[2] < tokens_out < 1.4 * spent[2]
 
 
-def test_steps_and_validations_are_those_of_the_run(run: Run, paid: Paid, tmp_path: Path) -> None:
-    data = _estimate(run, paid, tmp_path)
+def test_steps_and_validations_are_those_of_the_run(estimated: Callable[..., Estimate], paid: Paid) -> None:
+    found = estimated()
     rows = metrics(paid.run)
-    assert data["batches"] == len([row for row in rows if row["train/loss"]])
-    assert len(data["validations"]) == len([row for row in rows if row["val/recall"]])
-    assert data["validations"] == [0, 4, 6]
-    assert data["train_rows"] == 15
-    assert data["uncertainty"]["tokens_in"] == 0  # all rows were sampled
+    assert found.plan.batches == len([row for row in rows if row["train/loss"]])
+    assert len(found.plan.validations) == len([row for row in rows if row["val/recall"]])
+    assert found.plan.validations == (0, 4, 6)
+    assert found.plan.train_rows == 15
+    assert found.uncertainty()[1] == 0  # all rows were sampled
     # 6 steps of 4 images and 4 captions; 3 validations of 4 images and 2 captions
-    assert data["rollouts"] == 6 * 4 * 4 + 3 * 4 * 2
+    assert found.rollouts == 6 * 4 * 4 + 3 * 4 * 2
 
 
-def test_the_config_of_a_run_folder_can_be_estimated(run: Run, paid: Paid, tmp_path: Path) -> None:
-    out = tmp_path / "estimate.json"
+def test_the_config_of_a_run_folder_can_be_estimated(
+    run: Run, paid: Paid, tmp_path: Path, made: list[Estimate]
+) -> None:
     cache = ["--model.judge.cache", "null", "--run_dir", str(tmp_path / "run")]
-    run("estimate", ["--config", str(paid.run / "config.yaml"), *cache, "--json", str(out)])
-    assert json.loads(out.read_text())["batches"] == 6
+    run("estimate", ["--config", str(paid.run / "config.yaml"), *cache])
+    assert made[0].plan.batches == 6
 
 
 def test_nothing_is_asked_and_nothing_is_written(
@@ -111,31 +139,31 @@ def test_nothing_is_asked_and_nothing_is_written(
 
 
 def test_prices_of_the_config_come_first_and_the_budget_is_compared(
-    run: Run, fit_arguments: Callable[..., list[str]], tmp_path: Path
+    run: Run,
+    fit_arguments: Callable[..., list[str]],
+    made: list[Estimate],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     prices = {
         "model.judge.prices": "{shapes/oracle: {input: 1000, output: 0}}",
         "model.judge.budget_usd": 0.5,
     }
-    out = tmp_path / "estimate.json"
-    run("estimate", [*fit_arguments("fit", **prices, **{"trainer.max_steps": 50})[1:], "--json", str(out)])
-    data = json.loads(out.read_text())
-    assert data["total"]["usd"] == pytest.approx(data["total"]["tokens_in"] / 1000, rel=1e-3)
-    assert 0 <= data["budget_spent_at_step"] < 50
+    run("estimate", fit_arguments("fit", **prices, **{"trainer.max_steps": 50})[1:])
+    total = made[0].used.total
+    assert total[3] == pytest.approx(total[1] / 1000, rel=1e-3)
+    assert re.search(r"budget_usd=0\.5 is spent at about step \d of 50", capsys.readouterr().out)
 
 
 def test_units_in_the_rows_are_not_paid_for(
-    run: Run, world: Path, fit_arguments: Callable[..., list[str]], tmp_path: Path
+    run: Run, world: Path, fit_arguments: Callable[..., list[str]], tmp_path: Path, made: list[Estimate]
 ) -> None:
     rows = json.loads((world / "shapes.json").read_text())
     for row in rows:
         row["reference_units"] = ["There is a circle.", "The circle is red."]
     (tmp_path / "units.json").write_text(json.dumps(rows))
-    calls = []
     for data in (world / "shapes.json", tmp_path / "units.json"):
-        out = tmp_path / "estimate.json"
-        run("estimate", [*fit_arguments("fit", **{"data.data": data})[1:], "--json", str(out)])
-        calls.append(_figures(json.loads(out.read_text()))["decompose"][0])
+        run("estimate", fit_arguments("fit", **{"data.data": data})[1:])
+    calls = [_figures(found)["decompose"][0] for found in made]
     # 2 steps of 2 images, and 4 validation images: 8 references
     assert calls[0] - calls[1] == 8
 
@@ -189,26 +217,31 @@ def photographs(tmp_path: Path) -> Path:
 
 
 def test_a_run_on_eight_gpus_is_estimated_without_one(
-    run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run,
+    photographs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    made: list[Estimate],
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     local = ["--data.data", str(photographs / "rows.json"), "--data.image_root", str(photographs)]
     local += ["--data.cache_dir", str(photographs / "tables"), "--data.val_size", "8", "--rows", "2"]
     local += ["--model.judge.cache", str(photographs / "c.sqlite"), "--run_dir", str(photographs / "run")]
-    out = photographs / "estimate.json"
     overlay = str(ROOT / "configs/judge/gpt-4o-mini.yaml")
     configs = ["--config", str(ROOT / "configs/qwen7b.yaml"), "--config", overlay]
-    run("estimate", [*configs, *local, "--json", str(out)])
+    run("estimate", [*configs, *local])
     text = capsys.readouterr().out
-    assert "--ranks" in text
-    run("estimate", [*configs, *local, "--json", str(out), "--ranks", "8"])
-    data = json.loads(out.read_text())
+    for flag in fields(Assumptions):
+        assert f"[--{flag.name}]" in text
+    run("estimate", [*configs, *local, "--ranks", "8"])
+    found = made[-1]
     wanted = yaml.safe_load((ROOT / "configs/qwen7b.yaml").read_text())
-    assert data["batches"] == wanted["trainer"]["max_steps"]
-    assert data["images_per_batch"] == 8 * wanted["data"]["batch_size"]
-    assert data["rollouts"] == 1500 * 64 * 8 + 7 * 8
-    assert any("14,167 tokens" in note["text"] for note in data["assumptions"])  # 2833 + 2 * 5667
-    assert 0 < data["uncertainty"]["usd"] < data["total"]["usd"]
+    assert found.plan.batches == wanted["trainer"]["max_steps"]
+    assert found.plan.images_per_batch == 8 * wanted["data"]["batch_size"]
+    assert found.rollouts == 1500 * 64 * 8 + 7 * 8
+    assert any("tokens of an image: 14,167" in text for text, _ in found.assumptions)  # 2833 + 2 * 5667
+    assert found.used["verify", "openai/gpt-4o-mini"][0] > 1000 * 64  # further visits ask again
+    assert 0 < found.uncertainty()[3] < found.used.total[3]
     assert not (photographs / "run").exists()
 
 
@@ -223,5 +256,5 @@ def test_help_imports_nothing_heavy() -> None:
     names = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert "balcap.commands.estimate" in names
     assert not names & {"transformers", "litellm", "datasets"}
-    for flag in ("--ranks", "--sample_policy", "--json", "--run_dir", "--ckpt_path"):
+    for flag in ("--ranks", "--caption_words", "--run_dir", "--ckpt_path"):
         assert flag in done.stdout, flag
