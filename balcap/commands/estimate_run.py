@@ -25,7 +25,6 @@ from balcap.judge import JudgeSettings
 from balcap.module import BalCapModule
 from balcap.types import CaptionBatch
 
-_FIGURES = ("calls", "tokens in", "tokens out", "dollars")
 TOKENS_PER_WORD = 1.3
 """Of English."""
 
@@ -81,12 +80,13 @@ class Estimate:
         table = Table(
             "task", "judge", title="What this run's judge will be asked (estimate, nothing was paid)"
         )
-        for name in _FIGURES:
+        for name in ("calls", "tokens in", "tokens out", "dollars"):
             table.add_column(name, justify="right")
         for key, row in sorted(self.used.items()):
             table.add_row(*key, *_shown(row))
         table.add_section()
         table.add_row("total", "", *_shown(self.used.total), style="bold")
+        table.add_row("± (95 %)", "by the spread of the rows", *_shown(self.uncertainty()))
         console.print(table)
         for line in self._lines():
             console.print(line, markup=False)
@@ -95,25 +95,22 @@ class Estimate:
             console.print(f"  - {text}" + (f"  [{change}]" if change else ""), markup=False)
 
     def _lines(self) -> Iterator[str]:
-        plan, total, width, budget = self.plan, self.used.total, self.uncertainty(), self.settings.budget_usd
+        plan, total, budget = self.plan, self.used.total, self.settings.budget_usd
         yield (
             f"{plan.batches:,} steps x {plan.images_per_batch:,} images, {len(plan.validations)} validations x "
             f"{plan.val_images:,} images: {self.rollouts:,} rollouts to judge"
         )
-        ends = zip(_FIGURES, _shown(total - width), _shown(total + width), strict=True)
-        spread = "; ".join(f"{name} {low} to {high}" for name, low, high in ends)
-        yield f"If all that is assumed holds, by the spread of the sampled rows (95 %): {spread}"
         yield f"$ per 1,000 rollouts: {_shown(total * 1000 / max(1, self.rollouts))[3]}"
         for model in sorted({model for (_, model), row in self.used.items() if np.isnan(row[3])}):
             yield (
                 f"The price of {model} is unknown: set it, per million tokens, with "
                 f"--model.judge.prices '{{{model}: {{input: ..., output: ...}}}}'"
             )
-        if budget is not None and total[3] <= budget:
-            yield f"model.judge.budget_usd={budget:g} lasts for the whole run"
-        elif budget is not None and total[3] > budget:
-            ends_at = f"at about step {int(plan.batches * budget / total[3])} of {plan.batches:,}"
-            yield f"model.judge.budget_usd={budget:g} is spent {ends_at}: the run would end there"
+        if budget is not None and not np.isnan(total[3]):
+            step = int(plan.batches * budget / max(total[3], budget))
+            spent = f"is spent at about step {step} of {plan.batches:,}: the run would end there"
+            fate = spent if step < plan.batches else "lasts for the whole run"
+            yield f"model.judge.budget_usd={budget:g} {fate}"
 
 
 def _shown(figures: np.ndarray) -> list[str]:

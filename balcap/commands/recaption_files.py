@@ -150,12 +150,7 @@ def plan_rows(settings: RecaptionSettings, table: Any) -> tuple[list[int], dict[
 
 
 def output_row(
-    raw: dict[str, Any],
-    caption: str,
-    units: Sequence[str],
-    models: tuple[str, str],
-    prompts: Sequence[str] = (),
-    seed: int = 0,
+    raw: dict[str, Any], caption: str, units: Sequence[str], settings: RecaptionSettings
 ) -> dict[str, Any]:
     """A row of the data set with its new caption, and the old one as ``original_caption``; other keys stay.
 
@@ -163,17 +158,22 @@ def output_row(
         raw: the row as it was.
         caption: the new caption.
         units: what it asserts.
-        models: who wrote the caption, and who found the units.
-        prompts, seed: as `balcap.data.reader.prompt_for`.
+        settings: which question the row was asked, and who answered.
     """
     flat = normalise(raw, 0)
     turns = raw.get("conversations") or ()
     human = next((turn.get("value") for turn in turns if str(turn.get("from")) == "human"), None)
-    if prompts or not human or PLACEHOLDER not in human:
-        human = f"{PLACEHOLDER}\n{prompt_for(flat['sample_id'], flat['question'], prompts, seed)}"
-    turns = [{"from": "human", "value": human}, {"from": "gpt", "value": caption}]
-    new = {"conversations": turns, "original_caption": flat["caption"], "caption_model": models[0]}
-    return raw | new | {"reference_units": units, "units_model": models[1]}
+    if settings.prompts or not human or PLACEHOLDER not in human:
+        asked = prompt_for(flat["sample_id"], flat["question"], settings.prompts or (), settings.seed)
+        human = f"{PLACEHOLDER}\n{asked}"
+    return {
+        **raw,
+        "conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": caption}],
+        "original_caption": flat["caption"],
+        "caption_model": settings.asked_model(Recaption),
+        "reference_units": units,
+        "units_model": settings.asked_model(Decompose),
+    }
 
 
 def write_out(settings: RecaptionSettings, answered: Mapping[int, str], digest: str) -> None:
@@ -193,13 +193,10 @@ def write_out(settings: RecaptionSettings, answered: Mapping[int, str], digest: 
             f"data: {settings.data} has changed while its rows were captioned. Put back what it was and "
             "run the same command: nothing is paid for again"
         )
-    models = settings.asked_model(Recaption), settings.asked_model(Decompose)
-
-    def new_row(row: int, raw: dict[str, Any]) -> dict[str, Any]:
-        caption, units = json.loads(answered[row])
-        return output_row(raw, caption, units, models, settings.prompts or (), settings.seed)
-
-    write_rows(settings.out_path, (new_row(row, raw) for row, raw in enumerate(rows) if row in answered))
+    answers = ((raw, json.loads(answered[row])) for row, raw in enumerate(rows) if row in answered)
+    write_rows(
+        settings.out_path, (output_row(raw, caption, units, settings) for raw, (caption, units) in answers)
+    )
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -112,17 +112,14 @@ class RecaptionRun:
             asking, shown = self.judge.submit(self._ask_rows()), -math.inf
             while self.signal is None and not wait([asking], timeout=POLL_S).done:
                 if time.monotonic() - shown >= seconds:
-                    print(self._progress(), end=end, flush=True)
+                    done, spent = self.total - len(self.unsettled), self.judge.stats().cost_usd
+                    line = f"{done}/{self.total} rows  ${spent:.2f}  {len(self.quarantine)} quarantined"
+                    print(line, end=end, flush=True)
                     shown = time.monotonic()
             if self.signal is not None:
                 wait([asking], timeout=GRACE_S)
             if not asking.cancel():
                 asking.result()  # raises what went wrong
-        print(self._progress(), flush=True)
-
-    def _progress(self) -> str:
-        done, spent = self.total - len(self.unsettled), self.judge.stats().cost_usd
-        return f"{done}/{self.total} rows  ${spent:.2f}  {len(self.quarantine)} quarantined"
 
     def _interrupt(self, number: int, _: Any) -> None:
         self.signal = number

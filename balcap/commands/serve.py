@@ -32,7 +32,9 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(str(error)) from None
     flags += ["--host", own.host, "--port", str(own.port)]
     flags += ["--tensor-parallel-size", str(own.tensor_parallel_size), *given[cut + 1 :]]
-    environment = server_environment(policy)
+    environment = {"VLLM_SERVER_DEV_MODE": "1"}  # opens the endpoints for weights
+    if policy.lora is not None:
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     shown = own.host if own.host not in ("0.0.0.0", "::") else socket.gethostname()
     print(engine_lines(f"http://{shown}:{own.port}"), flush=True)
     if own.show:
@@ -123,14 +125,6 @@ def server_flags(policy: PolicyConfig, sampling: Sampling) -> list[str]:
             if value is not True:
                 words.append(json.dumps(value) if isinstance(value, dict) else str(value))
     return words
-
-
-def server_environment(policy: PolicyConfig) -> dict[str, str]:
-    """Environment variables that open the endpoints for weights."""
-    variables = {"VLLM_SERVER_DEV_MODE": "1"}
-    if policy.lora is not None:
-        variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-    return variables
 
 
 def engine_lines(url: str) -> str:

@@ -89,18 +89,14 @@ def test_no_key_is_written_anywhere(
     assert key not in said.out + said.err + caplog.text
 
 
-def test_lines_of_progress_where_there_is_no_terminal(recaption_arguments, cli, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize(("terminal", "end"), [(False, "\n"), (True, "\r")])
+def test_progress_is_a_line_now_and_then_and_in_a_terminal_one_that_changes(
+    recaption_arguments, cli, capsys, monkeypatch, terminal: bool, end: str
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(recaption_run, "POLL_S", 0.01)
     monkeypatch.setattr(recaption_run, "PLAIN_EVERY_S", 0.0)
     cli(recaption_arguments(max_rows=5))
-    *_, last, summary = capsys.readouterr().out.splitlines()
-    assert last == "5/5 rows  $0.00  0 quarantined"
-    assert summary.startswith("5 of 5 rows are captioned")
-
-
-def test_one_line_that_changes_where_there_is_one(recaption_arguments, cli, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(recaption_run, "POLL_S", 0.01)
-    cli(recaption_arguments(max_rows=5))
-    first, *_, last = capsys.readouterr().out.split("\r")
-    assert first.endswith("/5 rows  $0.00  0 quarantined")
-    assert last.startswith("5/5 rows  $0.00  0 quarantined\n")
+    first, *_, last = capsys.readouterr().out.removesuffix("\n").split(end)
+    assert first == "0/5 rows  $0.00  0 quarantined"
+    assert last.startswith("5 of 5 rows are captioned")

@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from balcap.cli import ConfigError
 from balcap.commands.recaption_files import Quarantine, QuarantinedRow, claim, output_row, write_rows
+from balcap.commands.recaption_settings import RecaptionSettings
 from balcap.data.sharegpt4v import flat_rows
+from balcap.judge import Judge, TaskModel
 from tests.support import ROOT
 
 ROW = {
@@ -25,11 +28,15 @@ ROW = {
         {"from": "gpt", "value": "No."},
     ],
 }
-CAPTION, UNITS, MODELS = "A red cat sits.", ["There is a cat."], ("a/b", "c/d")
+CAPTION, UNITS = "A red cat sits.", ["There is a cat."]
+
+
+def settings(**more: Any) -> RecaptionSettings:
+    return RecaptionSettings(judge=Judge("a/b", per_task={"decompose": TaskModel("c/d")}), **more)
 
 
 def test_a_row_keeps_what_it_was_but_for_its_caption() -> None:
-    new = output_row(ROW, CAPTION, UNITS, MODELS)
+    new = output_row(ROW, CAPTION, UNITS, settings())
     turns = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "A red cat sits."}]
     assert new == {
         "id": 7,
@@ -48,7 +55,7 @@ def test_a_row_keeps_what_it_was_but_for_its_caption() -> None:
 
 def test_units_of_the_caption_that_is_replaced_do_not_survive_it() -> None:
     old = {**ROW, "reference_units": ["There is a dog."], "units_model": "x/y"}
-    new = output_row(old, CAPTION, UNITS, MODELS)
+    new = output_row(old, CAPTION, UNITS, settings())
     assert (new["reference_units"], new["units_model"]) == (["There is a cat."], "c/d")
 
 
@@ -61,14 +68,14 @@ def test_units_of_the_caption_that_is_replaced_do_not_survive_it() -> None:
     ],
 )
 def test_a_row_without_a_question_or_placeholder_gets_one(raw: dict, human: str) -> None:
-    new = output_row(raw, CAPTION, UNITS, MODELS)
+    new = output_row(raw, CAPTION, UNITS, settings())
     assert new["conversations"][0] == {"from": "human", "value": human}
     assert new["original_caption"] == ""
     assert next(flat_rows([new]))["problem"] == ""
 
 
 def test_a_chosen_prompt_takes_the_place_of_the_question() -> None:
-    new = output_row(ROW, CAPTION, UNITS, MODELS, prompts=["Say what you see."])
+    new = output_row(ROW, CAPTION, UNITS, settings(prompts=["Say what you see."]))
     assert new["conversations"][0]["value"] == "<image>\nSay what you see."
 
 
