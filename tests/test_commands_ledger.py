@@ -73,5 +73,5 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="does not exist"):
         main(["cache", "--path", str(tmp_path / "none.sqlite")])
     (tmp_path / "judge_ledger.sqlite").write_text("no database, but long enough to look like one. " * 50)
-    with pytest.raises(SystemExit, match="cannot be read as a ledger"):
+    with pytest.raises(SystemExit, match="cannot be read as a judge's ledger"):
         main(["ledger", str(tmp_path)])

@@ -22,11 +22,9 @@ from balcap.judge import errors, tasks
 from balcap.judge.client import CallFailed, Client, Deployment, Price, Reply
 from balcap.judge.errors import (
     BudgetSpent,
-    CacheError,
     InvalidAnswer,
     JudgeFailure,
     JudgeUnavailable,
-    LedgerError,
     StoreError,
 )
 from balcap.judge.images import ImagePolicy
@@ -38,8 +36,8 @@ from balcap.judge.task import Asks, Group, Judgments
 from balcap.judge.tasks import Decompose, Match, Rate, Rating, Recaption, Task, Verdict, Verify
 
 __all__ = [
-    "Asks", "BudgetSpent", "CacheError", "CallFailed", "Client", "Decompose", "Deployment", "Group",
+    "Asks", "BudgetSpent", "CallFailed", "Client", "Decompose", "Deployment", "Group",
     "ImagePolicy", "InvalidAnswer", "Judge", "JudgeFailure", "JudgeSettings", "JudgeStats", "JudgeUnavailable",
-    "Judgments", "LedgerError", "Match", "Price", "Question", "Rate", "Rating", "Recaption", "Reply", "Route",
+    "Judgments", "Match", "Price", "Question", "Rate", "Rating", "Recaption", "Reply", "Route",
     "StoreError", "Task", "TaskModel", "Verdict", "Verify", "errors", "tasks",
 ]  # fmt: skip

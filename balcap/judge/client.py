@@ -118,7 +118,6 @@ class CallFailed(Exception):
         reply: what came back all the same.
         sent: whether anybody was asked: not where our own limits held it back, where all deployments cool down, or
             where the image cannot be sent.
-        held_back: our own limits kept it from being sent.
     """
 
     kind: FailureKind
@@ -126,7 +125,6 @@ class CallFailed(Exception):
     after: float = 0.0
     reply: Reply = Reply()
     sent: bool = True
-    held_back: bool = False
 
     @property
     def may_pass(self) -> bool:
@@ -174,12 +172,10 @@ class Client:
         Raises:
             CallFailed: whatever went wrong.
         """
-        self.connect()
         try:
             router, settings = self._router(route), self._settings(question, route)
-            provider = provider_of(self._places(route)[0].model) or ""
             # Decoding and encoding a picture takes long enough to hold up everybody else's answers.
-            chat = await asyncio.to_thread(as_sent, messages, question.images, provider)
+            chat = await asyncio.to_thread(as_sent, messages, question.images)
             async with asyncio.timeout(timeout_s):
                 response = await router.acompletion(route.name, chat, timeout=timeout_s, **settings)
         except ImageError as error:
@@ -198,6 +194,8 @@ class Client:
         """Import litellm and register our providers; the first time it takes seconds."""
         if self not in _CONNECTED:
             register_providers(self.providers)
+            if not _CONNECTED:
+                atexit.register(_close_at_exit)  # before the loop, which began earlier, ends
             _CONNECTED.add(self)
 
     async def close(self) -> None:
@@ -209,6 +207,7 @@ class Client:
         self._routers.clear()
         _CONNECTED.discard(self)
         if not _CONNECTED:
+            atexit.unregister(_close_at_exit)
             await _close_connections()
 
     def _places(self, route: Route) -> list[Deployment]:
@@ -238,22 +237,21 @@ class Client:
         if len(places) == 1 and not (places[0].rpm or places[0].tpm):
             # Callbacks keep limits and cooldowns. Where there is no choice they are a third of the time.
             settings["no-log"] = True
-        if route.name not in self._schema_refused and all(_takes_schema(place.model) for place in places):
+        if route.name not in self._schema_refused:  # litellm drops it where a model is known not to take it
             settings["response_format"] = response_format(question.task.name, question.task.schema)
         return settings
 
     def _read(self, route: Route, response: Any) -> Reply:
         """The answer with what it used; raises `CallFailed`."""
-        choices = getattr(response, "choices", None) or []
-        message = choices[0].message if choices else None
-        finish = choices[0].finish_reason if choices else None
-        reply = self._reply(route, response, getattr(message, "content", None) or "")
+        if not response.choices:
+            raise invalid(route, "it holds no choice", self._reply(route, response, ""))
+        message, finish = response.choices[0].message, response.choices[0].finish_reason
+        reply = self._reply(route, response, message.content or "")
         fields = getattr(message, "provider_specific_fields", None) or {}
         if getattr(message, "refusal", None) or fields.get("refusal"):
             raise CallFailed("refused", f"{route.model} refused to answer", reply=reply)
         if finish == "content_filter":
-            reason = f"the content filter of {route.model} stopped the answer"
-            raise CallFailed("filtered", reason, reply=reply)
+            raise CallFailed("filtered", f"the content filter of {route.model} stopped it", reply=reply)
         if finish == "length":
             try:
                 extract_json(reply.text)
@@ -261,7 +259,7 @@ class Client:
                 reason = f"the answer of {route.model} was cut short: raise model.judge.params.max_tokens"
                 raise CallFailed("cut", reason, reply=reply) from None
         if not reply.text.strip():
-            raise invalid(route, "it is empty" if choices else "it holds no choice", reply)
+            raise invalid(route, "it is empty", reply)
         return reply
 
     def _reply(self, route: Route, response: Any, text: str) -> Reply:
@@ -287,9 +285,8 @@ async def _close_connections() -> None:
 
 def _close_at_exit() -> None:
     """Where nobody has closed a judge: litellm's own clean-up would wait for connections of another loop."""
-    if _CONNECTED:
-        with contextlib.suppress(Exception):
-            process_loop().submit(_close_connections()).result(timeout=5)
+    with contextlib.suppress(Exception):
+        process_loop().submit(_close_connections()).result(timeout=5)
 
 
 @functools.cache
@@ -299,7 +296,6 @@ def import_litellm() -> Any:
     import litellm
     import litellm.types.router  # `Router` itself is a lazy attribute
 
-    atexit.register(_close_at_exit)
     litellm.suppress_debug_info = True
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -314,10 +310,9 @@ def register_providers(providers: Mapping[str, str]) -> None:
     """
     litellm = import_litellm()
     for name, path in providers.items():
+        others = [item for item in litellm.custom_provider_map if item["provider"] != name]
         entry = {"provider": name, "custom_handler": load_provider(path)}
-        if entry not in litellm.custom_provider_map:
-            others = [item for item in litellm.custom_provider_map if item["provider"] != name]
-            litellm.custom_provider_map = [*others, entry]
+        litellm.custom_provider_map = [*others, entry]
 
 
 @functools.cache
@@ -372,13 +367,6 @@ def _deployed(route: Route, place: Deployment) -> dict[str, Any]:
     return params | {name: value for name, value in limits.items() if value is not None}
 
 
-@functools.lru_cache(maxsize=64)
-def _takes_schema(model: str) -> bool:
-    litellm = import_litellm()
-    name, provider = litellm.get_llm_provider(model)[:2]
-    return "response_format" in (litellm.get_supported_openai_params(name, provider) or ())
-
-
 def _refuses_schema(error: Exception) -> bool:
     text = str(error).lower()
     refused = any(word in text for word in ("response_format", "json_schema", "structured output"))
@@ -392,7 +380,7 @@ def _failure(route: Route, error: Exception) -> CallFailed:
     text = text.removeprefix(f"litellm.{type(error).__name__}: ")
     reason = redact(f"{route.model}: {type(error).__name__}: {text}")
     if isinstance(error, router.RouterRateLimitErrorBasic) or any(words in text for words in _HELD_BACK):
-        return CallFailed("limited", reason, after=1.0, sent=False, held_back=True)
+        return CallFailed("limited", reason, after=1.0, sent=False)
     if isinstance(error, router.RouterRateLimitError):  # all deployments cool down
         return CallFailed("limited", reason, after=min(error.cooldown_time, COOLDOWN_S), sent=False)
     body, status = getattr(error, "body", None), getattr(error, "status_code", None)

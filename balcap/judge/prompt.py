@@ -50,20 +50,22 @@ class Question:
         context: what its `messages` takes beside the items.
         routes: who is asked, the others where the first fails.
         images: how images are sent.
+        among: all items, where an answer holds only for one among just these.
     """
 
     task: Task[Any]
     context: Mapping[str, Any]
     routes: Sequence[Route]
     images: ImagePolicy
+    among: Sequence[Any] = ()
 
-    def keys(self, piece: Sequence[Any]) -> list[str]:
-        """Keys under which the answers to these items may be stored, one per route.
+    def keys(self, item: Any) -> list[str]:
+        """Keys under which the answer to an item may be stored, one per route.
 
         SHA-256 over model, parameters, task, its version (which stands for prompt and schema), context
-        (images by the SHA-256 of their file) and what identifies the items.
+        (images by the SHA-256 of their file) and what identifies the item.
         """
-        about = [self.task.identity(item) for item in piece]
+        about = [self.task.identity(one) for one in (item, *self.among)]
         return [_digest([route.model, route.content, *self._fixed, about]) for route in self.routes]
 
     @cached_property
@@ -72,12 +74,8 @@ class Question:
             name: _image_digest(value) if isinstance(value, bytes) else value
             for name, value in self.context.items()
         }
-        return [self.task.name, self.task.version, context, repr(self.images) if self.shows_image else ""]
-
-    @property
-    def shows_image(self) -> bool:
-        """Whether an image is part of the context."""
-        return any(isinstance(value, bytes) for value in self.context.values())
+        has_image = any(isinstance(value, bytes) for value in self.context.values())
+        return [self.task.name, self.task.version, context, repr(self.images) if has_image else ""]
 
     def messages(self, items: Sequence[Any]) -> list[Message]:
         """The chat as `Task.messages` writes it."""

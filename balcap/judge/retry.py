@@ -112,6 +112,7 @@ class Retrier:
             JudgeFailure: when nobody answers; with a kind in `DIVISIBLE`, asking about fewer items may help. It
                 counts once it is final: see `give_up`.
         """
+        self._client.connect()  # takes seconds once, which must not count as the provider's
         task = question.task.name
         chat, now = question.messages(items), time.monotonic()
         # Fallbacks first while the judges before them cool down.
@@ -150,16 +151,15 @@ class Retrier:
             async with self._slots:
                 self._check_stopped(question)
                 if deadline == float("inf"):
-                    self._client.connect()  # takes seconds once, which must not count as the provider's
                     deadline = time.monotonic() + self._settings.deadline
                 try:
                     return await self._call(question, route, messages, items, attempt, deadline)
                 except CallFailed as error:
                     failed = error
-            if not failed.sent and failed.may_pass and time.monotonic() + failed.after < deadline:
+            if not failed.sent and failed.may_pass:  # our own limits are not the judge's fault
                 seconds = failed.after * random.uniform(1.0, 2.0)
                 await self._pause(seconds)
-                deadline += seconds if failed.held_back else 0.0  # our own limits are not the judge's fault
+                deadline += seconds
                 continue
             pause = 0.0 if failed.kind == "invalid" else _backoff(attempt - 1, failed.after)
             late = time.monotonic() + pause >= deadline
@@ -230,8 +230,7 @@ class Retrier:
     async def _pause(self, seconds: float) -> None:
         """Wait, but not for a run that ends."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._stop.wait()
+            await asyncio.wait_for(self._stop.wait(), seconds)
 
 
 def _repair(failed: CallFailed) -> Message:

@@ -182,10 +182,8 @@ class JudgeSettings:
         problems = []
         if provider in ("hosted_vllm", "vllm") and not (params.get("api_base") or params.get("base_url")):
             problems.append(f"{where}.params.api_base: {model} needs the address of its server")
-        elif (
-            not params.get("api_base")
-            and not params.get("api_key")
-            and (missing := client.missing_keys(model))
+        elif not (params.get("api_base") or params.get("api_key")) and (
+            missing := client.missing_keys(model)
         ):
             problems.append(f"{where}.model: {model} needs in the environment: {', '.join(missing)}")
         if self.budget_usd is not None and price_of(self, model) is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from balcap.judge.errors import InvalidAnswer, JudgeFailure
 
 AnswerT = TypeVar("AnswerT")
+T = TypeVar("T")
 Message = dict[str, Any]
 Items = list[list[Any] | None]
 
@@ -125,10 +126,8 @@ class Task(ABC, Generic[AnswerT]):
     async def judge_group(self, group: Group) -> list[Any | None]:
         """One answer per entry of `group.captions`, None where it is missing."""
         context, items = await self.inputs(group)
-        return [
-            None if answers is None else self.combine(answers)
-            for answers in await group.answers(type(self), items, **context)
-        ]
+        answers = await group.answers(type(self), items, **context)
+        return [None if one is None else self.combine(one) for one in answers]
 
 
 @cache
@@ -145,7 +144,7 @@ def _validated(validate: Callable[[Any], Any], value: Any) -> Any:
 
 
 class Asks(Protocol):
-    """What a group needs of a judge: one answer, or the failure, per item."""
+    """What is needed of a judge: one answer, or the failure, per item; and a loop to ask on."""
 
     @property
     def grouping(self) -> str: ...
@@ -153,6 +152,8 @@ class Asks(Protocol):
     async def ask(
         self, task: type[Task[AnswerT]], items: Sequence[Any], together: bool = False, **context: Any
     ) -> list[AnswerT | JudgeFailure]: ...
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T: ...
 
 
 @dataclass(eq=False)

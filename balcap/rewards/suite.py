@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,15 +16,7 @@ from balcap.judge.tasks import Task
 from balcap.rewards.base import Reward
 from balcap.types import CaptionBatch, Rollouts
 
-T = TypeVar("T")
-
 _REASONS = 5
-
-
-class JudgeLike(Asks, Protocol):
-    """What the suite needs of a judge: `balcap.judge.Judge`, or a fake in a test."""
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T: ...
 
 
 class RewardSuite(nn.Module):
@@ -61,13 +53,13 @@ class RewardSuite(nn.Module):
         assert isinstance(reward, Reward)
         return reward
 
-    def gather(self, judge: JudgeLike, rollouts: Rollouts) -> Judgments:
+    def gather(self, judge: Asks, rollouts: Rollouts) -> Judgments:
         """All judgments that the rewards need, all groups at once; waits for them.
 
         A judgment that fails is None. The judge's failures raise nothing; an unusable cache does.
 
         Raises:
-            CacheError: if ``model.judge.cache`` cannot be used.
+            StoreError: if the judge's cache or ledger cannot be used.
         """
 
         async def everything() -> Judgments:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
-from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
+from urllib.parse import quote, quote_plus
 
 _LIMIT = 300  # characters of a text that is kept
 _LONGEST = 20_000  # characters that are looked at; errors may quote a whole request
@@ -36,6 +36,8 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+")
 _ANYWHERE = re.compile("apikey|authorization|bearer|cookie|credentials?|passphrase|passwd|password|secrets?")
 _AT_THE_END = {"auth", "jwt", "key", "keys", "token"}  # a token count or a key's name end otherwise
 _HARMLESS = {"bos_token", "eos_token", "pad_token", "prompt_cache_key", "stop_token"}
+_USER = re.compile(r"://[^/?#\s]*@")  # of a URL
+_PARAMETER = re.compile(r"[?&]([^\s=&#]+)=[^\s&#]")  # of a URL, with a value
 _PUBLIC = re.compile(r"/|~|\w+://(?![^/?#]*@)")  # variables with such values name places, not secrets
 _FIX = "keys come from the environment; remove it, or write os.environ/<NAME> for the variable that holds it"
 
@@ -157,10 +159,7 @@ def _speaks_of_a_secret(name: str) -> bool:
 
 def _is_secret(value: str, known: list[str]) -> bool:
     """Does a text hold a known secret, the shape of one, or a URL with a user, a password or a secret parameter?"""
-    try:
-        url = urlsplit(value.strip() if "://" in value else "")
-    except ValueError:  # no URL after all
-        url = urlsplit("")
-    if "@" in url.netloc or any(_speaks_of_a_secret(name) for name, _ in parse_qsl(url.query)):
+    parameters = _PARAMETER.findall(value) if "://" in value else []
+    if _USER.search(value) or any(map(_speaks_of_a_secret, parameters)):
         return True
     return bool(_SHAPES.search(value)) or any(s in value for s in known if not _PUBLIC.match(s))

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from balcap.judge import BudgetSpent, JudgeFailure, LedgerError, Price, Rate
+from balcap.judge import BudgetSpent, JudgeFailure, Price, Rate, StoreError
 from balcap.judge.ledger import Call, Ledger
 from tests.judge_questions import rate, verify
 
@@ -137,6 +137,6 @@ def test_ranks_see_what_the_others_spend(tmp_path):
 def test_a_file_that_is_something_else_is_named(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("no database, but long enough to look like one. " * 100)
-    with pytest.raises(LedgerError, match=r"model\.judge\.ledger: .*notes\.txt"):
+    with pytest.raises(StoreError, match=r"model\.judge\.ledger: .*notes\.txt"):
         Ledger(path)
     assert str(path) in (Ledger.problem(path) or "")
