@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+LEAST_SIDE = 28
+"""Pixels that an image is never made smaller than: one visual token of the Qwen-VL family."""
+
 _MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
 _LOSSLESS = {"PNG", "GIF", "BMP", "TIFF"}  # stay lossless when they are re-encoded
 _PLAIN_MODES = {"1", "L", "P", "RGB"}  # not CMYK, 16 bits or floating point
 _ORIENTATION = 0x0112
 _LOWER_QUALITIES = (75, 50)  # tried before the picture is made smaller than max_side
 _SMALLER = 0.7  # of the side, at each further step
-_LEAST_SIDE = 28  # pixels; one visual token of the Qwen-VL family
 
 
 class ImageError(ValueError):
@@ -46,16 +48,6 @@ class ImagePolicy:
     max_mb: float = 15.0
     quality: int = 90
     detail: Literal["low", "high", "auto"] | None = None
-
-    def problems(self, key: str = "model.judge.images") -> list[str]:
-        """What is out of range, each with the key to change."""
-        side = self.max_side
-        rules = (
-            (side >= _LEAST_SIDE, f"max_side: {side} pixels; it must be at least {_LEAST_SIDE}"),
-            (0 < self.max_mb < float("inf"), f"max_mb: {self.max_mb} MB; it must be above 0"),
-            (1 <= self.quality <= 95, f"quality: {self.quality}; JPEG quality goes from 1 to 95"),
-        )
-        return [f"{key}.{problem}" for holds, problem in rules if not holds]
 
 
 @lru_cache(maxsize=16)  # the questions about an image come together
@@ -124,24 +116,18 @@ def _inspect(image: bytes, max_side: int) -> tuple[str, bool]:
 
 
 def _files(pixels: Image, policy: ImagePolicy, lossless: bool) -> Iterator[tuple[str, bytes]]:
-    """Format and content of files of the image: first of lower quality, then of smaller size."""
+    """Format and content of files of the image: first of lower quality, then of smaller size. Shrinks `pixels`."""
+    from PIL.Image import Resampling
+
     qualities = (policy.quality, *(low for low in _LOWER_QUALITIES if low < policy.quality))
-    pixels, side = _scaled(pixels, policy.max_side), _LEAST_SIDE
-    if lossless:
-        yield "PNG", _encoded(pixels, "PNG")
-    while side >= _LEAST_SIDE:
+    side = policy.max_side
+    while side >= LEAST_SIDE:
+        pixels.thumbnail((side, side), Resampling.LANCZOS, reducing_gap=None)
+        if lossless and side == policy.max_side:
+            yield "PNG", _encoded(pixels, "PNG")
         for quality in qualities:
             yield "JPEG", _encoded(pixels, "JPEG", quality=quality, subsampling=0)
         side = int(max(pixels.size) * _SMALLER)
-        pixels = _scaled(pixels, side)
-
-
-def _scaled(pixels: Image, max_side: int) -> Image:
-    from PIL.Image import Resampling
-
-    smaller = pixels.copy()
-    smaller.thumbnail((max_side, max_side), Resampling.LANCZOS, reducing_gap=None)
-    return smaller
 
 
 def _encoded(pixels: Image, kind: str, **options: int) -> bytes:

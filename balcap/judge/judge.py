@@ -65,11 +65,11 @@ class Judge:
         """
         if not items:
             return []
-        settings, among = self.settings, items if together and len(items) > 1 else ()
-        question = Question(task(), context, settings.routes(task.name), settings.images, among)
+        settings, together = self.settings, together and len(items) > 1
+        question = Question(task(), context, settings.routes(task.name), settings.images, items, together)
         per_call = len(items) if together else (settings.per_call or {}).get(task.name, task.per_call)
         session = self._open()
-        return await session.loop.here(session.gather(question, items, per_call))
+        return await session.loop.here(session.gather(question, per_call))
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` on the judge's event loop and wait for it."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from balcap.judge.cache import Store
+from balcap.judge.client import Reply
 
 
 @dataclass
@@ -41,44 +42,8 @@ class JudgeStats:
         return JudgeStats(**{name: mine - vars(other)[name] for name, mine in vars(self).items()})
 
 
-@dataclass(frozen=True)
-class Call:
-    """One request to a provider.
-
-    Attributes:
-        at: unix time when it was sent.
-        task: kind of judgment.
-        model: who was asked, as litellm writes it.
-        items: questions that it carried (captions, assertions).
-        attempt: 1 for the first, more for repetitions.
-        outcome: ``ok``, or the `FailureKind`.
-        tokens_in: prompt tokens billed, image and cached tokens included.
-        tokens_out: completion tokens billed, reasoning included.
-        tokens_cached: those of `tokens_in` that the provider had in its prefix cache.
-        usd: US dollars; None where no price is known. A provider does not say what it bills for a call that
-            timed out: 0.
-        latency_s: seconds until the answer, or until it was given up.
-    """
-
-    at: float
-    task: str
-    model: str
-    items: int
-    attempt: int
-    outcome: str
-    tokens_in: int
-    tokens_out: int
-    tokens_cached: int
-    usd: float | None
-    latency_s: float
-
-
-_COLUMNS = [item.name for item in fields(Call)]
-_ADD = f"INSERT INTO calls ({', '.join(_COLUMNS)}, pid) VALUES ({', '.join('?' * (len(_COLUMNS) + 1))})"
-
-
 class Ledger(Store):
-    """Rows of `Call`, and the sum of their dollars over all processes that write the same file.
+    """A row for every call, and the sum of their dollars over all processes that write the same file.
 
     Args:
         path: the file; None keeps only the counts of this process.
@@ -105,16 +70,39 @@ class Ledger(Store):
         self._last_row = 0
         self._read_usd = self._unwritten_usd = 0.0
 
-    def add(self, call: Call) -> None:
-        """Record a call."""
-        stats = self.stats
+    def add(
+        self,
+        at: float,
+        task: str,
+        model: str,
+        items: int,
+        attempt: int,
+        outcome: str,
+        reply: Reply,
+        latency_s: float,
+    ) -> None:
+        """Record a request to a provider.
+
+        Args:
+            at: unix time when it was sent.
+            task: kind of judgment.
+            model: who was asked, as litellm writes it.
+            items: questions that it carried (captions, assertions).
+            attempt: 1 for the first, more for repetitions.
+            outcome: ``ok``, or the `FailureKind`.
+            reply: what it used.
+            latency_s: seconds until the answer, or until it was given up.
+        """
+        stats, usd = self.stats, reply.usd or 0.0
         stats.calls += 1
-        stats.tokens_in += call.tokens_in
-        stats.tokens_out += call.tokens_out
-        stats.cost_usd += call.usd or 0.0
-        stats.unpriced_calls += call.usd is None
-        if self._run("write", _ADD, (*astuple(call), os.getpid())) is None:
-            self._unwritten_usd += call.usd or 0.0
+        stats.tokens_in += reply.tokens_in
+        stats.tokens_out += reply.tokens_out
+        stats.cost_usd += usd
+        stats.unpriced_calls += reply.usd is None
+        used = (reply.tokens_in, reply.tokens_out, reply.tokens_cached, reply.usd)
+        row = (at, task, model, items, attempt, outcome, *used, latency_s, os.getpid())
+        if self._run("write", f"INSERT INTO calls VALUES (NULL{', ?' * len(row)})", row) is None:
+            self._unwritten_usd += usd
 
     def spent(self) -> float:
         """US dollars of all processes that wrote this file, now and in earlier runs."""

@@ -43,21 +43,23 @@ class Route:
 
 @dataclass(frozen=True)
 class Question:
-    """A task in its context, to be asked about items.
+    """A task in its context, and the items that it is asked about.
 
     Attributes:
         task: the kind of judgment.
         context: what its `messages` takes beside the items.
         routes: who is asked, the others where the first fails.
         images: how images are sent.
-        among: all items, where an answer holds only for one among just these.
+        items: what is asked about.
+        together: an answer holds only for an item among just these.
     """
 
     task: Task[Any]
     context: Mapping[str, Any]
     routes: Sequence[Route]
     images: ImagePolicy
-    among: Sequence[Any] = ()
+    items: Sequence[Any]
+    together: bool = False
 
     def keys(self, item: Any) -> list[str]:
         """Keys under which the answer to an item may be stored, one per route.
@@ -65,7 +67,7 @@ class Question:
         SHA-256 over model, parameters, task, its version (which stands for prompt and schema), context
         (images by the SHA-256 of their file) and what identifies the item.
         """
-        about = [self.task.identity(one) for one in (item, *self.among)]
+        about = [self.task.identity(one) for one in (item, *(self.items if self.together else ()))]
         return [_digest([route.model, route.content, *self._fixed, about]) for route in self.routes]
 
     @cached_property
@@ -77,13 +79,13 @@ class Question:
         has_image = any(isinstance(value, bytes) for value in self.context.values())
         return [self.task.name, self.task.version, context, repr(self.images) if has_image else ""]
 
-    def messages(self, items: Sequence[Any]) -> list[Message]:
+    def messages(self) -> list[Message]:
         """The chat as `Task.messages` writes it."""
-        return self.task.messages(items, **self.context)
+        return self.task.messages(self.items, **self.context)
 
-    def parse(self, answer: dict[str, Any], items: Sequence[Any]) -> list[Any]:
+    def parse(self, answer: dict[str, Any]) -> list[Any]:
         """The answers in a JSON object, one per item; raises `InvalidAnswer`."""
-        return self.task.parse(self.task.read(answer), items, **self.context)
+        return self.task.parse(self.task.read(answer), self.items, **self.context)
 
 
 def _digest(content: Any) -> str:

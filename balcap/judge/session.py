@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from balcap.judge.cache import JudgmentCache
@@ -53,19 +54,17 @@ class Session:
         future.add_done_callback(self._submitted.discard)
         return future
 
-    async def gather(
-        self, question: Question, items: Sequence[Any], per_call: int
-    ) -> list[Any | JudgeFailure]:
+    async def gather(self, question: Question, per_call: int) -> list[Any | JudgeFailure]:
         """The answer about each item, or why there is none.
 
         Each comes from the cache, from an equal question under way, or from the provider, who is asked about
         the others in calls of at most `per_call` items. Runs on this session's loop.
         """
-        keys, loop = [question.keys(item) for item in items], asyncio.get_running_loop()
+        keys, loop = [question.keys(item) for item in question.items], asyncio.get_running_loop()
         stored = self.cache.get_many([key for routes in keys for key in routes])
         futures: list[asyncio.Future[Any]] = []
         new: list[_Waiting] = []
-        for item, routes in zip(items, keys, strict=True):
+        for item, routes in zip(question.items, keys, strict=True):
             future = self._in_flight.get(routes[0]) or loop.create_future()
             futures.append(future)
             if routes[0] in self._in_flight:
@@ -88,7 +87,8 @@ class Session:
         """Ask about several items in one call; in smaller ones where that may help."""
         task, outcomes = question.task, list[Any]()
         try:
-            outcomes, route = await self.retrier.answer(question, [item for item, _, _ in chunk])
+            asked = replace(question, items=[item for item, _, _ in chunk])
+            outcomes, route = await self.retrier.answer(asked)
             which = question.routes.index(route)
             for (_, keys, _), answer in zip(chunk, outcomes, strict=True):
                 self.cache.put(keys[which], task.name, route.model, task.dump(answer))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -161,7 +162,7 @@ class Group:
     """The answers about one image's captions, each kind asked for once.
 
     A sampler often repeats itself: equal captions are one question, and `captions` holds each once.
-    Tasks work on `captions`; `per_rollout` gives the answers back in the order of the rollouts. It lives
+    Tasks work on `captions`; `judgments` gives the answers back in the order of the rollouts. It lives
     on the event loop of the judge.
 
     Args:
@@ -211,34 +212,27 @@ class Group:
         In ``group`` all captions share calls and what one was answered holds for all; in ``per_rollout``
         every caption has its own call.
         """
-        present = [one for one in items if one is not None]
-        if self.judge.grouping == "group":
-            flat = iter(await self.judge.ask(task, [item for one in present for item in one], **context))
-            answers = [[next(flat) for _ in one] for one in present]
-        else:
-            answers = await asyncio.gather(
-                *(self.judge.ask(task, one, together=True, **context) for one in present)
-            )
-        rest = iter(answers)
-        return [None if one is None else self._complete(next(rest)) for one in items]
+        present, together = [one for one in items if one is not None], self.judge.grouping == "per_rollout"
+        asked = present if together else [list(chain(*present))]
+        answered = await asyncio.gather(*(self.judge.ask(task, some, together, **context) for some in asked))
+        rest = chain(*answered)
+        return [None if one is None else self._complete([next(rest) for _ in one]) for one in items]
 
     def _complete(self, answers: list[Any]) -> list[Any] | None:
         failures = [answer for answer in answers if isinstance(answer, JudgeFailure)]
         self.reasons += map(str, failures[:1])
         return None if failures else answers
 
-    def asked(self) -> dict[str, type[Task[Any]]]:
-        """Name -> task of all that was asked so far, tasks asked on behalf of others included."""
-        return {task.name: task for task in self._answers}
-
-    async def per_rollout(self, task: type[Task[Any]]) -> list[Any | None]:
-        """``[G]`` answers in the order of the rollouts."""
-        answers = dict(zip(self.captions, await self.get(task), strict=True))
-        return [answers[caption] for caption in self._rollouts]
-
-    def known_units(self) -> list[str] | None:
-        """`units` if they were asked for, else None."""
-        return self._units.result() if self._units is not None and self._units.done() else None
+    async def judgments(self, tasks: Iterable[type[Task[Any]]]) -> Judgments:
+        """The answers to these tasks, and to those that they asked on their part, as a batch of B = 1."""
+        await asyncio.gather(*map(self.get, tasks))
+        answers = {}
+        for task, found in self._answers.items():
+            by_caption = dict(zip(self.captions, await found, strict=True))
+            answers[task.name] = [[by_caption[caption] for caption in self._rollouts]]
+        missing = Counter({name: rollouts.count(None) for name, (rollouts,) in answers.items()})
+        units = None if self._units is None else await self._units
+        return Judgments(answers, [units], +missing, self.reasons)
 
 
 @dataclass(frozen=True)

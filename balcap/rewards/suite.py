@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from balcap.judge import Asks, Group, Judgments
-from balcap.judge.tasks import Task
+from balcap.judge import Asks, Group, Judgments, Task
 from balcap.rewards.base import Reward
 from balcap.types import CaptionBatch, Rollouts
 
@@ -80,10 +79,7 @@ class RewardSuite(nn.Module):
         image, reference = batch.image_bytes[row], batch.references[row]
         units = batch.extra("reference_units")[row]
         group = Group(judge, batch.sample_ids[row], image, reference, captions, units)
-        await asyncio.gather(*(group.get(task) for task in self.needs))
-        answers = {name: [await group.per_rollout(task)] for name, task in group.asked().items()}
-        failures = Counter({name: _missing(rows) for name, rows in answers.items() if _missing(rows)})
-        return Judgments(answers, [group.known_units()], failures, _few(group.reasons))
+        return await group.judgments(self.needs)
 
     def forward(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G K"]:
         """Scores in [0, 1], float32, in the order of `names`; NaN where missing. Accumulates every reward."""
@@ -104,13 +100,5 @@ def merge(groups: Sequence[Judgments]) -> Judgments:
         },
         units=[units for group in groups for units in group.units],
         failures=sum((group.failures for group in groups), Counter()),
-        reasons=_few([reason for group in groups for reason in group.reasons]),
+        reasons=list(dict.fromkeys(reason for group in groups for reason in group.reasons))[:_REASONS],
     )
-
-
-def _missing(rows: Sequence[Sequence[Any]]) -> int:
-    return sum(answer is None for row in rows for answer in row)
-
-
-def _few(reasons: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(reasons))[:_REASONS]

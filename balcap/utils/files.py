@@ -57,11 +57,7 @@ def append_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
 
 def read_jsonl(path: str | Path) -> list[Any]:
     """The rows of a file of JSON lines, ``[]`` if there is none. Lines that a kill has cut short are left out."""
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        return []
-    rows = []
+    data, rows = Path(path).read_bytes() if Path(path).exists() else b"", []
     for line in data.splitlines():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))

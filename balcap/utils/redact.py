@@ -69,11 +69,7 @@ def _environment_secrets() -> list[str]:
     variables = os.environ.items()
     referenced = {text for name, text in variables if name in _referenced and len(text) >= _SHORTEST_KNOWN}
     named = {value for name, value in variables if _SECRET_NAME.search(name) and len(value) >= _SHORTEST}
-    return _longest_first(referenced | named)
-
-
-def _longest_first(texts: Iterable[str]) -> list[str]:
-    return sorted(texts, key=lambda text: (-len(text), text))
+    return sorted(referenced | named, key=len, reverse=True)
 
 
 @lru_cache(maxsize=1024)
@@ -88,7 +84,7 @@ def _forms(secret: str) -> list[str]:
         # the characters that depend on nothing but the secret
         core = encoded[-(-before * 8 // 6) : (before + len(raw)) * 8 // 6]
         forms |= {core, core.replace("+", "-").replace("/", "_")} if len(core) >= _SHORTEST else set()
-    return _longest_first(forms - {""})
+    return sorted(forms - {""}, key=len, reverse=True)
 
 
 # ---- settings

@@ -67,7 +67,8 @@ DEFAULT = ImagePolicy()
 
 def test_the_key_depends_on_all_that_changes_an_answer(png, monkeypatch):
     def key(image: bytes = png, says: str = "A", model: str = "m", images=DEFAULT, among=(), **params) -> str:
-        return Question(Verify(), {"image": image}, [Route(model, params)], images, among).keys(says)[0]
+        routes = [Route(model, params)]
+        return Question(Verify(), {"image": image}, routes, images, among, bool(among)).keys(says)[0]
 
     keys = [
         key(),
@@ -77,7 +78,7 @@ def test_the_key_depends_on_all_that_changes_an_answer(png, monkeypatch):
         key(model="n"),
         key(temperature=1),
         key(images=ImagePolicy(max_side=64)),
-        Question(Rate(), {"image": png}, [Route("m", {})], ImagePolicy()).keys("A")[0],
+        Question(Rate(), {"image": png}, [Route("m", {})], ImagePolicy(), ()).keys("A")[0],
     ]
     assert len(set(keys)) == len(keys)
     assert key() == keys[0]

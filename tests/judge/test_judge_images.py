@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from balcap.data.images import decode_image
+from balcap.judge import Judge
 from balcap.judge.images import ImageError, ImagePolicy, as_sent, image_url
 
 SIZE = (96, 64)
@@ -306,15 +307,19 @@ def test_the_detail_is_sent_where_it_is_set() -> None:
 
 
 def test_settings_that_fit_have_no_problems() -> None:
-    assert ImagePolicy().problems() == []
-    assert ImagePolicy(28, 0.1, 1, "low").problems() == []
+    for images in (ImagePolicy(), ImagePolicy(28, 0.1, 1, "low")):
+        assert image_problems(images) == []
 
 
 def test_all_problems_are_reported_with_their_key() -> None:
-    wrong = ImagePolicy(max_side=27, max_mb=0, quality=96)
-    assert wrong.problems("model.judge.images") == [
-        "model.judge.images.max_side: 27 pixels; it must be at least 28",
-        "model.judge.images.max_mb: 0 MB; it must be above 0",
-        "model.judge.images.quality: 96; JPEG quality goes from 1 to 95",
+    assert image_problems(ImagePolicy(max_side=27, max_mb=0, quality=96)) == [
+        "model.judge.images.max_side: 27 must be at least 28",
+        "model.judge.images.max_mb: 0 must be above 0",
+        "model.judge.images.quality: 96 must be from 1 to 95",
     ]
-    assert len(ImagePolicy(max_mb=float("nan"), quality=0).problems()) == 2
+    assert len(image_problems(ImagePolicy(max_mb=float("nan"), quality=0))) == 2
+
+
+def image_problems(images: ImagePolicy) -> list[str]:
+    params = {"api_base": "http://localhost:1/v1"}
+    return Judge("hosted_vllm/x", params=params, images=images, cache=None).problems()

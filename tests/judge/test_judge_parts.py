@@ -12,7 +12,7 @@ from PIL import Image
 
 from balcap.judge import Decompose, InvalidAnswer, JudgeStats, Match, Rate, Rating, Verdict, Verify
 from balcap.judge.prompt import extract_json, fence, response_format
-from balcap.judge.tasks import Schema
+from balcap.judge.task import Schema
 
 
 def test_ordinary_text_stays_readable():
