@@ -31,11 +31,11 @@ from balcap.judge.judge import Judge
 from balcap.judge.ledger import JudgeStats
 from balcap.judge.prompt import Question, Route
 from balcap.judge.settings import JudgeSettings, TaskModel
-from balcap.judge.task import Asks, Group, Judgments, Task
+from balcap.judge.task import Group, Judgments, Task
 from balcap.judge.tasks import Decompose, Match, Rate, Rating, Recaption, Verdict, Verify
 
 __all__ = [
-    "Asks", "BudgetSpent", "CallFailed", "Client", "Decompose", "Deployment", "Group",
+    "BudgetSpent", "CallFailed", "Client", "Decompose", "Deployment", "Group",
     "ImagePolicy", "InvalidAnswer", "Judge", "JudgeFailure", "JudgeSettings", "JudgeStats", "JudgeUnavailable",
     "Judgments", "Match", "Price", "Question", "Rate", "Rating", "Recaption", "Reply", "Route",
     "StoreError", "Task", "TaskModel", "Verdict", "Verify",

@@ -377,10 +377,10 @@ def _failure(route: Route, error: Exception) -> CallFailed:
     text = str(error).partition(" LiteLLM: model group")[0].partition("\nLiteLLM: model group")[0]
     text = text.removeprefix(f"litellm.{type(error).__name__}: ")
     reason = redact(f"{route.model}: {type(error).__name__}: {text}")
-    if isinstance(error, router.RouterRateLimitErrorBasic) or any(words in text for words in _HELD_BACK):
-        return CallFailed("limited", reason, after=1.0, sent=False)
-    if isinstance(error, router.RouterRateLimitError):  # all deployments cool down
-        return CallFailed("limited", reason, after=min(error.cooldown_time, COOLDOWN_S), sent=False)
+    held_back = isinstance(error, router.RouterRateLimitErrorBasic | router.RouterRateLimitError)
+    if held_back or any(words in text for words in _HELD_BACK):
+        after = getattr(error, "cooldown_time", 1.0)  # where all deployments cool down
+        return CallFailed("limited", reason, min(after, COOLDOWN_S), sent=False)
     body, status = getattr(error, "body", None), getattr(error, "status_code", None)
     if isinstance(body, dict) and body.get("code") == "insufficient_quota":  # comes as a rate limit
         return CallFailed("denied", reason)

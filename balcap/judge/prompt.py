@@ -169,22 +169,16 @@ def with_ids(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"id": number, **entry} for number, entry in enumerate(entries, 1)]
 
 
-def in_order(items: Iterable[Any], count: int, what: str) -> list[Any]:
+def in_order(items: Sequence[Any], count: int, what: str) -> list[Any]:
     """`items` sorted by their ``id``, which must be 1 … `count`, each once.
 
     Raises:
-        InvalidAnswer: naming unknown, repeated and missing ids.
+        InvalidAnswer: with the ids that they have.
     """
-    by_id: dict[int, Any] = {}
-    for item in items:
-        if not 1 <= item.id <= count:
-            raise InvalidAnswer(f"{what} for the unknown id {item.id}, ids are 1 to {count}")
-        if item.id in by_id:
-            raise InvalidAnswer(f"two {what} for id {item.id}")
-        by_id[item.id] = item
-    if len(by_id) < count:
-        raise InvalidAnswer(f"{len(by_id)} {what}, {count} were asked for")
-    return [by_id[number] for number in range(1, count + 1)]
+    ids = [item.id for item in items]
+    if sorted(ids) != list(range(1, count + 1)):
+        raise InvalidAnswer(f"ids 1 to {count} were asked for, each once; the {what} have the ids {ids}")
+    return sorted(items, key=lambda item: item.id)
 
 
 # ---- what came back

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from balcap.judge.errors import InvalidAnswer, JudgeFailure
 
+if TYPE_CHECKING:
+    from balcap.judge.judge import Judge
+
 AnswerT = TypeVar("AnswerT")
-T = TypeVar("T")
 Message = dict[str, Any]
 Items = list[list[Any] | None]
 
@@ -144,19 +146,6 @@ def _validated(validate: Callable[[Any], Any], value: Any) -> Any:
         raise InvalidAnswer("; ".join(wrong)) from None
 
 
-class Asks(Protocol):
-    """What is needed of a judge: one answer, or the failure, per item; and a loop to ask on."""
-
-    @property
-    def grouping(self) -> str: ...
-
-    async def ask(
-        self, task: type[Task[AnswerT]], items: Sequence[Any], together: bool = False, **context: Any
-    ) -> list[AnswerT | JudgeFailure]: ...
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T: ...
-
-
 @dataclass(eq=False)
 class Group:
     """The answers about one image's captions, each kind asked for once.
@@ -174,7 +163,7 @@ class Group:
         reference_units: what the reference asserts, where the data already hold it.
     """
 
-    judge: Asks
+    judge: Judge
     sample_id: str
     image_bytes: bytes
     reference: str

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from balcap.judge import Asks, Group, Judgments, Task
+from balcap.judge import Group, Judge, Judgments, Task
 from balcap.rewards.base import Reward
 from balcap.types import CaptionBatch, Rollouts
 
@@ -52,7 +52,7 @@ class RewardSuite(nn.Module):
         assert isinstance(reward, Reward)
         return reward
 
-    def gather(self, judge: Asks, rollouts: Rollouts) -> Judgments:
+    def gather(self, judge: Judge, rollouts: Rollouts) -> Judgments:
         """All judgments that the rewards need, all groups at once; waits for them.
 
         A judgment that fails is None. The judge's failures raise nothing; an unusable cache does.
@@ -70,7 +70,7 @@ class RewardSuite(nn.Module):
         return judge.run(everything())
 
     async def gather_group(
-        self, judge: Asks, batch: CaptionBatch, row: int, captions: Sequence[str]
+        self, judge: Judge, batch: CaptionBatch, row: int, captions: Sequence[str]
     ) -> Judgments:
         """The judgments of the ``[G]`` captions of one image of a batch, as a batch of B = 1; runs on the judge's loop.
 
