@@ -216,10 +216,10 @@ class Group:
         """The answers to these tasks, and to those that they asked on their part, as a batch of B = 1."""
         await asyncio.gather(*map(self.get, tasks))
         answers = {}
-        for task, found in self._answers.items():
-            by_caption = dict(zip(self.captions, await found, strict=True))
+        for task, future in self._answers.items():
+            by_caption = dict(zip(self.captions, await future, strict=True))
             answers[task.name] = [[by_caption[caption] for caption in self._rollouts]]
-        missing = Counter({name: rollouts.count(None) for name, (rollouts,) in answers.items()})
+        missing = Counter({name: sum(one is None for one in found) for name, (found,) in answers.items()})
         units = None if self._units is None else await self._units
         return Judgments(answers, [units], +missing, self.reasons)
 
