@@ -51,7 +51,7 @@ class CaptionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         assert self._file is not None
-        append_jsonl(self._file, prediction, sync=True)
+        append_jsonl(self._file, prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         counts = trainer.datamodule.bad_row_counts()  # type: ignore[attr-defined]

@@ -204,7 +204,7 @@ def judged(rollouts: Rollouts, model: str, grouping: str, folder: Path, cache: s
     judgments = suite.gather(judge, rollouts)
     stats = judge.stats()
     judge.close()
-    assert not stats.failed, judgments.reasons
+    assert not stats.failures, judgments.reasons
     assert stats.unpriced_calls == 0
     with sqlite3.connect(ledger) as rows:
         paid = dict(rows.execute("SELECT task, sum(usd) FROM calls GROUP BY task").fetchall())

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
+from balcap.judge import Reply
 from balcap.judge.cache import JudgmentCache, describe
-from balcap.judge.ledger import Call, Ledger
+from balcap.judge.ledger import Ledger
 from main import main
 
 
@@ -61,7 +62,7 @@ def test_pruned_as_asked(cache, capsys, flags, rest):
 def test_a_ledger_is_summed_up(tmp_path, capsys):
     ledger = Ledger(tmp_path / "judge_ledger.sqlite")
     for outcome, usd in (("ok", 0.5), ("ok", 0.25), ("server", 0.0)):
-        ledger.add(Call(0.0, "rate", "openai/m", 1, 1, outcome, 1000, 10, 0, usd, 0.1))
+        ledger.add(0.0, "rate", "openai/m", 1, 1, outcome, Reply("", 1000, 10, 0, usd), 0.1)
     ledger.close()
     main(["ledger", str(tmp_path)])  # the run folder
     shown = capsys.readouterr().out
@@ -73,5 +74,5 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="does not exist"):
         main(["cache", "--path", str(tmp_path / "none.sqlite")])
     (tmp_path / "judge_ledger.sqlite").write_text("no database, but long enough to look like one. " * 50)
-    with pytest.raises(SystemExit, match="cannot be read as a ledger"):
+    with pytest.raises(SystemExit, match="cannot be read as a judge's ledger"):
         main(["ledger", str(tmp_path)])

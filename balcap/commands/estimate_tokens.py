@@ -24,7 +24,7 @@ from io import BytesIO
 from typing import Any
 
 from balcap.judge import ImagePolicy, JudgeSettings
-from balcap.judge.client import import_litellm, provider_of
+from balcap.judge.client import import_litellm
 from balcap.judge.images import image_url
 
 TokensOf = Callable[[int, int, str | None], int]
@@ -140,8 +140,7 @@ def place_of(settings: JudgeSettings, model: str) -> str:
 def image_tokens(settings: JudgeSettings, model: str, image: bytes) -> int:
     """Tokens of an image file as the judge sends it to `model`, by the model's rule."""
     place = place_of(settings, model)
-    detail = settings.images.detail_for(provider_of(place, settings.providers) or "")
-    return (rule_for(place) or area)(*_size(image, settings.images), detail)
+    return (rule_for(place) or area)(*_size(image, settings.images), settings.images.detail)
 
 
 @lru_cache(maxsize=1024)

@@ -114,7 +114,7 @@ def _open(path: str, store: type[Store]) -> sqlite3.Connection:
     try:
         return store.connect(Path(path))
     except StoreError as error:
-        raise SystemExit(f"path: {path} cannot be read as {store.what} ({error.why})") from None
+        raise SystemExit(f"path: {path} cannot be read as a judge's {store.setting} ({error.why})") from None
 
 
 def _show(title: str, rows: sqlite3.Cursor) -> None:

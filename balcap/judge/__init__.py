@@ -18,15 +18,12 @@ others -> validation. What comes back wrong, late or not at all is a `JudgeFailu
 never a 0, never a crash. Too many of them, or a spent budget, end the run with a `RunStopped`.
 """
 
-from balcap.judge import errors, tasks
 from balcap.judge.client import CallFailed, Client, Deployment, Price, Reply
 from balcap.judge.errors import (
     BudgetSpent,
-    CacheError,
     InvalidAnswer,
     JudgeFailure,
     JudgeUnavailable,
-    LedgerError,
     StoreError,
 )
 from balcap.judge.images import ImagePolicy
@@ -34,12 +31,12 @@ from balcap.judge.judge import Judge
 from balcap.judge.ledger import JudgeStats
 from balcap.judge.prompt import Question, Route
 from balcap.judge.settings import JudgeSettings, TaskModel
-from balcap.judge.task import Asks, Group, Judgments
-from balcap.judge.tasks import Decompose, Match, Rate, Rating, Recaption, Task, Verdict, Verify
+from balcap.judge.task import Group, Judgments, Task
+from balcap.judge.tasks import Decompose, Match, Rate, Rating, Recaption, Verdict, Verify
 
 __all__ = [
-    "Asks", "BudgetSpent", "CacheError", "CallFailed", "Client", "Decompose", "Deployment", "Group",
+    "BudgetSpent", "CallFailed", "Client", "Decompose", "Deployment", "Group",
     "ImagePolicy", "InvalidAnswer", "Judge", "JudgeFailure", "JudgeSettings", "JudgeStats", "JudgeUnavailable",
-    "Judgments", "LedgerError", "Match", "Price", "Question", "Rate", "Rating", "Recaption", "Reply", "Route",
-    "StoreError", "Task", "TaskModel", "Verdict", "Verify", "errors", "tasks",
+    "Judgments", "Match", "Price", "Question", "Rate", "Rating", "Recaption", "Reply", "Route",
+    "StoreError", "Task", "TaskModel", "Verdict", "Verify",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from balcap.judge.errors import CacheError, StoreError
+from balcap.judge.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -27,29 +27,26 @@ BUSY_S = 10.0
 class Store:
     """A SQLite file that several processes of a machine write at once, and that survives ``kill -9``.
 
-    What `_write` was given is in the file when it returns. A power cut may lose the last rows but not the file.
+    What was written is in the file when it returns. A power cut may lose the last rows but not the file.
     Write-ahead logs need shared memory: machines of a cluster use one file each, not one on a network share.
 
     Args:
         path: the file; it and its folder are made if they are missing. None keeps nothing.
 
     Attributes:
-        what: what the file is called in messages.
-        setting: the key of its path under ``model.judge``.
+        setting: the key of its path under ``model.judge``, and what the file is called in messages.
         application_id: tells our file from any other SQLite file.
-        version: of the tables.
-        tables: statements that make them in an empty file.
+        version: of the table.
+        table: the statement that makes it in an empty file.
 
     Raises:
         StoreError: if the file cannot be opened, or is something else.
     """
 
-    what: ClassVar[str]
     setting: ClassVar[str]
     application_id: ClassVar[int]
     version: ClassVar[int]
-    tables: ClassVar[tuple[str, ...]]
-    error: ClassVar[type[StoreError]]
+    table: ClassVar[str]
 
     def __init__(self, path: str | Path | None):
         self.path = None if path is None else node_path(path)
@@ -90,8 +87,8 @@ class Store:
     def unusable(cls, path: str | Path | None, why: str) -> StoreError:
         """The error for a person."""
         key = f"model.judge.{cls.setting}"
-        message = f"{key}: {path} cannot be used as {cls.what} ({why}). "
-        return cls.error(f"{message}Name another file, move this one away, or set {key} to null.", why)
+        message = f"{key}: {path} cannot be used as the judge's {cls.setting} ({why}). "
+        return StoreError(f"{message}Name another file, move this one away, or set {key} to null.", why)
 
     @classmethod
     def _prepare(cls, connection: sqlite3.Connection) -> None:
@@ -102,8 +99,7 @@ class Store:
             _write_ahead(connection)
             with connection:
                 connection.execute("BEGIN IMMEDIATE")
-                for statement in cls.tables:
-                    connection.execute(statement)
+                connection.execute(cls.table)
                 connection.execute(f"PRAGMA application_id = {cls.application_id}")
                 connection.execute(f"PRAGMA user_version = {cls.version}")
         elif application_id != cls.application_id:
@@ -120,19 +116,19 @@ class Store:
                 self._connection.close()
                 self._connection = None
 
-    def _write(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
-        """Run the statements as one transaction; a failure is a warning, once."""
+    def _run(self, verb: str, sql: str, values: Sequence[Any]) -> list[Any] | None:
+        """The rows that a statement gives; None without a file, or after a failure, which is a warning, once."""
         with self._lock:
             if self._connection is None:
-                return
+                return None
             try:
                 with self._connection:
-                    for sql, values in statements:
-                        self._connection.execute(sql, values)
+                    return self._connection.execute(sql, values).fetchall()
             except sqlite3.Error as error:
-                self._warn("write", error)
+                self._failed(verb, error)
+                return None
 
-    def _warn(self, verb: str, error: Exception) -> None:
+    def _failed(self, verb: str, error: sqlite3.Error) -> None:
         if not self._warned:
             self._warned = True
             logger.warning("model.judge.%s: cannot %s %s (%s)", self.setting, verb, self.path, error)
@@ -141,41 +137,41 @@ class Store:
 class JudgmentCache(Store):
     """Key -> the validated answer's JSON, and nothing else: no prompts, no captions' images, no keys."""
 
-    what, setting, error = "a cache of judgments", "cache", CacheError
-    application_id, version = 0x62616C63, 2  # "balc"
-    tables = (
+    setting, application_id, version = "cache", 0x62616C63, 2  # "balc"
+    table = (
         "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, task TEXT NOT NULL, model TEXT NOT NULL,"
-        " answer TEXT NOT NULL, at REAL NOT NULL DEFAULT 0) WITHOUT ROWID",
+        " answer TEXT NOT NULL, at REAL NOT NULL DEFAULT 0) WITHOUT ROWID"
     )
 
     def get_many(self, keys: Sequence[str]) -> dict[str, str]:
         """Those of `keys` that are there, with their answers' JSON.
 
         Raises:
-            CacheError: if the file turns out to be damaged.
+            StoreError: if the file turns out to be damaged.
         """
         query = "SELECT key, answer FROM answers WHERE key IN (SELECT value FROM json_each(?))"
-        with self._lock:
-            try:
-                return dict(self._connection.execute(query, [json.dumps(keys)])) if self._connection else {}
-            except sqlite3.OperationalError as error:
-                self._warn("read", error)
-                return {}
-            except sqlite3.DatabaseError as error:
-                raise self.unusable(self.path, str(error)) from None
+        return dict(self._run("read", query, [json.dumps(keys)]) or ())
 
     def put(self, key: str, task: str, model: str, answer: str) -> None:
         """Keep `answer`, a JSON text, under `key`; `task` and `model` are for people who look inside."""
         row = (key, task, model, answer, time.time())
-        columns = "(key, task, model, answer, at)"
-        self._write((f"INSERT OR REPLACE INTO answers {columns} VALUES (?, ?, ?, ?, ?)", row))
+        self._run(
+            "write",
+            "INSERT OR REPLACE INTO answers (key, task, model, answer, at) VALUES (?, ?, ?, ?, ?)",
+            row,
+        )
+
+    def _failed(self, verb: str, error: sqlite3.Error) -> None:
+        if verb == "read" and not isinstance(error, sqlite3.OperationalError):
+            raise self.unusable(self.path, str(error)) from None  # damaged: nothing would be remembered
+        super()._failed(verb, error)
 
 
 def describe(path: str | Path) -> tuple[int, int]:
     """Answers in the cache, and its size in bytes, the log that belongs to it included.
 
     Raises:
-        CacheError: if it cannot be used.
+        StoreError: if it cannot be used.
     """
     file = node_path(path)
     with contextlib.closing(JudgmentCache.connect(file)) as connection:

@@ -96,8 +96,11 @@ class Reply:
 
     Attributes:
         text: of the answer; empty where nothing was written.
-        tokens_in, tokens_out, tokens_cached: as in `balcap.judge.ledger.Call`.
-        usd: dollars, None where no price is known.
+        tokens_in: prompt tokens billed, image and cached tokens included.
+        tokens_out: completion tokens billed, reasoning included.
+        tokens_cached: those of `tokens_in` that the provider had in its prefix cache.
+        usd: US dollars; None where no price is known. A provider does not say what it bills for a call that
+            timed out: 0.
     """
 
     text: str = ""
@@ -118,7 +121,6 @@ class CallFailed(Exception):
         reply: what came back all the same.
         sent: whether anybody was asked: not where our own limits held it back, where all deployments cool down, or
             where the image cannot be sent.
-        held_back: our own limits kept it from being sent.
     """
 
     kind: FailureKind
@@ -126,7 +128,6 @@ class CallFailed(Exception):
     after: float = 0.0
     reply: Reply = Reply()
     sent: bool = True
-    held_back: bool = False
 
     @property
     def may_pass(self) -> bool:
@@ -158,7 +159,7 @@ class Client:
     deployments: Sequence[Deployment]
     providers: Mapping[str, str]
     prices: Mapping[str, Price]
-    _routers: dict[str, Any] = field(default_factory=dict, init=False)
+    _routers: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict, init=False)
     _schema_refused: set[str] = field(default_factory=set, init=False)
 
     async def call(
@@ -174,12 +175,15 @@ class Client:
         Raises:
             CallFailed: whatever went wrong.
         """
-        self.connect()
         try:
-            router, settings = self._router(route), self._settings(question, route)
-            provider = provider_of(self._places(route)[0].model) or ""
+            router, settings = self._router(route)
+            if (
+                route.name not in self._schema_refused
+            ):  # litellm drops it where a model is known not to take it
+                form = response_format(question.task.name, question.task.schema)
+                settings = settings | {"response_format": form}
             # Decoding and encoding a picture takes long enough to hold up everybody else's answers.
-            chat = await asyncio.to_thread(as_sent, messages, question.images, provider)
+            chat = await asyncio.to_thread(as_sent, messages, question.images)
             async with asyncio.timeout(timeout_s):
                 response = await router.acompletion(route.name, chat, timeout=timeout_s, **settings)
         except ImageError as error:
@@ -198,62 +202,56 @@ class Client:
         """Import litellm and register our providers; the first time it takes seconds."""
         if self not in _CONNECTED:
             register_providers(self.providers)
+            if not _CONNECTED:
+                atexit.register(_close_at_exit)  # before the loop, which began earlier, ends
             _CONNECTED.add(self)
 
     async def close(self) -> None:
         """Close the connections: litellm shares them, so the last client of the process to close does it."""
         if self not in _CONNECTED:
             return
-        for router in self._routers.values():
+        for router, _ in self._routers.values():
             router.discard()
         self._routers.clear()
         _CONNECTED.discard(self)
         if not _CONNECTED:
+            atexit.unregister(_close_at_exit)
             await _close_connections()
 
-    def _places(self, route: Route) -> list[Deployment]:
-        own = self.deployments if route.model == self.model else ()
-        return list(own) or [Deployment(route.model)]
-
-    def _router(self, route: Route) -> Any:
+    def _router(self, route: Route) -> tuple[Any, dict[str, Any]]:
+        """What reaches a route, and the settings of each of its calls."""
         if route.name not in self._routers:
-            places = self._places(route)
+            own = self.deployments if route.model == self.model else ()
+            places = list(own) or [Deployment(route.model)]
             for place in places:
                 listed_price(place.model)  # looked up once, before the router writes into that table
-            limited = any(place.rpm or place.tpm for place in places)
+            limited, alone = any(place.rpm or place.tpm for place in places), len(places) == 1
             deployed = [_deployed(route, place) for place in places]
-            self._routers[route.name] = import_litellm().Router(
+            router = import_litellm().Router(
                 model_list=[{"model_name": route.name, "litellm_params": params} for params in deployed],
                 num_retries=0,
                 cooldown_time=COOLDOWN_S,
-                disable_cooldowns=len(places) == 1,  # there is no other place to ask meanwhile
+                disable_cooldowns=alone,  # there is no other place to ask meanwhile
                 # the one strategy that counts requests and tokens itself
                 routing_strategy="usage-based-routing-v2" if limited else "simple-shuffle",
             )
-        return self._routers[route.name]
-
-    def _settings(self, question: Question, route: Route) -> dict[str, Any]:
-        settings: dict[str, Any] = {"drop_params": True, "max_retries": 0, "num_retries": 0}
-        places = self._places(route)
-        if len(places) == 1 and not (places[0].rpm or places[0].tpm):
+            settings = {"drop_params": True, "max_retries": 0, "num_retries": 0}
             # Callbacks keep limits and cooldowns. Where there is no choice they are a third of the time.
-            settings["no-log"] = True
-        if route.name not in self._schema_refused and all(_takes_schema(place.model) for place in places):
-            settings["response_format"] = response_format(question.task.name, question.task.schema)
-        return settings
+            settings["no-log"] = alone and not limited
+            self._routers[route.name] = router, settings
+        return self._routers[route.name]
 
     def _read(self, route: Route, response: Any) -> Reply:
         """The answer with what it used; raises `CallFailed`."""
-        choices = getattr(response, "choices", None) or []
-        message = choices[0].message if choices else None
-        finish = choices[0].finish_reason if choices else None
-        reply = self._reply(route, response, getattr(message, "content", None) or "")
+        if not response.choices:
+            raise invalid(route, "it holds no choice", self._reply(route, response, ""))
+        message, finish = response.choices[0].message, response.choices[0].finish_reason
+        reply = self._reply(route, response, message.content or "")
         fields = getattr(message, "provider_specific_fields", None) or {}
         if getattr(message, "refusal", None) or fields.get("refusal"):
             raise CallFailed("refused", f"{route.model} refused to answer", reply=reply)
         if finish == "content_filter":
-            reason = f"the content filter of {route.model} stopped the answer"
-            raise CallFailed("filtered", reason, reply=reply)
+            raise CallFailed("filtered", f"the content filter of {route.model} stopped it", reply=reply)
         if finish == "length":
             try:
                 extract_json(reply.text)
@@ -261,7 +259,7 @@ class Client:
                 reason = f"the answer of {route.model} was cut short: raise model.judge.params.max_tokens"
                 raise CallFailed("cut", reason, reply=reply) from None
         if not reply.text.strip():
-            raise invalid(route, "it is empty" if choices else "it holds no choice", reply)
+            raise invalid(route, "it is empty", reply)
         return reply
 
     def _reply(self, route: Route, response: Any, text: str) -> Reply:
@@ -271,12 +269,12 @@ class Client:
         tokens_in, tokens_out, cached = (getattr(holder, name, 0) or 0 for holder, name in counted)
         hidden = getattr(response, "_hidden_params", None) or {}
         model = hidden.get("litellm_model_name") or route.model
+        usd = hidden.get("response_cost")
         if price := self.prices.get(model) or self.prices.get(route.model):
-            return Reply(text, tokens_in, tokens_out, cached, price.usd(tokens_in, tokens_out, cached))
-        cost = hidden.get("response_cost")
-        if not cost and model.partition("/")[0] not in self.providers and listed_price(model) is None:
-            cost = None  # litellm says 0 for models that it does not know
-        return Reply(text, tokens_in, tokens_out, cached, cost)
+            usd = price.usd(tokens_in, tokens_out, cached)
+        elif not usd and model.partition("/")[0] not in self.providers and listed_price(model) is None:
+            usd = None  # litellm says 0 for models that it does not know
+        return Reply(text, tokens_in, tokens_out, cached, usd)
 
 
 async def _close_connections() -> None:
@@ -287,9 +285,8 @@ async def _close_connections() -> None:
 
 def _close_at_exit() -> None:
     """Where nobody has closed a judge: litellm's own clean-up would wait for connections of another loop."""
-    if _CONNECTED:
-        with contextlib.suppress(Exception):
-            process_loop().submit(_close_connections()).result(timeout=5)
+    with contextlib.suppress(Exception):
+        process_loop().submit(_close_connections()).result(timeout=5)
 
 
 @functools.cache
@@ -299,7 +296,6 @@ def import_litellm() -> Any:
     import litellm
     import litellm.types.router  # `Router` itself is a lazy attribute
 
-    atexit.register(_close_at_exit)
     litellm.suppress_debug_info = True
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -314,10 +310,9 @@ def register_providers(providers: Mapping[str, str]) -> None:
     """
     litellm = import_litellm()
     for name, path in providers.items():
+        others = [item for item in litellm.custom_provider_map if item["provider"] != name]
         entry = {"provider": name, "custom_handler": load_provider(path)}
-        if entry not in litellm.custom_provider_map:
-            others = [item for item in litellm.custom_provider_map if item["provider"] != name]
-            litellm.custom_provider_map = [*others, entry]
+        litellm.custom_provider_map = [*others, entry]
 
 
 @functools.cache
@@ -336,8 +331,7 @@ def load_provider(path: str) -> Any:
 
 def missing_keys(model: str) -> list[str]:
     """Environment variables that the provider of `model` needs and that are not set."""
-    checked = import_litellm().validate_environment(model)
-    return [] if checked["keys_in_environment"] else list(checked["missing_keys"])
+    return import_litellm().validate_environment(model)["missing_keys"]
 
 
 def provider_of(model: str, providers: Mapping[str, str] | None = None) -> str | None:
@@ -368,15 +362,7 @@ def _deployed(route: Route, place: Deployment) -> dict[str, Any]:
     params = resolve({"model": place.model, **route.params, **(place.params or {})})
     if params.get("api_base") and not params.get("api_key") and missing_keys(place.model):
         params["api_key"] = "none"  # a server of one's own rarely asks for a key, but the clients insist
-    limits = {"rpm": place.rpm, "tpm": place.tpm, "max_parallel_requests": place.max_parallel}
-    return params | {name: value for name, value in limits.items() if value is not None}
-
-
-@functools.lru_cache(maxsize=64)
-def _takes_schema(model: str) -> bool:
-    litellm = import_litellm()
-    name, provider = litellm.get_llm_provider(model)[:2]
-    return "response_format" in (litellm.get_supported_openai_params(name, provider) or ())
+    return params | {"rpm": place.rpm, "tpm": place.tpm, "max_parallel_requests": place.max_parallel}
 
 
 def _refuses_schema(error: Exception) -> bool:
@@ -391,10 +377,10 @@ def _failure(route: Route, error: Exception) -> CallFailed:
     text = str(error).partition(" LiteLLM: model group")[0].partition("\nLiteLLM: model group")[0]
     text = text.removeprefix(f"litellm.{type(error).__name__}: ")
     reason = redact(f"{route.model}: {type(error).__name__}: {text}")
-    if isinstance(error, router.RouterRateLimitErrorBasic) or any(words in text for words in _HELD_BACK):
-        return CallFailed("limited", reason, after=1.0, sent=False, held_back=True)
-    if isinstance(error, router.RouterRateLimitError):  # all deployments cool down
-        return CallFailed("limited", reason, after=min(error.cooldown_time, COOLDOWN_S), sent=False)
+    held_back = isinstance(error, router.RouterRateLimitErrorBasic | router.RouterRateLimitError)
+    if held_back or any(words in text for words in _HELD_BACK):
+        after = getattr(error, "cooldown_time", 1.0)  # where all deployments cool down
+        return CallFailed("limited", reason, min(after, COOLDOWN_S), sent=False)
     body, status = getattr(error, "body", None), getattr(error, "status_code", None)
     if isinstance(body, dict) and body.get("code") == "insufficient_quota":  # comes as a rate limit
         return CallFailed("denied", reason)
@@ -407,8 +393,8 @@ def _failure(route: Route, error: Exception) -> CallFailed:
 
 
 def _retry_after(error: Exception) -> float:
-    headers = getattr(error, "litellm_response_headers", None)
-    headers = headers or getattr(getattr(error, "response", None), "headers", None) or {}
+    response = getattr(error, "response", None)
+    headers = getattr(error, "litellm_response_headers", None) or getattr(response, "headers", None) or {}
     try:
         return float(headers.get("retry-after", 0))
     except ValueError:

@@ -70,11 +70,3 @@ class StoreError(RuntimeError):
     def __init__(self, message: str, why: str = ""):
         super().__init__(message)
         self.why = why
-
-
-class CacheError(StoreError):
-    """The file named by ``model.judge.cache`` cannot serve as a cache of judgments."""
-
-
-class LedgerError(StoreError):
-    """The file named by ``model.judge.ledger`` cannot serve as a ledger."""

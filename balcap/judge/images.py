@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DETAILS = ("low", "high", "auto")
-"""How closely a provider is asked to look."""
+LEAST_SIDE = 28
+"""Pixels that an image is never made smaller than: one visual token of the Qwen-VL family."""
 
 _MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
 _LOSSLESS = {"PNG", "GIF", "BMP", "TIFF"}  # stay lossless when they are re-encoded
@@ -21,7 +21,6 @@ _PLAIN_MODES = {"1", "L", "P", "RGB"}  # not CMYK, 16 bits or floating point
 _ORIENTATION = 0x0112
 _LOWER_QUALITIES = (75, 50)  # tried before the picture is made smaller than max_side
 _SMALLER = 0.7  # of the side, at each further step
-_LEAST_SIDE = 28  # pixels; one visual token of the Qwen-VL family
 
 
 class ImageError(ValueError):
@@ -42,34 +41,13 @@ class ImagePolicy:
         max_mb: megabytes (10^6 bytes) of the file, above 0. Providers count base64, a third more: their
             usual limit of 20 MB is 15 here.
         quality: of re-encoded JPEGs, 1 to 95. It is lowered, and then the size, for a file above `max_mb`.
-        detail: ``low``, ``high`` or ``auto``, how closely the provider looks; or litellm provider name ->
-            one of them; null for the provider's default.
+        detail: how closely the provider looks; null for its default.
     """
 
     max_side: int = 2048
     max_mb: float = 15.0
     quality: int = 90
-    detail: str | dict[str, str] | None = field(default=None, hash=False)
-
-    def detail_for(self, provider: str) -> str | None:
-        """The detail to ask `provider` (litellm's name of it) for; None for its default."""
-        return self.detail.get(provider) if isinstance(self.detail, dict) else self.detail
-
-    def problems(self, key: str = "model.judge.images") -> list[str]:
-        """What is out of range, each with the key to change."""
-        side = self.max_side
-        rules = (
-            (side >= _LEAST_SIDE, f"max_side: {side} pixels; it must be at least {_LEAST_SIDE}"),
-            (0 < self.max_mb < float("inf"), f"max_mb: {self.max_mb} MB; it must be above 0"),
-            (1 <= self.quality <= 95, f"quality: {self.quality}; JPEG quality goes from 1 to 95"),
-        )
-        problems = [f"{key}.{problem}" for holds, problem in rules if not holds]
-        details = self.detail if isinstance(self.detail, dict) else {"": self.detail}
-        for provider, detail in details.items():
-            if detail not in DETAILS and not (detail is None and provider == ""):
-                where = f"{key}.detail.{provider}".rstrip(".")
-                problems.append(f"{where}: {detail!r}; there are {', '.join(DETAILS)}")
-        return problems
+    detail: Literal["low", "high", "auto"] | None = None
 
 
 @lru_cache(maxsize=16)  # the questions about an image come together
@@ -98,26 +76,24 @@ def image_url(image: bytes, policy: ImagePolicy) -> str:
     raise ImageError(f"no version of the image is within {policy.max_mb:g} MB: raise images.max_mb")
 
 
-def as_sent(messages: Sequence[dict[str, Any]], images: ImagePolicy, provider: str) -> list[dict[str, Any]]:
+def as_sent(messages: Sequence[dict[str, Any]], images: ImagePolicy) -> list[dict[str, Any]]:
     """The chat as a provider takes it: images as ``data:`` URLs under the policy.
 
     Raises:
         ImageError: if an image cannot be decoded, or not be made to fit.
     """
-    detail = images.detail_for(provider)
 
     def part(given: dict[str, Any]) -> dict[str, Any]:
         if given["type"] != "image":
             return given
         url = {"url": image_url(given["image"], images)}
-        return {"type": "image_url", "image_url": url if detail is None else {**url, "detail": detail}}
+        return {"type": "image_url", "image_url": url | ({"detail": images.detail} if images.detail else {})}
 
-    return [
-        {**message, "content": [part(given) for given in message["content"]]}
-        if isinstance(message["content"], list)
-        else message
-        for message in messages
-    ]
+    chat = []
+    for message in messages:
+        content = message["content"]
+        chat.append({**message, "content": content if isinstance(content, str) else list(map(part, content))})
+    return chat
 
 
 def _inspect(image: bytes, max_side: int) -> tuple[str, bool]:
@@ -140,26 +116,18 @@ def _inspect(image: bytes, max_side: int) -> tuple[str, bool]:
 
 
 def _files(pixels: Image, policy: ImagePolicy, lossless: bool) -> Iterator[tuple[str, bytes]]:
-    """Format and content of files of the image: first of lower quality, then of smaller size."""
+    """Format and content of files of the image: first of lower quality, then of smaller size. Shrinks `pixels`."""
+    from PIL.Image import Resampling
+
     qualities = (policy.quality, *(low for low in _LOWER_QUALITIES if low < policy.quality))
-    pixels, side = _scaled(pixels, policy.max_side), _LEAST_SIDE
-    if lossless:
-        yield "PNG", _encoded(pixels, "PNG")
-    while side >= _LEAST_SIDE:
+    side = policy.max_side
+    while side >= LEAST_SIDE:
+        pixels.thumbnail((side, side), Resampling.LANCZOS, reducing_gap=None)
+        if lossless and side == policy.max_side:
+            yield "PNG", _encoded(pixels, "PNG")
         for quality in qualities:
             yield "JPEG", _encoded(pixels, "JPEG", quality=quality, subsampling=0)
         side = int(max(pixels.size) * _SMALLER)
-        pixels = _scaled(pixels, side)
-
-
-def _scaled(pixels: Image, max_side: int) -> Image:
-    from PIL.Image import Resampling
-
-    longer = max(pixels.size)
-    if longer <= max_side:
-        return pixels
-    width, height = (max(1, round(side * max_side / longer)) for side in pixels.size)
-    return pixels.resize((width, height), Resampling.LANCZOS)
 
 
 def _encoded(pixels: Image, kind: str, **options: int) -> bytes:

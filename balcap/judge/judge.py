@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import copy
 import threading
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
@@ -21,7 +21,6 @@ from balcap.utils.errors import RunStopped
 T = TypeVar("T")
 
 _OPENING = threading.Lock()
-_LEFT_BEHIND: list[Session] = []  # of the parent process: closing them after a fork would disturb the parent
 
 
 class Judge:
@@ -37,13 +36,12 @@ class Judge:
         settings: as in `JudgeSettings`.
     """
 
-    # What a process opens and counts by itself; a copy starts from these.
     _session: Session | None = None
-    _closed_stats = JudgeStats()
     _closed_spent = 0.0
 
     def __init__(self, model: str, **settings: Any):
         self.settings = JudgeSettings(model, **settings)
+        self._stats = JudgeStats()
 
     @property
     def grouping(self) -> str:
@@ -58,38 +56,32 @@ class Judge:
         Args:
             task: the kind of judgment.
             items: what to judge, such as captions.
-            together: one call for all of them, remembered as a whole; else each is remembered by itself and
-                calls hold as many as ``per_call`` allows.
+            together: one call for all of them, whose answers hold for this list alone; else each is remembered
+                by itself and calls hold as many as ``per_call`` allows.
             context: what the task's `messages` takes beside the items, such as the image.
 
         Raises:
-            CacheError, LedgerError: if these files cannot be used.
+            StoreError: if cache or ledger cannot be used.
         """
         if not items:
             return []
-        settings = self.settings
-        pieces = [tuple(items)] if together else [(item,) for item in items]
-        question = Question(task(), context, settings.routes(task.name), settings.images)
+        settings, together = self.settings, together and len(items) > 1
+        question = Question(task(), context, settings.routes(task.name), settings.images, items, together)
         per_call = len(items) if together else (settings.per_call or {}).get(task.name, task.per_call)
         session = self._open()
-        outcomes = await session.loop.here(session.gather(question, pieces, per_call))
-        return [
-            answer
-            for piece, answers in zip(pieces, outcomes, strict=True)
-            for answer in ([answers] * len(piece) if isinstance(answers, JudgeFailure) else answers)
-        ]
+        return await session.loop.here(session.gather(question, per_call))
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` on the judge's event loop and wait for it."""
-        return self._session_for(coroutine).loop.run(coroutine)
+        return self._open().loop.run(coroutine)
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Start `coroutine` on the judge's event loop and return at once."""
-        return self._session_for(coroutine).submit(coroutine)
+        return self._open().submit(coroutine)
 
     def stats(self) -> JudgeStats:
         """Calls, tokens, cost and failures so far, in this process."""
-        return self._closed_stats + (JudgeStats() if self._session is None else self._session.ledger.stats)
+        return copy.deepcopy(self._stats)
 
     def spent(self) -> float:
         """US dollars spent by all processes that share the ledger, now and in earlier runs."""
@@ -103,9 +95,8 @@ class Judge:
     def close(self) -> None:
         """Close connections and files; safe to call twice. A later question opens them again."""
         session, self._session = self._session, None
-        if session is not None and session.pid == os.getpid():
+        if session is not None:
             session.close()
-            self._closed_stats += session.ledger.stats
             self._closed_spent = session.ledger.spent()
 
     def problems(self, key: str = "model.judge") -> list[str]:
@@ -126,21 +117,10 @@ class Judge:
         return JudgmentCache(self.settings.cache)
 
     def _open(self) -> Session:
-        """The session of this process."""
         with _OPENING:
-            if self._session is not None and self._session.pid != os.getpid():
-                _LEFT_BEHIND.append(self._session)
-                self._session, self._closed_stats = None, JudgeStats()
             if self._session is None:
-                self._session = Session(self.settings, self.make_client(), self.make_cache())
+                self._session = Session(self.settings, self.make_client(), self.make_cache(), self._stats)
             return self._session
 
-    def _session_for(self, coroutine: Coroutine[Any, Any, Any]) -> Session:
-        try:
-            return self._open()
-        except BaseException:
-            coroutine.close()  # it will never be awaited, which Python would remark on
-            raise
-
     def __getstate__(self) -> dict[str, Any]:
-        return {"settings": self.settings}
+        return {"settings": self.settings, "_stats": JudgeStats()}

@@ -6,18 +6,13 @@ that is continued knows what it has spent. ``python main.py ledger``, ``sqlite3`
 
 from __future__ import annotations
 
-import operator
 import os
-import sqlite3
-import uuid
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from balcap.judge.cache import Store
-from balcap.judge.errors import LedgerError
+from balcap.judge.client import Reply
 
 
 @dataclass
@@ -26,135 +21,96 @@ class JudgeStats:
 
     Attributes:
         calls: requests sent to a provider, retries included.
-        retries: those of them that repeat a failed one.
         cache_hits: answers that came from the cache: about a caption or an assertion, not a request.
-        shared: answers that came from an equal question which was already under way.
         failures: task -> items (captions, assertions) that failed for good, each once, however many
             captions of a group share it; `Judgments.failures` counts per caption.
         tokens_in: prompt tokens billed, image tokens included.
         tokens_out: completion tokens billed, reasoning tokens included.
-        tokens_cached: those of `tokens_in` that the provider had in its prefix cache.
         cost_usd: US dollars, from ``model.judge.prices`` or litellm's price table.
         unpriced_calls: calls that no price is known for; `cost_usd` holds 0 for them.
     """
 
     calls: int = 0
-    retries: int = 0
     cache_hits: int = 0
-    shared: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     tokens_in: int = 0
     tokens_out: int = 0
-    tokens_cached: int = 0
     cost_usd: float = 0.0
     unpriced_calls: int = 0
 
-    @property
-    def failed(self) -> int:
-        """Items that failed for good, over all tasks."""
-        return sum(self.failures.values())
-
-    def __add__(self, other: JudgeStats) -> JudgeStats:
-        return self._combine(other, operator.add)
-
     def __sub__(self, other: JudgeStats) -> JudgeStats:
-        return self._combine(other, operator.sub)
-
-    def _combine(self, other: JudgeStats, combine: Callable[[Any, Any], Any]) -> JudgeStats:
-        return JudgeStats(**{name: combine(mine, vars(other)[name]) for name, mine in vars(self).items()})
-
-
-@dataclass(frozen=True)
-class Call:
-    """One request to a provider.
-
-    Attributes:
-        at: unix time when it was sent.
-        task: kind of judgment.
-        model: who was asked, as litellm writes it.
-        items: questions that it carried (captions, assertions).
-        attempt: 1 for the first, more for repetitions.
-        outcome: ``ok``, or the `FailureKind`.
-        tokens_in: prompt tokens billed, image and cached tokens included.
-        tokens_out: completion tokens billed, reasoning included.
-        tokens_cached: those of `tokens_in` that the provider had in its prefix cache.
-        usd: US dollars; None where no price is known. A provider does not say what it bills for a call that
-            timed out: 0.
-        latency_s: seconds until the answer, or until it was given up.
-    """
-
-    at: float
-    task: str
-    model: str
-    items: int
-    attempt: int
-    outcome: str
-    tokens_in: int
-    tokens_out: int
-    tokens_cached: int
-    usd: float | None
-    latency_s: float
-
-
-_COLUMNS = [item.name for item in fields(Call)]
-_ADD = f"INSERT INTO calls ({', '.join(_COLUMNS)}, pid) VALUES ({', '.join('?' * (len(_COLUMNS) + 1))})"
-_SPEND = (
-    "INSERT INTO spent (session, usd) VALUES (?, ?) ON CONFLICT(session) DO UPDATE SET usd = excluded.usd"
-)
+        return JudgeStats(**{name: mine - vars(other)[name] for name, mine in vars(self).items()})
 
 
 class Ledger(Store):
-    """Rows of `Call`, and the sum of their dollars over all processes that write the same file.
+    """A row for every call, and the sum of their dollars over all processes that write the same file.
 
     Args:
         path: the file; None keeps only the counts of this process.
+        stats: where calls are counted; None begins at 0.
 
     Attributes:
         stats: the counts of this process.
 
     Raises:
-        LedgerError: if the file cannot be opened or is not a ledger.
+        StoreError: if the file cannot be opened or is not a ledger.
     """
 
-    what, setting, error = "a ledger of judgments", "ledger", LedgerError
-    application_id, version = 0x62616C6C, 1  # "ball"
-    tables = (
+    setting, application_id, version = "ledger", 0x62616C6C, 1  # "ball"
+    table = (
         "CREATE TABLE IF NOT EXISTS calls (id INTEGER PRIMARY KEY, at REAL NOT NULL, task TEXT NOT NULL,"
         " model TEXT NOT NULL, items INTEGER NOT NULL, attempt INTEGER NOT NULL, outcome TEXT NOT NULL,"
         " tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL, tokens_cached INTEGER NOT NULL, usd REAL,"
-        " latency_s REAL NOT NULL, pid INTEGER NOT NULL)",
-        # What each process has spent: the sum is asked for before every call.
-        "CREATE TABLE IF NOT EXISTS spent (session TEXT PRIMARY KEY, usd REAL NOT NULL) WITHOUT ROWID",
+        " latency_s REAL NOT NULL, pid INTEGER NOT NULL)"
     )
 
-    def __init__(self, path: str | Path | None):
+    def __init__(self, path: str | Path | None, stats: JudgeStats | None = None):
         super().__init__(path)
-        self.stats = JudgeStats()
-        self._session = uuid.uuid4().hex
-        self._spent_by_others = 0.0
+        self.stats = stats or JudgeStats()
+        self._last_row = 0
+        self._read_usd = self._unwritten_usd = 0.0
 
-    def add(self, call: Call) -> None:
-        """Record a call."""
-        stats = self.stats
+    def add(
+        self,
+        at: float,
+        task: str,
+        model: str,
+        items: int,
+        attempt: int,
+        outcome: str,
+        reply: Reply,
+        latency_s: float,
+    ) -> None:
+        """Record a request to a provider.
+
+        Args:
+            at: unix time when it was sent.
+            task: kind of judgment.
+            model: who was asked, as litellm writes it.
+            items: questions that it carried (captions, assertions).
+            attempt: 1 for the first, more for repetitions.
+            outcome: ``ok``, or the `FailureKind`.
+            reply: what it used.
+            latency_s: seconds until the answer, or until it was given up.
+        """
+        stats, usd = self.stats, reply.usd or 0.0
         stats.calls += 1
-        stats.retries += call.attempt > 1
-        stats.tokens_in += call.tokens_in
-        stats.tokens_out += call.tokens_out
-        stats.tokens_cached += call.tokens_cached
-        stats.cost_usd += call.usd or 0.0
-        stats.unpriced_calls += call.usd is None
-        self._write((_ADD, (*astuple(call), os.getpid())), (_SPEND, (self._session, stats.cost_usd)))
+        stats.tokens_in += reply.tokens_in
+        stats.tokens_out += reply.tokens_out
+        stats.cost_usd += usd
+        stats.unpriced_calls += reply.usd is None
+        used = (reply.tokens_in, reply.tokens_out, reply.tokens_cached, reply.usd)
+        row = (at, task, model, items, attempt, outcome, *used, latency_s, os.getpid())
+        if self._run("write", f"INSERT INTO calls VALUES (NULL{', ?' * len(row)})", row) is None:
+            self._unwritten_usd += usd
 
     def spent(self) -> float:
         """US dollars of all processes that wrote this file, now and in earlier runs."""
-        query = "SELECT total(usd) FROM spent WHERE session != ?"
-        with self._lock:
-            if self._connection is not None:
-                try:
-                    self._spent_by_others = self._connection.execute(query, (self._session,)).fetchone()[0]
-                except sqlite3.Error as error:
-                    self._warn("read", error)
-        return self._spent_by_others + self.stats.cost_usd
+        query = "SELECT total(usd), max(id) FROM calls WHERE id > ?"
+        for usd, last_row in self._run("read", query, [self._last_row]) or ():
+            self._read_usd += usd
+            self._last_row = last_row or self._last_row
+        return self._read_usd + self._unwritten_usd
 
     def close(self) -> None:
         """Close the file; safe to call twice."""

@@ -43,27 +43,31 @@ class Route:
 
 @dataclass(frozen=True)
 class Question:
-    """A task in its context, to be asked about items.
+    """A task in its context, and the items that it is asked about.
 
     Attributes:
         task: the kind of judgment.
         context: what its `messages` takes beside the items.
         routes: who is asked, the others where the first fails.
         images: how images are sent.
+        items: what is asked about.
+        together: an answer holds only for an item among just these.
     """
 
     task: Task[Any]
     context: Mapping[str, Any]
     routes: Sequence[Route]
     images: ImagePolicy
+    items: Sequence[Any]
+    together: bool = False
 
-    def keys(self, piece: Sequence[Any]) -> list[str]:
-        """Keys under which the answers to these items may be stored, one per route.
+    def keys(self, item: Any) -> list[str]:
+        """Keys under which the answer to an item may be stored, one per route.
 
         SHA-256 over model, parameters, task, its version (which stands for prompt and schema), context
-        (images by the SHA-256 of their file) and what identifies the items.
+        (images by the SHA-256 of their file) and what identifies the item.
         """
-        about = [self.task.identity(item) for item in piece]
+        about = [self.task.identity(one) for one in (item, *(self.items if self.together else ()))]
         return [_digest([route.model, route.content, *self._fixed, about]) for route in self.routes]
 
     @cached_property
@@ -72,20 +76,16 @@ class Question:
             name: _image_digest(value) if isinstance(value, bytes) else value
             for name, value in self.context.items()
         }
-        return [self.task.name, self.task.version, context, repr(self.images) if self.shows_image else ""]
+        has_image = any(isinstance(value, bytes) for value in self.context.values())
+        return [self.task.name, self.task.version, context, repr(self.images) if has_image else ""]
 
-    @property
-    def shows_image(self) -> bool:
-        """Whether an image is part of the context."""
-        return any(isinstance(value, bytes) for value in self.context.values())
-
-    def messages(self, items: Sequence[Any]) -> list[Message]:
+    def messages(self) -> list[Message]:
         """The chat as `Task.messages` writes it."""
-        return self.task.messages(items, **self.context)
+        return self.task.messages(self.items, **self.context)
 
-    def parse(self, answer: dict[str, Any], items: Sequence[Any]) -> list[Any]:
+    def parse(self, answer: dict[str, Any]) -> list[Any]:
         """The answers in a JSON object, one per item; raises `InvalidAnswer`."""
-        return self.task.parse(self.task.read(answer), items, **self.context)
+        return self.task.parse(self.task.read(answer), self.items, **self.context)
 
 
 def _digest(content: Any) -> str:
@@ -169,22 +169,16 @@ def with_ids(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"id": number, **entry} for number, entry in enumerate(entries, 1)]
 
 
-def in_order(items: Iterable[Any], count: int, what: str) -> list[Any]:
+def in_order(items: Sequence[Any], count: int, what: str) -> list[Any]:
     """`items` sorted by their ``id``, which must be 1 … `count`, each once.
 
     Raises:
-        InvalidAnswer: naming unknown, repeated and missing ids.
+        InvalidAnswer: with the ids that they have.
     """
-    by_id: dict[int, Any] = {}
-    for item in items:
-        if not 1 <= item.id <= count:
-            raise InvalidAnswer(f"{what} for the unknown id {item.id}, ids are 1 to {count}")
-        if item.id in by_id:
-            raise InvalidAnswer(f"two {what} for id {item.id}")
-        by_id[item.id] = item
-    if len(by_id) < count:
-        raise InvalidAnswer(f"{len(by_id)} {what}, {count} were asked for")
-    return [by_id[number] for number in range(1, count + 1)]
+    ids = [item.id for item in items]
+    if sorted(ids) != list(range(1, count + 1)):
+        raise InvalidAnswer(f"ids 1 to {count} were asked for, each once; the {what} have the ids {ids}")
+    return sorted(items, key=lambda item: item.id)
 
 
 # ---- what came back

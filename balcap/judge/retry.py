@@ -15,12 +15,11 @@ import logging
 import random
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
 from typing import Any
 
 from balcap.judge.client import CallFailed, Client, Reply, invalid
 from balcap.judge.errors import BudgetSpent, FailureKind, InvalidAnswer, JudgeFailure, JudgeUnavailable
-from balcap.judge.ledger import Call, Ledger
+from balcap.judge.ledger import Ledger
 from balcap.judge.prompt import Question, Route, extract_json, fence
 from balcap.judge.settings import JudgeSettings
 from balcap.judge.task import Message
@@ -72,10 +71,9 @@ class Health:
         failures = sum(recent)
         if failures >= MIN_FAILURES and failures > self.max_failed_share * len(recent):
             return f"{failures} of the last {len(recent)} judgments of the kind {task} failed"
-        if self._in_a_row[task] >= MIN_FAILURES:
-            return f"the last {self._in_a_row[task]} judgments of the kind {task} failed"
-        if self._in_a_row[""] >= MIN_FAILURES:
-            return f"the last {self._in_a_row['']} judgments failed"
+        for of, which in ((task, f" of the kind {task}"), ("", "")):
+            if self._in_a_row[of] >= MIN_FAILURES:
+                return f"the last {self._in_a_row[of]} judgments{which} failed"
         return None
 
 
@@ -101,30 +99,28 @@ class Retrier:
         self._failed_in_a_row: Counter[str] = Counter()
         self._cools_until: dict[str, float] = {}
 
-    async def answer(self, question: Question, items: Sequence[Any]) -> tuple[list[Any], Route]:
-        """The parsed answer, and who gave it.
-
-        Args:
-            question: task, context and routes.
-            items: what to ask about in this call.
+    async def answer(self, question: Question) -> tuple[list[Any], Route]:
+        """The parsed answers to one call's question, and who gave them.
 
         Raises:
             JudgeFailure: when nobody answers; with a kind in `DIVISIBLE`, asking about fewer items may help. It
                 counts once it is final: see `give_up`.
         """
-        task = question.task.name
-        chat, now = question.messages(items), time.monotonic()
+        self._client.connect()  # takes seconds once, which must not count as the provider's
+        now = time.monotonic()
         # Fallbacks first while the judges before them cool down.
         for route in sorted(question.routes, key=lambda route: self._cools_until.get(route.name, 0.0) > now):
             try:
-                answer = await self._ask_route(question, route, chat, items)
+                answers = await self._ask_route(question, route)
             except JudgeFailure as missed:
                 failure = missed
-                if missed.kind in ("stopped", "image") or (missed.kind in DIVISIBLE and len(items) > 1):
+                if missed.kind in ("stopped", "image") or (
+                    missed.kind in DIVISIBLE and len(question.items) > 1
+                ):
                     break
             else:
-                self._health.succeeded(task)
-                return answer, route
+                self._health.succeeded(question.task.name)
+                return answers, route
         raise failure
 
     def give_up(self, failure: JudgeFailure, items: int) -> None:
@@ -141,25 +137,23 @@ class Retrier:
             hint = "model.judge.max_failed_share and model.judge.retries say when to give up"
             self._stop_asking(JudgeUnavailable(why + hint))
 
-    async def _ask_route(
-        self, question: Question, route: Route, chat: Sequence[Message], items: Sequence[Any]
-    ) -> list[Any]:
-        """The answer of one judge, after as many calls as it takes."""
-        messages, attempt, deadline = list(chat), 1, float("inf")
+    async def _ask_route(self, question: Question, route: Route) -> list[Any]:
+        """The answers of one judge, after as many calls as it takes."""
+        chat = question.messages()
+        messages, attempt, deadline = chat, 1, float("inf")
         while True:
             async with self._slots:
                 self._check_stopped(question)
                 if deadline == float("inf"):
-                    self._client.connect()  # takes seconds once, which must not count as the provider's
                     deadline = time.monotonic() + self._settings.deadline
                 try:
-                    return await self._call(question, route, messages, items, attempt, deadline)
+                    return await self._call(question, route, messages, attempt, deadline)
                 except CallFailed as error:
                     failed = error
-            if not failed.sent and failed.may_pass and time.monotonic() + failed.after < deadline:
+            if not failed.sent and failed.may_pass:  # our own limits are not the judge's fault
                 seconds = failed.after * random.uniform(1.0, 2.0)
                 await self._pause(seconds)
-                deadline += seconds if failed.held_back else 0.0  # our own limits are not the judge's fault
+                deadline += seconds
                 continue
             pause = 0.0 if failed.kind == "invalid" else _backoff(attempt - 1, failed.after)
             late = time.monotonic() + pause >= deadline
@@ -168,23 +162,15 @@ class Retrier:
                 calls = f" (after {attempt} calls{within})" if attempt > 1 or late else ""
                 self._count_failed(route, failed)
                 raise JudgeFailure(question.task.name, f"{failed.reason}{calls}", failed.kind)
-            repaired = len(messages) > len(chat)
-            messages = list(chat)
-            if failed.kind == "invalid" and failed.reply.text.strip() and not repaired:
-                messages.append(_repair(failed))
+            repairable = failed.kind == "invalid" and failed.reply.text.strip() and messages is chat
+            messages = [*chat, _repair(failed)] if repairable else chat
             attempt += 1
             await self._pause(pause)
 
     async def _call(
-        self,
-        question: Question,
-        route: Route,
-        chat: list[Message],
-        items: Sequence[Any],
-        attempt: int,
-        deadline: float,
+        self, question: Question, route: Route, chat: list[Message], attempt: int, deadline: float
     ) -> list[Any]:
-        """One call, recorded with its outcome; the parsed answer."""
+        """One call, recorded with its outcome; the parsed answers."""
         sent, start = time.time(), time.monotonic()
         outcome, reply, was_sent = "cancelled", Reply(), True
         try:
@@ -192,7 +178,7 @@ class Retrier:
             reply = await self._client.call(question, route, chat, timeout)
             outcome = "invalid"
             try:
-                answer = question.parse(extract_json(reply.text), items)
+                answer = question.parse(extract_json(reply.text))
             except InvalidAnswer as error:
                 raise invalid(route, str(error), reply) from None
             outcome = "ok"
@@ -203,9 +189,8 @@ class Retrier:
             raise
         finally:
             if was_sent:
-                asked = (question.task.name, route.model, len(items), attempt, outcome)
-                used = (reply.tokens_in, reply.tokens_out, reply.tokens_cached, reply.usd)
-                self._ledger.add(Call(sent, *asked, *used, latency_s=time.monotonic() - start))
+                asked = (question.task.name, route.model, len(question.items), attempt, outcome)
+                self._ledger.add(sent, *asked, reply, latency_s=time.monotonic() - start)
 
     def _check_stopped(self, question: Question) -> None:
         budget = self._settings.budget_usd
@@ -230,8 +215,7 @@ class Retrier:
     async def _pause(self, seconds: float) -> None:
         """Wait, but not for a run that ends."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._stop.wait()
+            await asyncio.wait_for(self._stop.wait(), seconds)
 
 
 def _repair(failed: CallFailed) -> Message:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from balcap.judge import client
 from balcap.judge.cache import JudgmentCache
 from balcap.judge.client import Deployment, Price
-from balcap.judge.images import ImagePolicy
+from balcap.judge.images import LEAST_SIDE, ImagePolicy
 from balcap.judge.ledger import Ledger
 from balcap.judge.prompt import Route
-from balcap.judge.tasks import Task
+from balcap.judge.task import Task
 from balcap.utils.redact import secret_problems
-
-_AT_LEAST = {"concurrency": 1, "retries": 0, "per_call": 1, "prices": 0, "deployments": 1}
-"""What the numbers of these settings must be at least; those of the others must be above 0."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class JudgeSettings:
         Args:
             key: where the judge stands in the config.
         """
-        problems = [*self._number_problems(key), *self.images.problems(f"{key}.images")]
+        problems = self._number_problems(key)
         for path, store in ((self.cache, JudgmentCache), (self.ledger, Ledger)):
             if path is not None and (problem := store.problem(path)):
                 problems.append(problem.replace("model.judge", key))
@@ -127,25 +124,21 @@ class JudgeSettings:
         return problems + self._model_problems(key)
 
     def _number_problems(self, key: str) -> list[str]:
-        names = ("concurrency", "timeout_s", "retries", "max_failed_share", "budget_usd")
-        numbers = {name: getattr(self, name) for name in names}
-        numbers |= {f"per_call.{task}": most for task, most in (self.per_call or {}).items()}
-        for model, price in (self.prices or {}).items():
-            numbers |= {f"prices.{model}.{name}": usd for name, usd in vars(price).items()}
-        for index, place in enumerate(self.deployments or ()):
-            limits = {"rpm": place.rpm, "tpm": place.tpm, "max_parallel": place.max_parallel}
-            numbers |= {f"deployments[{index}].{name}": limit for name, limit in limits.items()}
+        late = f"at least {key}.timeout_s: {self.timeout_s:g}"
+        rules: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+            (r"deadline_s$", late, lambda number: number >= self.timeout_s),
+            (r"(timeout_s|budget_usd|max_mb)$", "above 0", lambda number: number > 0),
+            (r"max_failed_share$", "above 0 and at most 1", lambda share: 0 < share <= 1),
+            (r"images\.max_side$", f"at least {LEAST_SIDE}", lambda side: side >= LEAST_SIDE),
+            (r"images\.quality$", "from 1 to 95", lambda quality: 1 <= quality <= 95),
+            (r"retries$|\.prices\.", "at least 0", lambda number: number >= 0),
+            (r"", "at least 1", lambda number: number >= 1),
+        )
         problems = []
-        for name, value in numbers.items():
-            least = _AT_LEAST.get(re.split(r"[.[]", name)[0])
-            if value is not None and not (value > 0 if least is None else value >= least):  # NaN too
-                rule = "above 0" if least is None else f"at least {least}"
-                problems.append(f"{key}.{name}: {value} must be {rule}")
-        if self.max_failed_share > 1:
-            problems.append(f"{key}.max_failed_share: {self.max_failed_share} must be at most 1")
-        if not self.deadline >= self.timeout_s:
-            rule = f"must be at least {key}.timeout_s: {self.timeout_s:g}"
-            problems.append(f"{key}.deadline_s: {self.deadline} {rule}")
+        for name, number in _numbers({**asdict(self), "deadline_s": self.deadline}, key):
+            _, rule, holds = next(entry for entry in rules if re.search(entry[0], name))
+            if not holds(number):  # NaN too
+                problems.append(f"{name}: {number} must be {rule}")
         return problems
 
     def _model_problems(self, key: str) -> list[str]:
@@ -179,14 +172,10 @@ class JudgeSettings:
             ]
         if provider in (self.providers or ()):
             return []
-        problems = []
+        problems, reachable = [], params.get("api_base") or params.get("api_key")
         if provider in ("hosted_vllm", "vllm") and not (params.get("api_base") or params.get("base_url")):
             problems.append(f"{where}.params.api_base: {model} needs the address of its server")
-        elif (
-            not params.get("api_base")
-            and not params.get("api_key")
-            and (missing := client.missing_keys(model))
-        ):
+        elif not reachable and (missing := client.missing_keys(model)):
             problems.append(f"{where}.model: {model} needs in the environment: {', '.join(missing)}")
         if self.budget_usd is not None and price_of(self, model) is None:
             problems.append(
@@ -194,6 +183,19 @@ class JudgeSettings:
                 "{input: <US$ per 1M tokens>, output: <...>}, 0 for a server of your own"
             )
         return problems
+
+
+def _numbers(settings: Any, key: str) -> Iterator[tuple[str, float]]:
+    """Every number in these settings under its key; not in ``params``, which are the provider's matter."""
+    if isinstance(settings, Mapping):
+        for name, inner in settings.items():
+            if name != "params":
+                yield from _numbers(inner, f"{key}.{name}")
+    elif isinstance(settings, list):
+        for index, inner in enumerate(settings):
+            yield from _numbers(inner, f"{key}[{index}]")
+    elif isinstance(settings, int | float):
+        yield key, settings
 
 
 def price_of(settings: JudgeSettings, model: str) -> Price | None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from itertools import chain
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from balcap.judge.errors import InvalidAnswer, JudgeFailure
+
+if TYPE_CHECKING:
+    from balcap.judge.judge import Judge
 
 AnswerT = TypeVar("AnswerT")
 Message = dict[str, Any]
@@ -125,10 +129,8 @@ class Task(ABC, Generic[AnswerT]):
     async def judge_group(self, group: Group) -> list[Any | None]:
         """One answer per entry of `group.captions`, None where it is missing."""
         context, items = await self.inputs(group)
-        return [
-            None if answers is None else self.combine(answers)
-            for answers in await group.answers(type(self), items, **context)
-        ]
+        answers = await group.answers(type(self), items, **context)
+        return [None if one is None else self.combine(one) for one in answers]
 
 
 @cache
@@ -144,23 +146,12 @@ def _validated(validate: Callable[[Any], Any], value: Any) -> Any:
         raise InvalidAnswer("; ".join(wrong)) from None
 
 
-class Asks(Protocol):
-    """What a group needs of a judge: one answer, or the failure, per item."""
-
-    @property
-    def grouping(self) -> str: ...
-
-    async def ask(
-        self, task: type[Task[AnswerT]], items: Sequence[Any], together: bool = False, **context: Any
-    ) -> list[AnswerT | JudgeFailure]: ...
-
-
 @dataclass(eq=False)
 class Group:
     """The answers about one image's captions, each kind asked for once.
 
     A sampler often repeats itself: equal captions are one question, and `captions` holds each once.
-    Tasks work on `captions`; `per_rollout` gives the answers back in the order of the rollouts. It lives
+    Tasks work on `captions`; `judgments` gives the answers back in the order of the rollouts. It lives
     on the event loop of the judge.
 
     Args:
@@ -172,7 +163,7 @@ class Group:
         reference_units: what the reference asserts, where the data already hold it.
     """
 
-    judge: Asks
+    judge: Judge
     sample_id: str
     image_bytes: bytes
     reference: str
@@ -210,34 +201,27 @@ class Group:
         In ``group`` all captions share calls and what one was answered holds for all; in ``per_rollout``
         every caption has its own call.
         """
-        present = [one for one in items if one is not None]
-        if self.judge.grouping == "group":
-            flat = iter(await self.judge.ask(task, [item for one in present for item in one], **context))
-            answers = [[next(flat) for _ in one] for one in present]
-        else:
-            answers = await asyncio.gather(
-                *(self.judge.ask(task, one, together=True, **context) for one in present)
-            )
-        rest = iter(answers)
-        return [None if one is None else self._complete(next(rest)) for one in items]
+        present, together = [one for one in items if one is not None], self.judge.grouping == "per_rollout"
+        asked = present if together else [list(chain(*present))]
+        answered = await asyncio.gather(*(self.judge.ask(task, some, together, **context) for some in asked))
+        rest = chain(*answered)
+        return [None if one is None else self._complete([next(rest) for _ in one]) for one in items]
 
     def _complete(self, answers: list[Any]) -> list[Any] | None:
         failures = [answer for answer in answers if isinstance(answer, JudgeFailure)]
         self.reasons += map(str, failures[:1])
         return None if failures else answers
 
-    def asked(self) -> dict[str, type[Task[Any]]]:
-        """Name -> task of all that was asked so far, tasks asked on behalf of others included."""
-        return {task.name: task for task in self._answers}
-
-    async def per_rollout(self, task: type[Task[Any]]) -> list[Any | None]:
-        """``[G]`` answers in the order of the rollouts."""
-        answers = dict(zip(self.captions, await self.get(task), strict=True))
-        return [answers[caption] for caption in self._rollouts]
-
-    def known_units(self) -> list[str] | None:
-        """`units` if they were asked for, else None."""
-        return self._units.result() if self._units is not None and self._units.done() else None
+    async def judgments(self, tasks: Iterable[type[Task[Any]]]) -> Judgments:
+        """The answers to these tasks, and to those that they asked on their part, as a batch of B = 1."""
+        await asyncio.gather(*map(self.get, tasks))
+        answers = {}
+        for task, future in self._answers.items():
+            by_caption = dict(zip(self.captions, await future, strict=True))
+            answers[task.name] = [[by_caption[caption] for caption in self._rollouts]]
+        missing = Counter({name: sum(one is None for one in found) for name, (found,) in answers.items()})
+        units = None if self._units is None else await self._units
+        return Judgments(answers, [units], +missing, self.reasons)
 
 
 @dataclass(frozen=True)

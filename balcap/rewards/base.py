@@ -12,8 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
-from balcap.judge import Judgments
-from balcap.judge.tasks import Task
+from balcap.judge import Judgments, Task
 from balcap.types import Rollouts
 
 T = TypeVar("T")

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from balcap.judge import Asks, Group, Judgments
-from balcap.judge.tasks import Task
+from balcap.judge import Group, Judge, Judgments, Task
 from balcap.rewards.base import Reward
 from balcap.types import CaptionBatch, Rollouts
 
-T = TypeVar("T")
-
 _REASONS = 5
-
-
-class JudgeLike(Asks, Protocol):
-    """What the suite needs of a judge: `balcap.judge.Judge`, or a fake in a test."""
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T: ...
 
 
 class RewardSuite(nn.Module):
@@ -61,13 +52,13 @@ class RewardSuite(nn.Module):
         assert isinstance(reward, Reward)
         return reward
 
-    def gather(self, judge: JudgeLike, rollouts: Rollouts) -> Judgments:
+    def gather(self, judge: Judge, rollouts: Rollouts) -> Judgments:
         """All judgments that the rewards need, all groups at once; waits for them.
 
         A judgment that fails is None. The judge's failures raise nothing; an unusable cache does.
 
         Raises:
-            CacheError: if ``model.judge.cache`` cannot be used.
+            StoreError: if the judge's cache or ledger cannot be used.
         """
 
         async def everything() -> Judgments:
@@ -79,7 +70,7 @@ class RewardSuite(nn.Module):
         return judge.run(everything())
 
     async def gather_group(
-        self, judge: Asks, batch: CaptionBatch, row: int, captions: Sequence[str]
+        self, judge: Judge, batch: CaptionBatch, row: int, captions: Sequence[str]
     ) -> Judgments:
         """The judgments of the ``[G]`` captions of one image of a batch, as a batch of B = 1; runs on the judge's loop.
 
@@ -88,10 +79,7 @@ class RewardSuite(nn.Module):
         image, reference = batch.image_bytes[row], batch.references[row]
         units = batch.extra("reference_units")[row]
         group = Group(judge, batch.sample_ids[row], image, reference, captions, units)
-        await asyncio.gather(*(group.get(task) for task in self.needs))
-        answers = {name: [await group.per_rollout(task)] for name, task in group.asked().items()}
-        failures = Counter({name: _missing(rows) for name, rows in answers.items() if _missing(rows)})
-        return Judgments(answers, [group.known_units()], failures, _few(group.reasons))
+        return await group.judgments(self.needs)
 
     def forward(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G K"]:
         """Scores in [0, 1], float32, in the order of `names`; NaN where missing. Accumulates every reward."""
@@ -112,13 +100,5 @@ def merge(groups: Sequence[Judgments]) -> Judgments:
         },
         units=[units for group in groups for units in group.units],
         failures=sum((group.failures for group in groups), Counter()),
-        reasons=_few([reason for group in groups for reason in group.reasons]),
+        reasons=list(dict.fromkeys(reason for group in groups for reason in group.reasons))[:_REASONS],
     )
-
-
-def _missing(rows: Sequence[Sequence[Any]]) -> int:
-    return sum(answer is None for row in rows for answer in row)
-
-
-def _few(reasons: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(reasons))[:_REASONS]

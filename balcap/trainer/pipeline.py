@@ -72,7 +72,7 @@ class PendingJudgments:
         """All groups in the order of the batch; waits for them.
 
         Raises:
-            CacheError: the judge's cache cannot be used.
+            StoreError: the judge's cache cannot be used.
         """
         if not self._suite.needs:
             return Judgments({}, [None] * len(self._batch))

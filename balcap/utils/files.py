@@ -36,16 +36,14 @@ def atomic_write(path: str | Path, mode: str = "w", **options: Any) -> Iterator[
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
 
 
-def append_jsonl(path: str | Path, rows: Iterable[Any], sync: bool = False) -> None:
+def append_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
     """Append `rows`, one JSON object a line, in one write; a line that a kill has cut short stays by itself.
 
     Args:
         path: the file; made with its folder if it is missing.
         rows: what JSON can hold.
-        sync: wait until they are on the disk.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,29 +53,12 @@ def append_jsonl(path: str | Path, rows: Iterable[Any], sync: bool = False) -> N
         file.seek(max(0, end - 1))
         torn = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * torn + data)
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())
 
 
 def read_jsonl(path: str | Path) -> list[Any]:
     """The rows of a file of JSON lines, ``[]`` if there is none. Lines that a kill has cut short are left out."""
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        return []
-    rows = []
+    data, rows = Path(path).read_bytes() if Path(path).exists() else b"", []
     for line in data.splitlines():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a new name to the disk, where the system lets a folder be opened."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Coroutine
@@ -19,12 +20,14 @@ class BackgroundLoop:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
+        self._stopping = asyncio.Event()
         self._thread = threading.Thread(target=self._serve, name="balcap-judge", daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
+        # In the end the runner cancels what is left, and closes the loop.
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self._stopping.wait())
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Start `coroutine` and return at once."""
@@ -53,48 +56,27 @@ class BackgroundLoop:
         return await asyncio.wrap_future(self.submit(coroutine))
 
     def stop(self, timeout: float | None = None) -> None:
-        """Cancel what is running, stop the loop and its thread.
+        """Cancel what is running, stop the loop and its thread; safe to call twice.
 
         Args:
             timeout: seconds that what is running may take to end; None for no limit.
         """
-        if self.loop.is_closed():
-            return
-        try:
-            self.submit(self._drain()).result(timeout)
-        finally:
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            self._thread.join(timeout)
-        self.loop.close()
-
-    async def _drain(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self.loop.shutdown_asyncgens()
-        await self.loop.shutdown_default_executor()
+        with contextlib.suppress(RuntimeError):  # it is closed already
+            self.loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join(timeout)
 
 
-_LOOPS: dict[int, BackgroundLoop] = {}
-_STARTING = threading.Lock()
-
-
+@functools.cache
 def process_loop() -> BackgroundLoop:
     """The one loop of this process for all judges; it runs until the process ends.
 
     litellm keeps HTTP clients per event loop. A loop for each judge would leave those of dead loops behind, and a
     new loop with the id of a dead one would be handed its connections.
     """
-    with _STARTING:
-        if os.getpid() not in _LOOPS:  # after a fork the parent's thread does not run here
-            _LOOPS[os.getpid()] = BackgroundLoop()
-            atexit.register(_stop_at_exit, os.getpid())
-        return _LOOPS[os.getpid()]
+    loop = BackgroundLoop()
+    atexit.register(loop.stop, timeout=5)  # no thread of ours runs while the interpreter ends
+    return loop
 
 
-def _stop_at_exit(pid: int) -> None:
-    """No thread of ours runs while the interpreter ends; a fork's copy of this handler does nothing."""
-    if os.getpid() == pid:
-        with contextlib.suppress(Exception):
-            _LOOPS[pid].stop(timeout=5)
+if hasattr(os, "register_at_fork"):  # the parent's thread does not run in a child
+    os.register_at_fork(after_in_child=process_loop.cache_clear)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
-from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
+from urllib.parse import quote, quote_plus
 
 _LIMIT = 300  # characters of a text that is kept
 _LONGEST = 20_000  # characters that are looked at; errors may quote a whole request
@@ -36,6 +36,8 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+")
 _ANYWHERE = re.compile("apikey|authorization|bearer|cookie|credentials?|passphrase|passwd|password|secrets?")
 _AT_THE_END = {"auth", "jwt", "key", "keys", "token"}  # a token count or a key's name end otherwise
 _HARMLESS = {"bos_token", "eos_token", "pad_token", "prompt_cache_key", "stop_token"}
+_USER = re.compile(r"://[^/?#\s]*@")  # of a URL
+_PARAMETER = re.compile(r"[?&]([^\s=&#]+)=[^\s&#]")  # of a URL, with a value
 _PUBLIC = re.compile(r"/|~|\w+://(?![^/?#]*@)")  # variables with such values name places, not secrets
 _FIX = "keys come from the environment; remove it, or write os.environ/<NAME> for the variable that holds it"
 
@@ -67,11 +69,7 @@ def _environment_secrets() -> list[str]:
     variables = os.environ.items()
     referenced = {text for name, text in variables if name in _referenced and len(text) >= _SHORTEST_KNOWN}
     named = {value for name, value in variables if _SECRET_NAME.search(name) and len(value) >= _SHORTEST}
-    return _longest_first(referenced | named)
-
-
-def _longest_first(texts: Iterable[str]) -> list[str]:
-    return sorted(texts, key=lambda text: (-len(text), text))
+    return sorted(referenced | named, key=len, reverse=True)
 
 
 @lru_cache(maxsize=1024)
@@ -86,7 +84,7 @@ def _forms(secret: str) -> list[str]:
         # the characters that depend on nothing but the secret
         core = encoded[-(-before * 8 // 6) : (before + len(raw)) * 8 // 6]
         forms |= {core, core.replace("+", "-").replace("/", "_")} if len(core) >= _SHORTEST else set()
-    return _longest_first(forms - {""})
+    return sorted(forms - {""}, key=len, reverse=True)
 
 
 # ---- settings
@@ -157,10 +155,7 @@ def _speaks_of_a_secret(name: str) -> bool:
 
 def _is_secret(value: str, known: list[str]) -> bool:
     """Does a text hold a known secret, the shape of one, or a URL with a user, a password or a secret parameter?"""
-    try:
-        url = urlsplit(value.strip() if "://" in value else "")
-    except ValueError:  # no URL after all
-        url = urlsplit("")
-    if "@" in url.netloc or any(_speaks_of_a_secret(name) for name, _ in parse_qsl(url.query)):
+    parameters = _PARAMETER.findall(value) if "://" in value else []
+    if _USER.search(value) or any(map(_speaks_of_a_secret, parameters)):
         return True
     return bool(_SHAPES.search(value)) or any(s in value for s in known if not _PUBLIC.match(s))

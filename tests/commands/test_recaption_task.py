@@ -44,7 +44,9 @@ def test_a_caption_that_nobody_could_train_on_is_no_answer(caption: str) -> None
 def test_another_number_of_captions_is_no_answer() -> None:
     task = Recaption()
     two = task.read({"captions": [{"id": 1, "caption": "A."}, {"id": 2, "caption": "B."}]})
-    with pytest.raises(InvalidAnswer, match="unknown id 2"):
+    with pytest.raises(
+        InvalidAnswer, match=r"ids 1 to 1 were asked for, each once; the captions have the ids \[1, 2\]"
+    ):
         task.parse(two, ["What is this?"], image=b"")
 
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from balcap.judge import CacheError, Judge, JudgeFailure
+from balcap.judge import Judge, JudgeFailure, StoreError
 from balcap.judge.cache import JudgmentCache
 from balcap.judge.images import ImagePolicy
 from balcap.judge.prompt import Question, Route
@@ -66,22 +66,23 @@ DEFAULT = ImagePolicy()
 
 
 def test_the_key_depends_on_all_that_changes_an_answer(png, monkeypatch):
-    def key(image: bytes = png, says: tuple = ("A",), model: str = "m", images=DEFAULT, **params) -> str:
-        return Question(Verify(), {"image": image}, [Route(model, params)], images).keys(says)[0]
+    def key(image: bytes = png, says: str = "A", model: str = "m", images=DEFAULT, among=(), **params) -> str:
+        routes = [Route(model, params)]
+        return Question(Verify(), {"image": image}, routes, images, among, bool(among)).keys(says)[0]
 
     keys = [
         key(),
         key(image=png + b"x"),
-        key(says=("B",)),
-        key(says=("A", "B")),
+        key(says="B"),
+        key(among=("A", "B")),
         key(model="n"),
         key(temperature=1),
         key(images=ImagePolicy(max_side=64)),
-        Question(Rate(), {"image": png}, [Route("m", {})], ImagePolicy()).keys(("A",))[0],
+        Question(Rate(), {"image": png}, [Route("m", {})], ImagePolicy(), ()).keys("A")[0],
     ]
     assert len(set(keys)) == len(keys)
     assert key() == keys[0]
-    assert key(says=(" a. ",)) == keys[0]  # the same assertion
+    assert key(says=" a. ") == keys[0]  # the same assertion
     assert key(api_base="http://elsewhere", api_key="os.environ/X") == keys[0]  # a server may move
     monkeypatch.setattr(Verify, "version", "another")
     assert key() not in keys
@@ -186,7 +187,7 @@ def test_a_file_that_is_something_else(tmp_path):
         database.execute("PRAGMA user_version = 99")
     for path, why in ((text, "not a database"), (other, "something else"), (newer, "format 99")):
         judge = Judge("openai/gpt-4o-mini", cache=str(path))
-        with pytest.raises(CacheError, match=rf"model\.judge\.cache: .*{path.name}.*{why}"):
+        with pytest.raises(StoreError, match=rf"model\.judge\.cache: .*{path.name}.*{why}"):
             judge.run(rate(judge, "A cat."))
         assert str(path) in (JudgmentCache.problem(path) or "")
     assert text.read_text().startswith("not a database")
@@ -216,6 +217,6 @@ def test_damage_is_named(tmp_path):
     content[4096:] = b"\xff" * (len(content) - 4096)
     path.write_bytes(content)
     damaged = JudgmentCache(path)
-    with pytest.raises(CacheError, match=r"model\.judge\.cache: .*malformed"):
+    with pytest.raises(StoreError, match=r"model\.judge\.cache: .*malformed"):
         read(damaged, f"{7:064d}")
     damaged.close()

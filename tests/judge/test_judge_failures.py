@@ -40,7 +40,6 @@ def test_repeated_until_it_works(make_judge, server, fault):
     judge = make_judge(retries=2)
     assert judge.run(rate(judge, "A cat.")) == Rating(1.0, 0.5, 0.0)
     assert server.calls == 3
-    assert judge.stats().retries == 2
     assert judge.stats().failures == {}
 
 
@@ -159,7 +158,6 @@ def test_equal_captions_are_asked_once(failing, png):
     assert_rewards(rewards, [[[0.5, 0.5, 0.5], [1.0, 0.5, 0.5], [0.5, 0.5, 0.5]]])
     # 2 distinct captions + 1 reference decomposed; 2 matched and rated; 3 assertions verified in one call
     assert stats.calls == 3 + 2 * 2 + 1
-    assert stats.shared == 0
     assert judgments.units == [["A cat", "A mat"]]
     assert judgments.failures == {}
 

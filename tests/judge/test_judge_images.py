@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from balcap.data.images import decode_image
-from balcap.judge.images import ImageError, ImagePolicy, image_url
+from balcap.judge import Judge
+from balcap.judge.images import ImageError, ImagePolicy, as_sent, image_url
 
 SIZE = (96, 64)
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
@@ -290,33 +291,35 @@ def test_errors_quote_nothing_of_the_file() -> None:
 
 def test_urls_are_deterministic_and_kept() -> None:
     file = ODD["avif"]
-    first = image_url(file, ImagePolicy(detail={"openai": "low"}))
+    first = image_url(file, ImagePolicy(detail="low"))
     hits = image_url.cache_info().hits
-    assert image_url(bytes(bytearray(file)), ImagePolicy(detail={"openai": "low"})) is first
+    assert image_url(bytes(bytearray(file)), ImagePolicy(detail="low")) is first
     assert image_url.cache_info().hits == hits + 1
     image_url.cache_clear()
     assert image_url(file, ImagePolicy()) == first
 
 
-def test_detail_per_provider() -> None:
-    assert ImagePolicy().detail_for("openai") is None
-    assert ImagePolicy(detail="high").detail_for("anything") == "high"
-    some = ImagePolicy(detail={"openai": "low", "azure": "auto"})
-    assert [some.detail_for(name) for name in ("openai", "azure", "gemini")] == ["low", "auto", None]
+def test_the_detail_is_sent_where_it_is_set() -> None:
+    chat = [{"role": "user", "content": [{"type": "image", "image": ODD["bmp"]}]}]
+    for policy, detail in ((ImagePolicy(), None), (ImagePolicy(detail="low"), "low")):
+        (part,) = as_sent(chat, policy)[0]["content"]
+        assert part["image_url"].get("detail") == detail
 
 
 def test_settings_that_fit_have_no_problems() -> None:
-    assert ImagePolicy().problems() == []
-    assert ImagePolicy(28, 0.1, 1, "low").problems() == []
-    assert ImagePolicy(detail={"openai": "high", "azure": "auto"}).problems() == []
+    for images in (ImagePolicy(), ImagePolicy(28, 0.1, 1, "low")):
+        assert image_problems(images) == []
 
 
 def test_all_problems_are_reported_with_their_key() -> None:
-    wrong = ImagePolicy(max_side=27, max_mb=0, quality=96, detail={"openai": "lo"})
-    assert wrong.problems("model.judge.images") == [
-        "model.judge.images.max_side: 27 pixels; it must be at least 28",
-        "model.judge.images.max_mb: 0 MB; it must be above 0",
-        "model.judge.images.quality: 96; JPEG quality goes from 1 to 95",
-        "model.judge.images.detail.openai: 'lo'; there are low, high, auto",
+    assert image_problems(ImagePolicy(max_side=27, max_mb=0, quality=96)) == [
+        "model.judge.images.max_side: 27 must be at least 28",
+        "model.judge.images.max_mb: 0 must be above 0",
+        "model.judge.images.quality: 96 must be from 1 to 95",
     ]
-    assert len(ImagePolicy(max_mb=float("nan"), quality=0, detail="best").problems()) == 3
+    assert len(image_problems(ImagePolicy(max_mb=float("nan"), quality=0))) == 2
+
+
+def image_problems(images: ImagePolicy) -> list[str]:
+    params = {"api_base": "http://localhost:1/v1"}
+    return Judge("hosted_vllm/x", params=params, images=images, cache=None).problems()

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from balcap.judge import BudgetSpent, JudgeFailure, LedgerError, Price, Rate
-from balcap.judge.ledger import Call, Ledger
+from balcap.judge import BudgetSpent, JudgeFailure, Price, Rate, Reply, StoreError
+from balcap.judge.ledger import Ledger
 from tests.judge_questions import rate, verify
 
 
@@ -97,10 +97,11 @@ def test_a_budget_counts_earlier_processes(make_judge, server, tmp_path):
 
 WRITER = """
 import sys
-from balcap.judge.ledger import Call, Ledger
+from balcap.judge import Reply
+from balcap.judge.ledger import Ledger
 ledger = Ledger(sys.argv[1])
 for i in range(200):
-    ledger.add(Call(0.0, "rate", "m", 1, 1, "ok", 10, 1, 0, 0.001, 0.1))
+    ledger.add(0.0, "rate", "m", 1, 1, "ok", Reply("", 10, 1, 0, 0.001), 0.1)
     ledger.spent()
 print("done", flush=True)
 sys.stdin.readline()
@@ -123,7 +124,7 @@ def test_ranks_see_what_the_others_spend(tmp_path):
         assert rank.stdout is not None
         assert rank.stdout.readline() == "done\n"
     mine = Ledger(path)
-    mine.add(Call(0.0, "rate", "m", 1, 1, "ok", 10, 1, 0, 0.001, 0.1))
+    mine.add(0.0, "rate", "m", 1, 1, "ok", Reply("", 10, 1, 0, 0.001), 0.1)
     deadline = time.monotonic() + 10
     while mine.spent() < 0.6 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -137,6 +138,6 @@ def test_ranks_see_what_the_others_spend(tmp_path):
 def test_a_file_that_is_something_else_is_named(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("no database, but long enough to look like one. " * 100)
-    with pytest.raises(LedgerError, match=r"model\.judge\.ledger: .*notes\.txt"):
+    with pytest.raises(StoreError, match=r"model\.judge\.ledger: .*notes\.txt"):
         Ledger(path)
     assert str(path) in (Ledger.problem(path) or "")

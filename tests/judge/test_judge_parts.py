@@ -12,7 +12,7 @@ from PIL import Image
 
 from balcap.judge import Decompose, InvalidAnswer, JudgeStats, Match, Rate, Rating, Verdict, Verify
 from balcap.judge.prompt import extract_json, fence, response_format
-from balcap.judge.tasks import Schema
+from balcap.judge.task import Schema
 
 
 def test_ordinary_text_stays_readable():
@@ -157,9 +157,7 @@ def _png() -> bytes:
 # ---- counts
 
 
-def test_stats_add_and_subtract():
+def test_stats_subtract():
     one = JudgeStats(calls=3, failures=Counter({"rate": 2, "match": 1}), cost_usd=0.5)
     two = JudgeStats(calls=1, failures=Counter({"rate": 2}), cost_usd=0.25)
     assert one - two == JudgeStats(calls=2, failures=Counter({"match": 1}), cost_usd=0.25)
-    assert one + two == JudgeStats(calls=4, failures=Counter({"rate": 4, "match": 1}), cost_usd=0.75)
-    assert one.failed == 3

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from balcap.judge.tasks import Decompose, Match, Rate, Rating, Recaption, Task, Verdict, Verify
+from balcap.judge import Decompose, Match, Rate, Rating, Recaption, Task, Verdict, Verify
 
 CAPTION = (
     "Two small brown dogs run on a wide beach. The sky is grey and the sea behind them is calm. " * 3

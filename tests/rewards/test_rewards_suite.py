@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from balcap.judge import JudgeFailure, Judgments, Rating, Task, Verdict
-from balcap.judge.tasks import Schema, chat
+from balcap.judge.prompt import chat
+from balcap.judge.task import Schema
 from balcap.rewards import Linguistic, Precision, Recall, Reward, RewardSuite, merge
 from balcap.rewards.base import per_rollout
 from balcap.types import CaptionBatch, Rollouts

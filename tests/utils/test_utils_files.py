@@ -37,5 +37,5 @@ def test_lines_survive_one_that_was_cut_short(tmp_path: Path, torn: bytes):
         file.write(torn)
     rows = [{"n": 1}, {"n": 2, "text": "a\u2028b\n"}]
     assert read_jsonl(path) == rows
-    append_jsonl(path, [{"n": 4}], sync=True)
+    append_jsonl(path, [{"n": 4}])
     assert read_jsonl(path) == [*rows, {"n": 4}]

@@ -15,15 +15,10 @@ register. ``encode`` writes the JSON that ``parse`` reads, and ``example`` gives
 that run in this process, and tests answer with them.
 """
 
-from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
-from balcap.judge.task import Message, Schema, Task
 from balcap.judge.tasks.decompose import Decompose
 from balcap.judge.tasks.match import Match
 from balcap.judge.tasks.rate import Rate, Rating
 from balcap.judge.tasks.recaption import Recaption
 from balcap.judge.tasks.verify import Verdict, Verify
 
-__all__ = [
-    "Decompose", "Match", "Message", "Rate", "Rating", "Recaption", "Schema", "Task", "Verdict", "Verify",
-    "chat", "fence", "in_order", "numbered", "with_ids",
-]  # fmt: skip
+__all__ = ["Decompose", "Match", "Rate", "Rating", "Recaption", "Verdict", "Verify"]

@@ -72,9 +72,7 @@ class Match(Task[list[bool]]):
         text = fence("reference_units", numbered(units)) + "\n" + captions
         return chat(self.name, INSTRUCTIONS, text)
 
-    def parse(  # type: ignore[override]
-        self, answer: Coverage, items: Texts, *, units: Sequence[str]
-    ) -> list[list[bool]]:
+    def parse(self, answer: Coverage, items: Texts, *, units: Sequence[str]) -> list[list[bool]]:  # type: ignore[override]
         return [_covered(entry, len(units)) for entry in in_order(answer.captions, len(items), "captions")]
 
     def encode(self, answers: Sequence[list[bool]]) -> dict[str, Any]:
@@ -88,9 +86,7 @@ class Match(Task[list[bool]]):
         """The first half of the units is covered."""
         return [[index < len(units) // 2 for index in range(len(units))] for _ in items]
 
-    def known(  # type: ignore[override]
-        self, item: Sequence[str], *, units: Sequence[str]
-    ) -> list[bool] | None:
+    def known(self, item: Sequence[str], *, units: Sequence[str]) -> list[bool] | None:  # type: ignore[override]
         return None if units and item else [False] * len(units)
 
     async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:

@@ -80,9 +80,7 @@ class Verify(Task[Verdict]):
     def messages(self, items: Sequence[str], *, image: bytes) -> list[Message]:  # type: ignore[override]
         return chat(self.name, INSTRUCTIONS, fence("assertions", numbered(items)), image)
 
-    def parse(  # type: ignore[override]
-        self, answer: Verdicts, items: Sequence[str], *, image: bytes
-    ) -> list[Verdict]:
+    def parse(self, answer: Verdicts, items: Sequence[str], *, image: bytes) -> list[Verdict]:  # type: ignore[override]
         entries = in_order(answer.verdicts, len(items), "verdicts")
         return [Verdict(true=entry.true, pointable=entry.pointable) for entry in entries]
 
