@@ -41,11 +41,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from perf.report import arguments, fit, installed, judge_options, report, run_python, write_world
+from perf.report import arguments, fit, report, run_python, write_world
 from tests.judge_server import server_process
 
 LAG1, LAG0, TRL = "lag1", "lag0", "trl"
 STAGES = ("rollout", "judge", "judge_wait", "update", "sync")
+JUDGE = {"concurrency": 256, "timeout_s": 30.0}
 QUICK = {"images": 2, "captions": 4, "steps": 3, "warmup": 1, "latency": 0.3, "p99": 2.0}
 
 
@@ -59,9 +60,6 @@ class Case:
         steps: measured in each run.
         warmup: steps before them, at least 1.
         latency, p99: median and 99th percentile of the judge's seconds.
-        precision: Lightning's name for it, ``bf16-mixed`` or ``32-true``.
-        concurrency: calls under way at once.
-        timeout_s: of a call.
         steps_per_generation: TRL's updates on one generation.
     """
 
@@ -71,9 +69,6 @@ class Case:
     warmup: int = 2
     latency: float = 1.5
     p99: float = 10.0
-    precision: str = "bf16-mixed"
-    concurrency: int = 256
-    timeout_s: float = 30.0
     steps_per_generation: int = 1
 
     @property
@@ -93,7 +88,6 @@ class Step:
         judge_wait: in which nothing else is done.
         update: see above for TRL's.
         sync: of the weights to the rollout engine.
-        tokens: per caption, end of sequence not counted.
         missing: judgments.
     """
 
@@ -103,7 +97,6 @@ class Step:
     judge_wait: float
     update: float
     sync: float
-    tokens: float
     missing: int
 
 
@@ -112,19 +105,22 @@ def ours(case: Case, lag: int, seed: int, out: Path, url: str) -> list[Step]:
     options = {
         "seed_everything": seed,
         "trainer.max_steps": case.updates + lag,
-        "trainer.precision": case.precision,
+        "trainer.max_time": "null",
+        "trainer.precision": "bf16-mixed",
         "data.batch_size": case.images,
         "data.val_size": 0,
         "model.num_captions": case.captions,
         "model.lag": lag,
+        "model.judge.model": "openai/gpt-4o-mini",
+        "model.judge.providers": "null",
+        "model.judge.params": json.dumps({"api_base": url}),
         "model.judge.cache": "null",
-        "model.judge.concurrency": case.concurrency,
-        "model.judge.timeout_s": case.timeout_s,
+        **{f"model.judge.{key}": value for key, value in JUDGE.items()},
         "checkpoint.every_n_train_steps": 10**6,
         "rollout_log.every_n_steps": 10**6,
+        "export.enabled": "false",
     }
-    rows = fit(options | judge_options(url), out)
-    return measured(rows, update_ends(out / "run/tensorboard"), case)
+    return measured(fit(options, out), update_ends(out / "run/tensorboard"), case)
 
 
 def update_ends(folder: Path) -> list[float]:
@@ -149,8 +145,8 @@ def measured(rows: Sequence[dict[str, str]], ends: Sequence[float], case: Case) 
     steps = []
     for i in range(case.warmup, case.updates):
         stages = {name: float(rows[i][f"time/{name}_s"]) for name in STAGES}
-        tokens, missing = float(rows[i]["train/caption_tokens"]), int(float(rows[i]["judge/failed"]))
-        steps.append(Step(seconds=ends[i] - ends[i - 1], **stages, tokens=tokens, missing=missing))
+        missing = int(float(rows[i]["judge/failed"]))
+        steps.append(Step(seconds=ends[i] - ends[i - 1], **stages, missing=missing))
     return steps
 
 
@@ -170,24 +166,23 @@ def run(name: str, case: Case, seed: int, out: Path) -> list[Step]:
 
 
 def summary(results: dict[str, list[Step]]) -> dict[str, Any]:
-    """Ratios and seconds of the variants that were run; a ratio to another is None."""
-    means: dict[str, dict[str, float]] = {
-        name: {key: mean(getattr(step, key) for step in steps) for key in ("seconds", *STAGES, "tokens")}
+    """Ratios and seconds of the variants."""
+    means = {
+        name: {key: mean(getattr(step, key) for step in steps) for key in ("seconds", *STAGES)}
         for name, steps in results.items()
     }
     medians = {name: median(step.seconds for step in steps) for name, steps in results.items()}
     first = means[LAG1]
     device = first["rollout"] + first["update"] + first["sync"]
-    figures: dict[str, Any] = {
+    return {
         "step_over_slowest": first["seconds"] / max(device, first["judge"]),
         "step_by_arithmetic_s": max(device, (first["judge"] + device) / 2),
+        **{f"step_ratio_{name}": means[name]["seconds"] / first["seconds"] for name in (LAG0, TRL)},
+        **{f"step_ratio_{name}_median": medians[name] / medians[LAG1] for name in (LAG0, TRL)},
+        "means": means,
+        "median_step_s": medians,
+        "missing": {name: sum(step.missing for step in steps) for name, steps in results.items()},
     }
-    for name in (LAG0, TRL):
-        there = name in results
-        figures[f"step_ratio_{name}"] = means[name]["seconds"] / first["seconds"] if there else None
-        figures[f"step_ratio_{name}_median"] = medians[name] / medians[LAG1] if there else None
-    missing = {name: sum(step.missing for step in steps) for name, steps in results.items()}
-    return figures | {"means": means, "median_step_s": medians, "missing": missing}
 
 
 def parsed() -> tuple[Case, int]:
@@ -208,9 +203,7 @@ def main() -> None:
     """Measure, print a table and one line of JSON."""
     case, rounds = parsed()
     write_world()
-    results: dict[str, list[Step]] = {
-        name: [] for name in (LAG1, LAG0, TRL) if name != TRL or installed("trl")
-    }
+    results: dict[str, list[Step]] = {name: [] for name in (LAG1, LAG0, TRL)}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(rounds):
             for name, steps in results.items():
@@ -221,7 +214,7 @@ def main() -> None:
         (name, *figures["means"][name].values(), figures["median_step_s"][name], figures["missing"][name])
         for name in results
     ]
-    columns = ("variant", "step", *STAGES, "tokens", "median step", "missing")
+    columns = ("variant", "step", *STAGES, "median step", "missing")
     report(title, columns, rows, figures | {"case": asdict(case)})
 
 
