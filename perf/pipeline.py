@@ -1,7 +1,7 @@
 """What judging behind the device is worth: our step with and without a lag, and TRL's, with a judge that is slow.
 
     python perf/pipeline.py            8 images x 8 captions, two rounds of 10 measured steps of each variant
-    python perf/pipeline.py --quick    2 images x 4 captions, one round of 3 steps, a judge of 0.3 s: shows that it
+    python perf/pipeline.py --quick    2 images x 4 captions, one round of 2 steps, a judge of 0.3 s: shows that it
                                        runs, its figures mean nothing
 
 Training on the embedded world with the sizes of ``configs/shapes.yaml``. The judge is reached over HTTP on loopback;
@@ -30,24 +30,24 @@ captions up to one update old: its own way to hide a judge.
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from perf.report import arguments, fit, report, run_python, write_world
+from perf.report import DATA, arguments, report, run_python
 from tests.judge_server import server_process
 
 LAG1, LAG0, TRL = "lag1", "lag0", "trl"
 STAGES = ("rollout", "judge", "judge_wait", "update", "sync")
-JUDGE = {"concurrency": 256, "timeout_s": 30.0}
-QUICK = {"images": 2, "captions": 4, "steps": 3, "warmup": 1, "latency": 0.3, "p99": 2.0}
+CONFIG, OVERLAY = "configs/shapes.yaml", "perf/pipeline.yaml"
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,9 @@ class Case:
         return self.warmup + self.steps
 
 
+QUICK = Case(images=2, captions=4, steps=2, latency=0.3, p99=2.0)
+
+
 @dataclass(frozen=True)
 class Step:
     """One step, in seconds.
@@ -103,24 +106,19 @@ class Step:
 def ours(case: Case, lag: int, seed: int, out: Path, url: str) -> list[Step]:
     """Measured steps of ``main.py fit``."""
     options = {
+        "run_dir": out / "run",
         "seed_everything": seed,
         "trainer.max_steps": case.updates + lag,
-        "trainer.max_time": "null",
-        "trainer.precision": "bf16-mixed",
         "data.batch_size": case.images,
-        "data.val_size": 0,
         "model.num_captions": case.captions,
         "model.lag": lag,
-        "model.judge.model": "openai/gpt-4o-mini",
-        "model.judge.providers": "null",
         "model.judge.params": json.dumps({"api_base": url}),
-        "model.judge.cache": "null",
-        **{f"model.judge.{key}": value for key, value in JUDGE.items()},
-        "checkpoint.every_n_train_steps": 10**6,
-        "rollout_log.every_n_steps": 10**6,
-        "export.enabled": "false",
     }
-    return measured(fit(options, out), update_ends(out / "run/tensorboard"), case)
+    flags = [f"--{key}={value}" for key, value in options.items()]
+    run_python(["main.py", "fit", "--config", CONFIG, "--config", OVERLAY, *flags], out)
+    with (out / "run/metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("time/step_s")]
+    return measured(rows, update_ends(out / "run/tensorboard"), case)
 
 
 def update_ends(folder: Path) -> list[float]:
@@ -185,27 +183,23 @@ def summary(results: dict[str, list[Step]]) -> dict[str, Any]:
     }
 
 
-def parsed() -> tuple[Case, int]:
-    """What the command line asks for: the case, and how often each variant is run."""
-    parser = arguments(__doc__)
-    parser.add_argument(
-        "--trl-steps-per-generation", type=int, default=1, help="TRL's updates on a generation"
-    )
-    options = parser.parse_args()
-    per = options.trl_steps_per_generation
-    case = Case(**(QUICK if options.quick else {}), steps_per_generation=per)
-    if per < 1 or case.steps % per or case.warmup % per:
-        parser.error(f"--trl-steps-per-generation must divide the steps, {case.warmup} and {case.steps}")
-    return case, 1 if options.quick else 2
-
-
 def main() -> None:
     """Measure, print a table and one line of JSON."""
-    case, rounds = parsed()
-    write_world()
+    parser = arguments(__doc__)
+    parser.add_argument(
+        "--trl-steps-per-generation",
+        type=int,
+        choices=[1, 2],
+        default=1,
+        help="TRL's updates on a generation",
+    )
+    options = parser.parse_args()
+    case = replace(QUICK if options.quick else Case(), steps_per_generation=options.trl_steps_per_generation)
+    if not (DATA / "shapes.json").exists():
+        run_python(["-m", "examples.shapes.dataset", "--out", str(DATA)], DATA)
     results: dict[str, list[Step]] = {name: [] for name in (LAG1, LAG0, TRL)}
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(rounds):
+        for seed in range(1 if options.quick else 2):
             for name, steps in results.items():
                 steps += run(name, case, seed, Path(folder) / f"{name}-{seed}")
     figures = summary(results)

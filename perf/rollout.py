@@ -2,7 +2,7 @@
 
     python perf/rollout.py                          a CPU: the embedded world's policy, about three minutes
     python perf/rollout.py --quick                  a few captions: shows that it runs
-    python perf/rollout.py --size 3b|7b             a GPU (3b is the default there): random weights, bfloat16
+    python perf/rollout.py --size 3b|7b             a GPU: random weights, bfloat16
 
 Needs vLLM (``pip install -e ".[vllm]"``, or on a CPU the environment of ``make test-vllm``).
 
@@ -58,7 +58,8 @@ class Case:
         max_tokens: of a caption.
         at_once: captions in one call of HF ``generate``.
         runs: of each engine.
-        device: ``cpu`` or ``cuda``.
+        device, dtype: of the policy.
+        pixels: of an image, None for its own.
     """
 
     size: str
@@ -68,14 +69,8 @@ class Case:
     at_once: int = 256
     runs: int = 5
     device: str = "cpu"
-
-    @property
-    def dtype(self) -> str:
-        return "float32" if self.device == "cpu" else "bfloat16"
-
-    @property
-    def pixels(self) -> int | None:
-        return None if self.size == "shapes" else PROMPT_PIXELS
+    dtype: str = "float32"
+    pixels: int | None = None
 
 
 def write_model(case: Case, folder: Path) -> None:
@@ -113,18 +108,17 @@ def engines(case: Case, model: Path, data: Path) -> dict[str, Any]:
         return int(made[0].completion_mask.sum()) / seconds, made[0]
 
     draw(hf, 1)
-    rates = {HF: [draw(hf, few)[0] for _ in range(case.runs)], VLLM: []}
+    slow = median(draw(hf, few)[0] for _ in range(case.runs))
     start_s = seconds_of(lambda: draw(vllm, 1))
-    _, sample = draw(vllm, min(2, few))
-    difference = mismatch(case, policy, sample)
+    difference = mismatch(case, policy, draw(vllm, min(2, few))[1])
     if difference > LIMIT:
         raise RuntimeError(f"vLLM's log-probs differ from the policy's by {difference:.3f} on average")
+    rates = []
     for _ in range(case.runs):
         vllm.sync(policy, 0)  # as before every step: nothing of these images is left in its caches
-        rates[VLLM].append(draw(vllm, case.images)[0])
+        rates.append(draw(vllm, case.images)[0])
     vllm.close()
-    rates = {name: median(each) for name, each in rates.items()}
-    return {"tokens_per_s": rates, "mismatch_mean": difference, "start_s": start_s}
+    return {"tokens_per_s": {HF: slow, VLLM: median(rates)}, "mismatch_mean": difference, "start_s": start_s}
 
 
 def mismatch(case: Case, policy: Any, rollouts: Any) -> float:
@@ -142,19 +136,18 @@ def autocast(case: Case) -> torch.autocast:
 
 def plan(options: Namespace) -> Case:
     """The case that the command line asks for."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    case = Case(options.size or ("3b" if device == "cuda" else "shapes"), device=device)
+    case = Case(options.size)
+    if torch.cuda.is_available():
+        case = replace(case, device="cuda", dtype="bfloat16")
     if case.size != "shapes":
-        case = replace(case, images=256, max_tokens=250, at_once=128, runs=3)
-    if options.quick:
-        case = replace(case, images=4, captions=2, runs=1)
-    return case
+        case = replace(case, images=256, max_tokens=250, at_once=128, runs=3, pixels=PROMPT_PIXELS)
+    return replace(case, images=4, captions=2, runs=1) if options.quick else case
 
 
 def main() -> None:
     """Measure, print a table and one line of JSON."""
     parser = arguments(__doc__)
-    parser.add_argument("--size", choices=["shapes", "3b", "7b"], help="of the policy")
+    parser.add_argument("--size", choices=["shapes", "3b", "7b"], default="shapes", help="of the policy")
     case = plan(parser.parse_args())
     with tempfile.TemporaryDirectory() as temporary:
         model, data = (Path(temporary) / name for name in ("model", "data"))

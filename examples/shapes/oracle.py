@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -54,17 +53,13 @@ def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
         return Verify().encode([Verdict(is_true(fact, scene), is_pointable(fact)) for fact in facts])
     if task == "match":
         units = [_fact(item["text"]) for item in data["reference_units"]]
-        return Match().encode([_coverage(caption["assertions"], units) for caption in data["captions"]])
+        stated = [set(map(_fact, caption["assertions"])) for caption in data["captions"]]
+        return Match().encode([[covered(unit, facts) for unit in units] for facts in stated])
     if task == "rate":
         return Rate().encode([Rating(*rate(caption["text"])) for caption in data["captions"]])
     if task == "recaption":
         return Recaption().encode([_description(_scene(images[0]), q["text"]) for q in data["questions"]])
     raise ValueError(f"shapes/oracle does not know the task {task!r}")
-
-
-def _coverage(assertions: Sequence[str], units: Sequence[tuple]) -> list[bool]:
-    stated = set(map(_fact, assertions))
-    return [covered(unit, stated) for unit in units]
 
 
 def _description(scene: Scene, question: str) -> str:
