@@ -26,7 +26,6 @@ prefix      short, where the provider has every prefix in its cache that it has 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import sqlite3
@@ -55,7 +54,7 @@ from balcap.rollout import Sampling
 from balcap.rollout.hf import HFGenerate
 from balcap.types import CaptionBatch, Rollouts
 from examples.shapes.captions import QUESTIONS, reference
-from examples.shapes.oracle import answer
+from examples.shapes.oracle import Oracle, parts_of
 from examples.shapes.scene import draw_scene, png_bytes, sample_scene
 from perf.report import ROOT, arguments, report, rollouts_of_texts
 
@@ -86,10 +85,8 @@ def encoding() -> Any:
 def pieces(model: str, messages: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int]]:
     """The prompt in its order: (content, tokens) of texts, in pieces of a prefix cache, and of pictures."""
     for message in messages:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         yield message["role"], 3
-        for part in parts:
+        for part in parts_of(message):
             if part["type"] == "image_url":
                 yield part["image_url"]["url"], IMAGE_TOKENS[model.removesuffix(PREFIX)]
             else:
@@ -98,33 +95,23 @@ def pieces(model: str, messages: Sequence[dict[str, Any]]) -> Iterator[tuple[str
     yield "assistant", 3
 
 
-class Metered(litellm.CustomLLM):
-    """The oracle's answers at the token counts of the model that it is called by."""
+class Metered(Oracle):
+    """The oracle at the token counts of the model that it is called by."""
 
     seen: set[str] = set()  # noqa: RUF012  prefixes; emptied before every measurement
 
-    async def acompletion(self, *args: Any, **kwargs: Any) -> Any:
-        """See `litellm.acompletion`."""
-        model, messages, response = kwargs["model"], kwargs["messages"], kwargs["model_response"]
-        content = json.dumps(answer(messages))
-        response.choices[0].message.content = content
-        response.choices[0].finish_reason = "stop"
-        prompt = list(pieces(model, messages))
-        asked = sum(tokens for _, tokens in prompt)
-        said = len(encoding().encode_ordinary(content))
-        cached = {"cached_tokens": self._cached(prompt) if model.endswith(PREFIX) else 0}
-        response.usage = litellm.Usage(asked, said, asked + said, prompt_tokens_details=cached)
-        return response
-
-    def _cached(self, prompt: list[tuple[str, int]]) -> int:
-        digest, total, cached = hashlib.sha256(), 0, 0
-        for content, tokens in prompt:
-            digest.update(content.encode())
-            total += tokens
+    def usage(self, model: str, messages: list[dict[str, Any]], content: str) -> litellm.Usage:
+        """What the provider would bill."""
+        digest, asked, cached = hashlib.sha256(), 0, 0
+        for piece, tokens in pieces(model, messages):
+            digest.update(piece.encode())
+            asked += tokens
             if digest.hexdigest() in self.seen:
-                cached = total
+                cached = asked
             self.seen.add(digest.hexdigest())
-        return cached // 128 * 128 if cached >= 1024 else 0
+        cached = cached // 128 * 128 if model.endswith(PREFIX) and cached >= 1024 else 0
+        said = len(encoding().encode_ordinary(content))
+        return litellm.Usage(asked, said, asked + said, prompt_tokens_details={"cached_tokens": cached})
 
 
 # ---- what is judged
@@ -170,55 +157,53 @@ def long(batch: CaptionBatch, captions: list[list[str]], images: int, common: bo
 
 @dataclass(frozen=True)
 class Bill:
-    """Of one pass over all pictures.
+    """Of one pass over all pictures, out of the ledger.
 
     Attributes:
-        rewards: ``[B, G, 3]``.
         calls: to the provider.
         tokens_in, tokens_out: billed.
         usd_verify: of verify.
         usd: in all.
+        rewards: ``[B, G, 3]``.
     """
 
-    rewards: torch.Tensor
     calls: int
     tokens_in: int
     tokens_out: int
     usd_verify: float
     usd: float
+    rewards: torch.Tensor
 
 
-def judged(rollouts: Rollouts, model: str, grouping: str, folder: Path, cache: str | None) -> Bill:
+def judged(rollouts: Rollouts, model: str, grouping: str, ledger: Path, cache: Path | None) -> Bill:
     """One pass, in one step, through a judge of its own."""
     Metered.seen.clear()
-    ledger = folder / f"ledger-{len(list(folder.iterdir()))}.sqlite"
     name, suite = f"metered/{model}", RewardSuite([Precision(), Recall(), Linguistic()])
     judge = Judge(
         name,
         providers={"metered": f"{Metered.__module__}.{Metered.__qualname__}"},
         prices={name: PRICES[model.removesuffix(PREFIX)]},
-        grouping=grouping,  # type: ignore[arg-type]
-        cache=None if cache is None else str(folder / cache),
+        grouping=grouping,
+        cache=cache and str(cache),
         ledger=str(ledger),
     )
     judgments = suite.gather(judge, rollouts)
-    stats = judge.stats()
     judge.close()
-    assert not stats.failures, judgments.reasons
-    assert stats.unpriced_calls == 0
+    assert not judgments.failures.total(), judgments.reasons
     with sqlite3.connect(ledger) as rows:
-        paid = dict(rows.execute("SELECT task, sum(usd) FROM calls GROUP BY task").fetchall())
-    usage = (stats.calls, stats.tokens_in, stats.tokens_out)
-    return Bill(suite(rollouts, judgments), *usage, paid.get("verify", 0.0), stats.cost_usd)
+        sums = "count(*), sum(tokens_in), sum(tokens_out), sum(usd * (task = 'verify')), sum(usd)"
+        return Bill(*rows.execute(f"SELECT {sums} FROM calls").fetchone(), suite(rollouts, judgments))
 
 
 def compare(first: Rollouts, second: Rollouts, model: str) -> dict[str, Bill]:
     """The same captions judged both ways, then with the second way's cache `second`, others of the same pictures."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        cache = folder / "cache"
         return {
-            "per_rollout": judged(first, model, "per_rollout", Path(folder), None),
-            "group": judged(first, model, "group", Path(folder), "cache.sqlite"),
-            "second_epoch": judged(second, model, "group", Path(folder), "cache.sqlite"),
+            "per_rollout": judged(first, model, "per_rollout", folder / "1", None),
+            "group": judged(first, model, "group", folder / "2", cache),
+            "second_epoch": judged(second, model, "group", folder / "3", cache),
         }
 
 
@@ -238,8 +223,7 @@ def figures(results: dict[tuple[str, str], dict[str, Bill]]) -> dict[str, Any]:
         made[f"calls_ratio{suffix}"] = one.calls / other.calls
         made[f"second_epoch_usd_share{suffix}"] = again.usd / other.usd
         rollouts = one.rewards[..., 0].numel()
-        usd = {mode: 1000 * bill.usd / rollouts for mode, bill in bills.items()}
-        made["usd_per_1k_rollouts"][name] = usd
+        made["usd_per_1k_rollouts"][name] = {mode: 1000 * bill.usd / rollouts for mode, bill in bills.items()}
     return made
 
 
@@ -262,7 +246,7 @@ def main() -> None:
     title = f"Cost of judging, G = {G}, 640 x 480 pixels; text counted by o200k_base"
     columns = ("captions", "judge", "mode", "calls", "tokens in", "out", "$ verify", "$")
     rows = [
-        (*case, mode, *astuple(bill)[1:]) for case, bills in results.items() for mode, bill in bills.items()
+        (*case, mode, *astuple(bill)[:-1]) for case, bills in results.items() for mode, bill in bills.items()
     ]
     report(title, columns, rows, figures(results))
 

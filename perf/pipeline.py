@@ -1,7 +1,7 @@
 """What judging behind the device is worth: our step with and without a lag, and TRL's, with a judge that is slow.
 
     python perf/pipeline.py            8 images x 8 captions, two rounds of 10 measured steps of each variant
-    python perf/pipeline.py --quick    2 images x 4 captions, one round of 3 steps, a judge of 0.3 s: shows that it
+    python perf/pipeline.py --quick    2 images x 4 captions, one round of 2 steps, a judge of 0.3 s: shows that it
                                        runs, its figures mean nothing
 
 Training on the embedded world with the sizes of ``configs/shapes.yaml``. The judge is reached over HTTP on loopback;
@@ -30,23 +30,24 @@ captions up to one update old: its own way to hide a judge.
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from perf.report import arguments, fit, installed, judge_options, report, run_python, write_world
+from perf.report import DATA, arguments, report, run_python
 from tests.judge_server import server_process
 
 LAG1, LAG0, TRL = "lag1", "lag0", "trl"
 STAGES = ("rollout", "judge", "judge_wait", "update", "sync")
-QUICK = {"images": 2, "captions": 4, "steps": 3, "warmup": 1, "latency": 0.3, "p99": 2.0}
+CONFIG, OVERLAY = "configs/shapes.yaml", "perf/pipeline.yaml"
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,6 @@ class Case:
         steps: measured in each run.
         warmup: steps before them, at least 1.
         latency, p99: median and 99th percentile of the judge's seconds.
-        precision: Lightning's name for it, ``bf16-mixed`` or ``32-true``.
-        concurrency: calls under way at once.
-        timeout_s: of a call.
         steps_per_generation: TRL's updates on one generation.
     """
 
@@ -71,15 +69,15 @@ class Case:
     warmup: int = 2
     latency: float = 1.5
     p99: float = 10.0
-    precision: str = "bf16-mixed"
-    concurrency: int = 256
-    timeout_s: float = 30.0
     steps_per_generation: int = 1
 
     @property
     def updates(self) -> int:
         """Measured or not."""
         return self.warmup + self.steps
+
+
+QUICK = Case(images=2, captions=4, steps=2, latency=0.3, p99=2.0)
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,6 @@ class Step:
         judge_wait: in which nothing else is done.
         update: see above for TRL's.
         sync: of the weights to the rollout engine.
-        tokens: per caption, end of sequence not counted.
         missing: judgments.
     """
 
@@ -103,27 +100,24 @@ class Step:
     judge_wait: float
     update: float
     sync: float
-    tokens: float
     missing: int
 
 
 def ours(case: Case, lag: int, seed: int, out: Path, url: str) -> list[Step]:
     """Measured steps of ``main.py fit``."""
     options = {
+        "run_dir": out / "run",
         "seed_everything": seed,
         "trainer.max_steps": case.updates + lag,
-        "trainer.precision": case.precision,
         "data.batch_size": case.images,
-        "data.val_size": 0,
         "model.num_captions": case.captions,
         "model.lag": lag,
-        "model.judge.cache": "null",
-        "model.judge.concurrency": case.concurrency,
-        "model.judge.timeout_s": case.timeout_s,
-        "checkpoint.every_n_train_steps": 10**6,
-        "rollout_log.every_n_steps": 10**6,
+        "model.judge.params": json.dumps({"api_base": url}),
     }
-    rows = fit(options | judge_options(url), out)
+    flags = [f"--{key}={value}" for key, value in options.items()]
+    run_python(["main.py", "fit", "--config", CONFIG, "--config", OVERLAY, *flags], out)
+    with (out / "run/metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("time/step_s")]
     return measured(rows, update_ends(out / "run/tensorboard"), case)
 
 
@@ -149,8 +143,8 @@ def measured(rows: Sequence[dict[str, str]], ends: Sequence[float], case: Case) 
     steps = []
     for i in range(case.warmup, case.updates):
         stages = {name: float(rows[i][f"time/{name}_s"]) for name in STAGES}
-        tokens, missing = float(rows[i]["train/caption_tokens"]), int(float(rows[i]["judge/failed"]))
-        steps.append(Step(seconds=ends[i] - ends[i - 1], **stages, tokens=tokens, missing=missing))
+        missing = int(float(rows[i]["judge/failed"]))
+        steps.append(Step(seconds=ends[i] - ends[i - 1], **stages, missing=missing))
     return steps
 
 
@@ -170,49 +164,42 @@ def run(name: str, case: Case, seed: int, out: Path) -> list[Step]:
 
 
 def summary(results: dict[str, list[Step]]) -> dict[str, Any]:
-    """Ratios and seconds of the variants that were run; a ratio to another is None."""
-    means: dict[str, dict[str, float]] = {
-        name: {key: mean(getattr(step, key) for step in steps) for key in ("seconds", *STAGES, "tokens")}
+    """Ratios and seconds of the variants."""
+    means = {
+        name: {key: mean(getattr(step, key) for step in steps) for key in ("seconds", *STAGES)}
         for name, steps in results.items()
     }
     medians = {name: median(step.seconds for step in steps) for name, steps in results.items()}
     first = means[LAG1]
     device = first["rollout"] + first["update"] + first["sync"]
-    figures: dict[str, Any] = {
+    return {
         "step_over_slowest": first["seconds"] / max(device, first["judge"]),
         "step_by_arithmetic_s": max(device, (first["judge"] + device) / 2),
+        **{f"step_ratio_{name}": means[name]["seconds"] / first["seconds"] for name in (LAG0, TRL)},
+        **{f"step_ratio_{name}_median": medians[name] / medians[LAG1] for name in (LAG0, TRL)},
+        "means": means,
+        "median_step_s": medians,
+        "missing": {name: sum(step.missing for step in steps) for name, steps in results.items()},
     }
-    for name in (LAG0, TRL):
-        there = name in results
-        figures[f"step_ratio_{name}"] = means[name]["seconds"] / first["seconds"] if there else None
-        figures[f"step_ratio_{name}_median"] = medians[name] / medians[LAG1] if there else None
-    missing = {name: sum(step.missing for step in steps) for name, steps in results.items()}
-    return figures | {"means": means, "median_step_s": medians, "missing": missing}
-
-
-def parsed() -> tuple[Case, int]:
-    """What the command line asks for: the case, and how often each variant is run."""
-    parser = arguments(__doc__)
-    parser.add_argument(
-        "--trl-steps-per-generation", type=int, default=1, help="TRL's updates on a generation"
-    )
-    options = parser.parse_args()
-    per = options.trl_steps_per_generation
-    case = Case(**(QUICK if options.quick else {}), steps_per_generation=per)
-    if per < 1 or case.steps % per or case.warmup % per:
-        parser.error(f"--trl-steps-per-generation must divide the steps, {case.warmup} and {case.steps}")
-    return case, 1 if options.quick else 2
 
 
 def main() -> None:
     """Measure, print a table and one line of JSON."""
-    case, rounds = parsed()
-    write_world()
-    results: dict[str, list[Step]] = {
-        name: [] for name in (LAG1, LAG0, TRL) if name != TRL or installed("trl")
-    }
+    parser = arguments(__doc__)
+    parser.add_argument(
+        "--trl-steps-per-generation",
+        type=int,
+        choices=[1, 2],
+        default=1,
+        help="TRL's updates on a generation",
+    )
+    options = parser.parse_args()
+    case = replace(QUICK if options.quick else Case(), steps_per_generation=options.trl_steps_per_generation)
+    if not (DATA / "shapes.json").exists():
+        run_python(["-m", "examples.shapes.dataset", "--out", str(DATA)], DATA)
+    results: dict[str, list[Step]] = {name: [] for name in (LAG1, LAG0, TRL)}
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(rounds):
+        for seed in range(1 if options.quick else 2):
             for name, steps in results.items():
                 steps += run(name, case, seed, Path(folder) / f"{name}-{seed}")
     figures = summary(results)
@@ -221,7 +208,7 @@ def main() -> None:
         (name, *figures["means"][name].values(), figures["median_step_s"][name], figures["missing"][name])
         for name in results
     ]
-    columns = ("variant", "step", *STAGES, "tokens", "median step", "missing")
+    columns = ("variant", "step", *STAGES, "median step", "missing")
     report(title, columns, rows, figures | {"case": asdict(case)})
 
 

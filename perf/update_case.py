@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ from balcap.types import Rollouts
 from tests import tiny_models as tiny
 
 QUESTION = "Describe the image in detail."
-LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 SIZES: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "models.yaml").read_text())
 
 
@@ -30,7 +27,7 @@ class Case:
 
     Attributes:
         size: key of `SIZES`.
-        prompt: P that is aimed at; the image decides it.
+        prompt: P that is aimed at; the image decides it, LLaVA's by its size in ``models.yaml``.
         captions: G.
         shortest, longest: caption tokens, uniform between.
         device, dtype, lora, checkpointing: alike for all variants.
@@ -74,9 +71,14 @@ def build(case: Case) -> tuple[Any, Any]:
     with tempfile.TemporaryDirectory() as folder:
         (tiny.tiny_llava if case.family == "llava" else tiny.tiny_qwen)(Path(folder))
         config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    config, images = _config(case, config, _image_tokens(case, processor)), processor.image_processor
+    text, vision = SIZES[case.size]["text"], SIZES[case.size]["vision"]
+    config.text_config = type(config.text_config)(**text)
+    config.vision_config = type(config.vision_config)(**vision)
+    config.tie_word_embeddings = text.get("tie_word_embeddings", False)
+    images = processor.image_processor
     if case.family == "llava":
-        side = config.vision_config.image_size
+        side = vision["image_size"]
+        config.image_seq_length = (side // vision["patch_size"]) ** 2
         images.size, images.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
     else:
         images.size = {"shortest_edge": 56**2, "longest_edge": 4096 * 28**2}
@@ -85,7 +87,7 @@ def build(case: Case) -> tuple[Any, Any]:
             config, dtype=getattr(torch, case.dtype), attn_implementation="sdpa"
         )
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    lora = LoraSettings(LORA) if case.lora else None
+    lora = LoraSettings() if case.lora else None
     model = prepare(model, PolicyConfig("random", lora=lora, gradient_checkpointing=case.checkpointing))
     generator = torch.Generator(case.device).manual_seed(0)
     for parameter in model.parameters():  # of adapters too: they start at 0
@@ -94,35 +96,12 @@ def build(case: Case) -> tuple[Any, Any]:
     return model, processor
 
 
-def _image_tokens(case: Case, processor: Any) -> int:
-    """What is left of P for the image, the text holding one placeholder; a square for LLaVA."""
-    text = tiny.prompt_by_hand(case.family, QUESTION)
-    left = case.prompt - len(processor.tokenizer(text)["input_ids"]) + 1
-    if case.size == "llava7b":
-        return 24**2
-    return round(left**0.5) ** 2 if case.family == "llava" else left
-
-
-def _config(case: Case, small: Any, tokens: int) -> Any:
-    """The config of a tiny model, in this case's size."""
-    text, vision = SIZES[case.size]["text"], SIZES[case.size]["vision"] | {"patch_size": 14}
-    tied = text.get("tie_word_embeddings", False)
-    if case.family == "llava":
-        vision["image_size"] = 14 * math.isqrt(tokens)
-        text, vision = type(small.text_config)(**text), type(small.vision_config)(**vision)
-        kept, more = ("image_token_index", "pad_token_id"), {"image_seq_length": tokens}
-    else:
-        vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112}
-        vision["out_hidden_size"] = text["hidden_size"]
-        kept = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        more = {}
-    more |= {key: getattr(small, key) for key in kept}
-    return type(small)(text_config=text, vision_config=vision, tie_word_embeddings=tied, **more)
-
-
 def work_of(case: Case, model: Any, processor: Any) -> Work:
     """An image, its captions and their advantages; those of a smaller G are the first of a larger."""
-    tokens = _image_tokens(case, processor)
+    text = tiny.prompt_by_hand(case.family, QUESTION)
+    tokens = (
+        case.prompt - len(processor.tokenizer(text)["input_ids"]) + 1
+    )  # the text holds one of the image's
     rows = round(tokens**0.5)
     image = tiny.picture(28 * round(tokens / rows), 28 * rows)
     generator = torch.Generator().manual_seed(1)

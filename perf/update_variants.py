@@ -1,13 +1,12 @@
-"""Who makes the update that `perf/update.py` measures, and whether they agree."""
+"""Who makes the update that `perf/update.py` measures."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import itertools
-import math
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -15,13 +14,11 @@ import torch
 from torch import Tensor
 
 from balcap.algorithms import loss_normalizer, policy_loss
-from balcap.policy.families import ImageFeatures
 from balcap.policy.policy import Policy
-from balcap.policy.prompts import PromptEncoder, Prompts
-from perf.report import installed
+from balcap.policy.prompts import PromptEncoder
 from perf.update_case import QUESTION, Case, Work
 
-OURS, NAIVE, TRL, COMPACT, ALONE = "ours", "naive", "TRL", "TRL, captions only", "alone"
+OURS, NAIVE, TRL, COMPACT = "ours", "naive", "TRL", "TRL, captions only"
 
 
 def twin(model: Any) -> Any:
@@ -39,39 +36,17 @@ class Ours:
         self.policy.model.train()
         assert self.policy.shared_prefix == shared_prefix, "this model cannot share a prefix"
 
-    def prompts(self, work: Work) -> Prompts:
-        """Without image features, which training keeps for a whole step: here each update is a step."""
+    def update(self, work: Work) -> Tensor:
+        """One update, its gradients left on the weights; log-probs ``[1, G, T]``.
+
+        Each update is a step: the image features that training keeps for a whole step are made anew.
+        """
         work.prompts.features.clear()
-        return work.prompts
-
-    def logps(self, work: Work) -> Tensor:
-        """Log-probs ``[1, G, T]``, and entropies that nobody asked for."""
-        return self.policy.logps(work.rollouts, self.prompts(work), [0], entropy=True)[0]
-
-    def update(self, work: Work) -> None:
-        """One update, its gradients left on the weights."""
-        logps = self.logps(work)
+        logps, _ = self.policy.logps(work.rollouts, work.prompts, [0], entropy=True)
         advantages, mask = (x.to(logps.device) for x in (work.advantages, work.rollouts.completion_mask))
         normalizer = loss_normalizer(work.rollouts.completion_mask, "token_mean")
         policy_loss(logps, logps.detach(), advantages, mask, normalizer=normalizer).loss.backward()
-
-    def flops(self, work: Work) -> float | None:
-        """Model FLOPs of one update; None for an architecture whose FLOPs are not known."""
-        return self.policy.flops(work.rollouts, self.prompts(work), [0])
-
-
-class Alone(Ours):
-    """The captions without their prompt, of which the last token is left: it predicts their first."""
-
-    def __init__(self, model: Any, processor: Any) -> None:
-        super().__init__(model, processor, True)
-
-    def prompts(self, work: Work) -> Prompts:
-        """One token and the features of no image."""
-        width = self.policy.model.config.get_text_config().hidden_size
-        last = {"input_ids": work.prompts.items[0]["input_ids"][:, -1:]}
-        features = {0: ImageFeatures(torch.zeros(0, width, device=self.policy.device))}
-        return Prompts([last], work.prompts.pad_token_id, features=features)
+        return logps.detach()
 
 
 class Trl:
@@ -111,11 +86,9 @@ class Trl:
         )
         self.trainer._prepare_inputs = lambda inputs: inputs  # generation and rewards are done
         self.trainer.current_gradient_accumulation_steps = 1
-        self.model = self.trainer.model.train()
-        if case.device == "cuda" and installed("liger_kernel"):
-            from transformers.integrations.liger import apply_liger_kernel
-
-            apply_liger_kernel(self.model, {"fused_linear_cross_entropy": False})  # the form that TRL takes
+        self.trainer.model.train()
+        self.logps_of = self.trainer._get_per_token_logps_and_entropies
+        self.trainer._get_per_token_logps_and_entropies = self._keep_logps
         self.inputs = functools.cache(self._inputs)
 
     def _inputs(self, work: Work) -> dict[str, Any]:
@@ -137,63 +110,24 @@ class Trl:
             **prompt,
         }
 
-    def logps(self, work: Work) -> Tensor:
-        """Log-probs ``[1, G, T]``, 0 where masked."""
-        given = dict(self.inputs(work))
-        del given["advantages"], given["num_items_in_batch"]
-        ids = torch.cat([given.pop("prompt_ids"), given["completion_ids"]], 1)
-        seen = torch.cat([given.pop("prompt_mask"), given.pop("completion_mask")], 1)
-        keep = given.pop("completion_ids").shape[1]
-        with self._head():
-            logps = self.trainer._get_per_token_logps_and_entropies(self.model, ids, seen, keep, **given)[0]
-        mask = work.rollouts.completion_mask.to(logps.device)
-        return logps.view(mask.shape).masked_fill(~mask, 0)
+    def _keep_logps(self, *args: Any, **kwargs: Any) -> Any:
+        found = self.logps_of(*args, **kwargs)
+        self.logps = found[0].detach()
+        return found
 
-    def update(self, work: Work) -> None:
-        """One update, its gradients left on the weights."""
-        with self._head():
-            self.trainer.training_step(self.model, dict(self.inputs(work)), None)
-
-    def _head(self) -> AbstractContextManager[Any]:
-        """Which positions go through the head; TRL's kernels have a switch of their own."""
-        patched = mock.patch("trl.trainer.utils._use_triton", return_value=True)
-        return patched if self.compact else nullcontext()
+    def update(self, work: Work) -> Tensor:
+        """One update, its gradients left on the weights; log-probs ``[1, G, T]``, 0 where masked."""
+        head = mock.patch(
+            "trl.trainer.utils._use_triton", return_value=True
+        )  # the kernels have another switch
+        with head if self.compact else nullcontext():
+            self.trainer.training_step(self.trainer.model, dict(self.inputs(work)), None)
+        mask = work.rollouts.completion_mask.to(self.logps.device)
+        return self.logps.view(mask.shape).masked_fill(~mask, 0)
 
 
 def variant(name: str, model: Any, processor: Any, case: Case) -> Any:
     """The variant of this name, on a twin of the model."""
-    if name in (OURS, NAIVE):
-        return Ours(model, processor, shared_prefix=name == OURS)
-    if name == ALONE:
-        return Alone(model, processor)
-    return Trl(model, processor, case, compact=name == COMPACT)
-
-
-def agreement(variants: dict[str, Any], model: Any, work: Work) -> tuple[dict[str, float], dict[str, float]]:
-    """Errors of log-probs and gradients of ours and TRL's, each against naive, by variant."""
-
-    def measured(name: str) -> tuple[Tensor, list[Tensor]]:
-        with torch.no_grad():
-            logps = variants[name].logps(work).float().cpu()
-        clear(model)
-        variants[name].update(work)
-        gradients = [p.grad.cpu() for p in model.parameters() if p.requires_grad and p.grad is not None]
-        clear(model)
-        return logps, gradients
-
-    wanted_logps, wanted = measured(NAIVE)
-    size = sum(float(gradient.double().square().sum()) for gradient in wanted)
-    errors, gradient_errors = {}, {}
-    for name in (OURS, TRL, COMPACT):
-        if name in variants:
-            logps, gradients = measured(name)
-            errors[name] = float((logps - wanted_logps).abs().max())
-            squares = ((g - w).double().square().sum() for g, w in zip(gradients, wanted, strict=True))
-            gradient_errors[name] = math.sqrt(float(sum(squares)) / size)
-    return errors, gradient_errors
-
-
-def clear(model: Any) -> None:
-    """No gradients."""
-    for parameter in model.parameters():
-        parameter.grad = None
+    if name in (TRL, COMPACT):
+        return Trl(model, processor, case, compact=name == COMPACT)
+    return Ours(model, processor, shared_prefix=name != NAIVE)

@@ -6,6 +6,6 @@ outside this package knows that it exists.
 
 ``scene.py`` what is in a picture, and its pixels; ``language.py`` the words and how facts are read from
 text; ``captions.py`` true and flawed captions; ``fluency.py`` how well a text reads; ``oracle.py`` the judge;
-``dataset.py`` files on disk; ``base_policy.py`` builds the model in ``assets/``; ``padded.py`` the same model
-with larger attention heads, for vLLM on CPUs; ``summary.py`` what a run changed.
+``dataset.py`` files on disk; ``base_policy.py`` builds the model in ``assets/``; ``summary.py`` what a run
+changed.
 """

@@ -4,6 +4,7 @@ Two stages of supervised training on scenes drawn from a seed::
 
     python -m examples.shapes.base_policy --out assets/shapes-base --seed 0
 
+Vocabulary and weights are made anew; architecture, image processor and chat template are the files in ``assets/``.
 First true captions, with a loss beside it that asks every image token what lies in its cell, until the
 model names what is there; then, briefly, flawed captions. Reinforcement learning can undo the second
 stage, which is about speech; it could not teach the first.
@@ -11,20 +12,20 @@ stage, which is about speech; it could not teach the first.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jsonargparse import auto_cli
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from examples.shapes import scene as world
 from examples.shapes.captions import QUESTIONS, clean, flawed, reference
@@ -33,91 +34,38 @@ from examples.shapes.scene import Scene, draw_scene, sample_scene
 
 log = logging.getLogger(__name__)
 
+BASE = Path(__file__).parents[2] / "assets/shapes-base"
 VOCABULARY = 640
 PATCHES = 6  # of 14 pixels, on a side, merged 2 x 2: one image token per place
-HIDDEN = 160
+IMAGE = "<|image_pad|>"
 ALL_MARKS = [(colour, kind) for colour in world.MARK_COLOURS for kind in world.MARKS]
-PAD, END, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
-SPECIAL = (PAD, "<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", IMAGE, VIDEO)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+KINDS: tuple[Sequence[Any], ...] = (world.COLOURS, world.SHAPES, world.SIZES, ALL_MARKS)
 
 Writer = Callable[[Scene, np.random.Generator], str]
 Loss = Callable[[np.random.Generator], Tensor]
 
 
 def build_processor(seed: int = 0) -> Any:
-    """Byte-level BPE trained on the world's captions, in Qwen2.5-VL's own processor."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessor
-    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+    """The processor in ``assets/`` with a byte-level BPE trained anew on the world's captions."""
+    from transformers import AutoProcessor
 
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(2000)]
     corpus = [write(scene, rng) for scene in scenes for write in (reference, clean, flawed)]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=byte_level.alphabet()
+    processor = AutoProcessor.from_pretrained(BASE)
+    processor.tokenizer = processor.tokenizer.train_new_from_iterator(
+        [*corpus, *(QUESTIONS * 20)], VOCABULARY
     )
-    tokenizer.train_from_iterator([*corpus, *(QUESTIONS * 20)], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=PAD,
-        additional_special_tokens=list(SPECIAL[1:]),
-        model_max_length=2048,
-    )
-    size = {"shortest_edge": (14 * PATCHES) ** 2, "longest_edge": (14 * PATCHES) ** 2}
-    images, videos = Qwen2VLImageProcessor(size=size), Qwen2VLVideoProcessor(size=size)
-    return Qwen2_5_VLProcessor(images, fast, videos, chat_template=CHAT_TEMPLATE)
+    return processor
 
 
-def build_model(processor: Any, seed: int = 0) -> Any:
-    """A randomly initialised Qwen2.5-VL of about two million parameters."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+def build_model(seed: int = 0) -> Any:
+    """A randomly initialised Qwen2.5-VL of about two million parameters: ``config.json`` in ``assets/``."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
-    ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": HIDDEN,
-            "intermediate_size": 3 * HIDDEN,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": len(processor.tokenizer),
-            "max_position_embeddings": 2048,
-            "tie_word_embeddings": True,
-            # 20 rotary pairs of a head: time, height and width
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 7, 7]},
-            "bos_token_id": ids[PAD],
-            "eos_token_id": ids[END],
-            "pad_token_id": ids[PAD],
-        },
-        vision_config={
-            "depth": 4,
-            "hidden_size": 96,
-            "intermediate_size": 288,
-            "num_heads": 4,
-            "out_hidden_size": HIDDEN,
-            "fullatt_block_indexes": [1, 3],
-        },
-        image_token_id=ids[IMAGE],
-        video_token_id=ids[VIDEO],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-    )
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.update(eos_token_id=ids[END], pad_token_id=ids[PAD])
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(BASE), dtype=torch.float32)
+    model.generation_config = GenerationConfig.from_pretrained(BASE)
     return model
 
 
@@ -138,28 +86,22 @@ class _Pool:
         return {"pixel_values": self.pixels[rows].float().flatten(0, 1), "image_grid_thw": grid}
 
 
-def _cell_labels(scene: Scene) -> list[tuple[int, int, int, int]]:
-    """(colour, shape, size, mark) class of each of the nine places; 0 where there is none."""
-    labels = [(0, 0, 0, 0)] * len(world.PLACES)
+def _cell_labels(scene: Scene) -> list[list[int]]:
+    """Class of colour, shape, size and mark in each of the nine places; 0 where there is none."""
+    labels = [[0] * len(KINDS) for _ in world.PLACES]
     for thing in scene.things:
-        labels[world.PLACES.index(thing.place)] = (
-            1 + world.COLOURS.index(thing.colour),
-            1 + world.SHAPES.index(thing.shape),
-            1 + world.SIZES.index(thing.size),
-            1 + ALL_MARKS.index(thing.mark) if thing.mark else 0,
-        )
+        values = (thing.colour, thing.shape, thing.size, thing.mark)
+        classes = [1 + kinds.index(value) if value else 0 for kinds, value in zip(KINDS, values, strict=True)]
+        labels[world.PLACES.index(thing.place)] = classes
     return labels
 
 
 def _draw_pool(processor: Any, n: int, seed: int) -> _Pool:
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(n)]
-    chunks = []
-    for start in range(0, n, 256):
-        images = [draw_scene(scene, rng) for scene in scenes[start : start + 256]]
-        pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        chunks.append(pixels.view(len(images), -1, pixels.shape[-1]).half())
-    return _Pool(scenes, torch.cat(chunks), torch.tensor([_cell_labels(s) for s in scenes]))
+    read = partial(processor.image_processor, return_tensors="pt")
+    pixels = [read(images=draw_scene(scene, rng))["pixel_values"].half() for scene in scenes]
+    return _Pool(scenes, torch.stack(pixels), torch.tensor([_cell_labels(s) for s in scenes]))
 
 
 def _inputs(
@@ -167,25 +109,27 @@ def _inputs(
 ) -> dict[str, Any]:
     """Model inputs: questions padded on the left, or with captions, and then labels on these alone, on the right."""
     tokenizer = processor.tokenizer
-    image = IMAGE * len(world.PLACES)
     questions = [QUESTIONS[rng.integers(len(QUESTIONS))] for _ in rows]
-    head, tail = f"<|im_start|>user\n<|vision_start|>{image}<|vision_end|>", f"{END}\n<|im_start|>assistant\n"
+    end, image = tokenizer.eos_token, IMAGE * len(world.PLACES)
+    head, tail = f"<|im_start|>user\n<|vision_start|>{image}<|vision_end|>", f"{end}\n<|im_start|>assistant\n"
     prompts = tokenizer([head + question + tail for question in questions])["input_ids"]
-    answers = [tokenizer(caption + END)["input_ids"] for caption in captions] or [[]] * len(rows)
-    pairs = list(zip(prompts, answers, strict=True))
-
-    def padded(sequences: Iterable[list[int]], value: int) -> Tensor:
-        side = "right" if captions else "left"
-        return pad_sequence([torch.tensor(s) for s in sequences], True, value, padding_side=side)
-
-    ids = padded((p + a for p, a in pairs), tokenizer.pad_token_id)
+    answers = [tokenizer(caption + end)["input_ids"] for caption in captions] or [[]] * len(rows)
+    batch = tokenizer.pad(
+        {"input_ids": [p + a for p, a in zip(prompts, answers, strict=True)]},
+        padding_side="right" if captions else "left",
+        return_tensors="pt",
+    )
+    ids, mask = batch["input_ids"], batch["attention_mask"]
     inputs = {
         "input_ids": ids,
-        "attention_mask": padded(([1] * len(p + a) for p, a in pairs), 0),
+        "attention_mask": mask,
         "mm_token_type_ids": (ids == tokenizer.convert_tokens_to_ids(IMAGE)).int(),
         **pool.images(rows),
     }
-    return inputs | {"labels": padded(([-100] * len(p) + a for p, a in pairs), -100)} if captions else inputs
+    if captions:
+        written = torch.arange(ids.shape[1]) >= torch.tensor([[len(p)] for p in prompts])
+        inputs["labels"] = ids.where(written & mask.bool(), -100)
+    return inputs
 
 
 # ── training ─────────────────────────────────────────────────────────────────────────────────────────
@@ -196,7 +140,7 @@ class _CellProbe(nn.Module):
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.sizes = [1 + len(kinds) for kinds in (world.COLOURS, world.SHAPES, world.SIZES, ALL_MARKS)]
+        self.sizes = [1 + len(kinds) for kinds in KINDS]
         self.head = nn.Linear(hidden, sum(self.sizes))
         self.ground = nn.Linear(hidden, len(world.BACKGROUNDS))
 
@@ -278,7 +222,7 @@ def stated_facts(model: Any, processor: Any, n: int = 256, seed: int = 10_000, s
 
 
 def build(
-    out: Path,
+    out: Path = BASE,
     seed: int = 0,
     look_steps: int = 1000,
     clean_steps: int = 1800,
@@ -292,8 +236,12 @@ def build(
     `facts` is the number of unseen pictures that the report is about.
     """
     processor = build_processor(seed)
-    model = build_model(processor, seed)
-    pool, visual, probe = _draw_pool(processor, pool_size, seed + 1), model.model.visual, _CellProbe(HIDDEN)
+    model = build_model(seed)
+    pool, visual, probe = (
+        _draw_pool(processor, pool_size, seed + 1),
+        model.model.visual,
+        _CellProbe(model.config.text_config.hidden_size),
+    )
     looking = _seeing(model, probe, pool, 2 * batch)
     _fit("look", nn.ModuleList([visual, probe]), looking, look_steps, 1e-3, seed)
     visual.requires_grad_(False)
@@ -315,7 +263,4 @@ def build(
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("assets/shapes-base"))
-    parser.add_argument("--seed", type=int, default=0)
-    build(**vars(parser.parse_args()))
+    auto_cli(build, as_positional=False)

@@ -62,7 +62,6 @@ class Style:
     enumerate_: float = 0.15  # "There is a ... There is a ...": complete, and dull
 
 
-CLEAN = Style()
 REFERENCE = Style(opening=1, size=1, place=1, mark=1, relation=1, meta_opening=0, closing=0, enumerate_=0)
 FLAWED = Style(opening=0.55, size=0.65, place=0.75, mark=0.6, relation=0.25, closing=0.3, enumerate_=0.3)
 
@@ -79,14 +78,13 @@ def _sentence(thing: Thing, style: Style, rng: np.random.Generator, dull: bool) 
     if rng.random() >= style.place:
         return f"There is {name}{mark}."
     where = _pick(rng, PLACE_PHRASES[thing.place])
-    form = 0 if dull else int(rng.integers(4))
-    if form == 0:
-        return f"There is {name}{mark} {where}."
-    if form == 1:
-        return f"{where} is {name}{mark}."
-    if form == 2:
-        return f"{name}{mark} sits {where}."
-    return f"{name} appears {where}{mark and '. It has' + mark.removeprefix(' with')}."
+    forms = (
+        f"There is {name}{mark} {where}.",
+        f"{where} is {name}{mark}.",
+        f"{name}{mark} sits {where}.",
+        f"{name} appears {where}{mark and '. It has' + mark.removeprefix(' with')}.",
+    )
+    return forms[0] if dull else _pick(rng, forms)
 
 
 def _relation_sentence(things: tuple[Thing, ...], rng: np.random.Generator) -> str | None:
@@ -97,7 +95,7 @@ def _relation_sentence(things: tuple[Thing, ...], rng: np.random.Generator) -> s
     return f"The {a.colour} {a.shape} is {_pick(rng, RELATION_PHRASES[how])} the {b.colour} {b.shape}."
 
 
-def describe(scene: Scene, rng: np.random.Generator, style: Style = CLEAN) -> list[str]:
+def describe(scene: Scene, rng: np.random.Generator, style: Style) -> list[str]:
     """True sentences about a scene, places in reading order, so that what comes next is known."""
     out = []
     n = len(scene.things)
@@ -127,7 +125,7 @@ def reference(scene: Scene, rng: np.random.Generator) -> str:
 
 def clean(scene: Scene, rng: np.random.Generator) -> str:
     """A true caption of varied completeness and phrasing."""
-    return " ".join(describe(scene, rng, CLEAN))
+    return " ".join(describe(scene, rng, Style()))
 
 
 _VALUES = {"colour": world.COLOURS, "shape": world.SHAPES, "size": world.SIZES, "place": world.PLACES}

@@ -11,18 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
-from examples.shapes.scene import (
-    BACKGROUNDS,
-    COLOURS,
-    MARK_COLOURS,
-    MARKS,
-    SHAPES,
-    SIZES,
-    Scene,
-    Thing,
-    relation,
-)
+from examples.shapes import scene as world
+from examples.shapes.scene import Scene, Thing, relation
 
 Obj = tuple[str | None, str]
 Fact = tuple
@@ -60,19 +52,15 @@ def _any(words: Iterable[str]) -> str:
 _PLACE_OF = {phrase: place for place, phrases in PLACE_PHRASES.items() for phrase in phrases}
 _RELATION_OF = {phrase: how for how, phrases in RELATION_PHRASES.items() for phrase in phrases}
 _TOKEN = re.compile(
-    "|".join(
-        (
-            rf"\b(?P<background>{_any(BACKGROUNDS)}) background\b",
-            rf"\bbackground is (?P<background2>{_any(BACKGROUNDS)})\b",
-            rf"\btiny (?P<mark>(?:{_any(MARK_COLOURS)}) (?:{_any(MARKS)}))\b",
-            rf"\b(?P<count>{_any(COUNTS[1:])}) (?:shapes?|objects?|figures?)\b",
-            rf"\bis (?P<size>{_any(SIZES)})\b",
-            rf"\b(?P<relation>{_any(_RELATION_OF)})\b",
-            rf"\b(?P<place>{_any(_PLACE_OF)})\b",
-            rf"\b(?P<thing>(?:(?:{_any(SIZES)}) )?(?:(?:{_any(COLOURS)}) )?(?:{_any(SHAPES)}))(?:e?s)?\b",
-            r"\b(?P<it>it)\b",
-        )
-    )
+    rf"\b(?P<background>{_any(world.BACKGROUNDS)}) background\b"
+    rf"|\bbackground is (?P<background2>{_any(world.BACKGROUNDS)})\b"
+    rf"|\btiny (?P<mark>(?:{_any(world.MARK_COLOURS)}) (?:{_any(world.MARKS)}))\b"
+    rf"|\b(?P<count>{_any(COUNTS[1:])}) (?:shapes?|objects?|figures?)\b"
+    rf"|\bis (?P<size>{_any(world.SIZES)})\b"
+    rf"|\b(?P<relation>{_any(_RELATION_OF)})\b"
+    rf"|\b(?P<place>{_any(_PLACE_OF)})\b"
+    rf"|\b(?P<thing>(?:(?:{_any(world.SIZES)}) )?(?:(?:{_any(world.COLOURS)}) )?(?:{_any(world.SHAPES)}))(?:e?s)?\b"
+    r"|\b(?P<it>it)\b"
 )
 _META = re.compile(rf"\b(?:{META_WORDS})\b")
 # What carries no statement of its own: openings, transitions, verbs.
@@ -129,9 +117,9 @@ class _Reader:
 
     def _thing(self, text: str) -> Obj:
         words = text.split()
-        obj: Obj = (next((w for w in words if w in COLOURS), None), words[-1])
+        obj: Obj = (next((w for w in words if w in world.COLOURS), None), words[-1])
         self.facts.append(("exists", obj))
-        if words[0] in SIZES:
+        if words[0] in world.SIZES:
             self.facts.append(("size", obj, words[0]))
         return obj
 
@@ -194,22 +182,24 @@ def read_fact(assertion: str) -> Fact:
 
 def is_true(fact: Fact, scene: Scene) -> bool:
     """Whether a fact holds in a scene. Commentary and what says nothing are not true."""
+    return fact in _facts_of(scene)
 
-    def find(obj: Obj) -> list[Thing]:
-        return [t for t in scene.things if t.shape == obj[1] and obj[0] in (None, t.colour)]
 
-    kind = fact[0]
-    if kind == "exists":
-        return bool(find(fact[1]))
-    if kind in ("size", "place"):
-        return any(getattr(thing, kind) == fact[2] for thing in find(fact[1]))
-    if kind == "mark":
-        return any(thing.mark == fact[2:] for thing in find(fact[1]))
-    if kind == "relation":
-        return any(relation(a.place, b.place) == fact[2] for a in find(fact[1]) for b in find(fact[3]))
-    if kind == "background":
-        return fact[1] == scene.background
-    return kind == "count" and fact[1] == len(scene.things)
+@lru_cache
+def _facts_of(scene: Scene) -> set[Fact]:
+    """All facts of a scene; of an object with its colour, and without."""
+    facts: set[Fact] = {("background", scene.background), ("count", len(scene.things))}
+    for thing, obj in _objects(scene):
+        facts |= {("exists", obj), ("size", obj, thing.size), ("place", obj, thing.place)}
+        if thing.mark:
+            facts.add(("mark", obj, *thing.mark))
+        others = [(other, relation(thing.place, there.place)) for there, other in _objects(scene)]
+        facts |= {("relation", obj, how, other) for other, how in others if how}
+    return facts
+
+
+def _objects(scene: Scene) -> list[tuple[Thing, Obj]]:
+    return [(thing, (colour, thing.shape)) for thing in scene.things for colour in (thing.colour, None)]
 
 
 def is_pointable(fact: Fact) -> bool:

@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +25,7 @@ from examples.shapes.language import covered, is_pointable, is_true, read_fact, 
 from examples.shapes.scene import Scene, scene_of
 
 _FENCE = re.compile(r"<(\w+)>\n(.*?)\n</\1>", re.DOTALL)
+_fact = lru_cache(maxsize=65536)(read_fact)
 
 
 @lru_cache(maxsize=4096)
@@ -33,16 +33,16 @@ def _scene(url: str) -> Scene:
     return scene_of(base64.b64decode(url.split(",", 1)[1]))
 
 
-@lru_cache(maxsize=65536)
-def _fact(text: str) -> tuple:
-    return read_fact(text)
+def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """A message's content as a list of texts and pictures."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
     """The oracle's answer to a judge's messages; ValueError where they hold no known task."""
     task = messages[0]["content"].split("\n", 1)[0].removeprefix("Task: ").strip()
-    parts = messages[1]["content"]  # rounds of repair may follow
-    parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+    parts = parts_of(messages[1])  # rounds of repair may follow
     text = "\n".join(part["text"] for part in parts if part["type"] == "text")
     data = {tag: json.loads(body) for tag, body in _FENCE.findall(text)}
     images = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
@@ -53,17 +53,13 @@ def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
         return Verify().encode([Verdict(is_true(fact, scene), is_pointable(fact)) for fact in facts])
     if task == "match":
         units = [_fact(item["text"]) for item in data["reference_units"]]
-        return Match().encode([_coverage(caption["assertions"], units) for caption in data["captions"]])
+        stated = [set(map(_fact, caption["assertions"])) for caption in data["captions"]]
+        return Match().encode([[covered(unit, facts) for unit in units] for facts in stated])
     if task == "rate":
         return Rate().encode([Rating(*rate(caption["text"])) for caption in data["captions"]])
     if task == "recaption":
         return Recaption().encode([_description(_scene(images[0]), q["text"]) for q in data["questions"]])
     raise ValueError(f"shapes/oracle does not know the task {task!r}")
-
-
-def _coverage(assertions: Sequence[str], units: Sequence[tuple]) -> list[bool]:
-    stated = set(map(_fact, assertions))
-    return [covered(unit, stated) for unit in units]
 
 
 def _description(scene: Scene, question: str) -> str:
@@ -73,16 +69,19 @@ def _description(scene: Scene, question: str) -> str:
 
 
 class Oracle(CustomLLM):
-    """The litellm provider. It costs nothing and counts four characters as a token."""
+    """The litellm provider. It costs nothing."""
 
     async def acompletion(self, *args: Any, **kwargs: Any) -> ModelResponse:
         """See `litellm.acompletion`."""
-        response, contents = kwargs["model_response"], [message["content"] for message in kwargs["messages"]]
-        content = json.dumps(answer(kwargs["messages"]))
+        response, messages = kwargs["model_response"], kwargs["messages"]
+        content = json.dumps(answer(messages))
         response.choices[0].message.content = content
         response.choices[0].finish_reason = "stop"
-        lists = [[{"text": text}] if isinstance(text, str) else text for text in contents]
-        asked = sum(len(part.get("text", "")) for parts in lists for part in parts) // 4
-        said = len(content) // 4
-        response.usage = Usage(prompt_tokens=asked, completion_tokens=said, total_tokens=asked + said)
+        response.usage = self.usage(kwargs["model"], messages, content)
         return response
+
+    def usage(self, model: str, messages: list[dict[str, Any]], content: str) -> Usage:
+        """Four characters are a token, pictures are none."""
+        asked = sum(len(part.get("text", "")) for message in messages for part in parts_of(message)) // 4
+        said = len(content) // 4
+        return Usage(prompt_tokens=asked, completion_tokens=said, total_tokens=asked + said)

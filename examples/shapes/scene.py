@@ -32,6 +32,15 @@ OBJECT_COUNT_WEIGHTS = (0.22, 0.3, 0.24, 0.14, 0.1)  # 1..5 objects; few, so tha
 FILE_SIZE = 168  # pixels a side on disk; the base policy sees 84
 SCALE = 3  # supersampling, for anti-aliasing
 RADIUS = {"small": 0.24, "large": 0.42}  # of a cell's side
+CORNERS: dict[str, list[tuple[float, float]]] = {  # (right, down) from a shape's middle, in units of its radius
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "diamond": [(0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0)],
+    "triangle": [(0, -1), (1, 0.8), (-1, 0.8)],
+    "cross": [(-0.34, -1), (0.34, -1), (0.34, -0.34), (1, -0.34), (1, 0.34), (0.34, 0.34),
+              (0.34, 1), (-0.34, 1), (-0.34, 0.34), (-1, 0.34), (-1, -0.34), (-0.34, -0.34)],
+    "star": [(far * math.cos(angle), far * math.sin(angle))
+             for i, far in enumerate([1.1, 1.1 * 0.42] * 5) for angle in [math.pi * i / 5 - math.pi / 2]],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,26 +130,10 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, rng: np.random.Generato
     if thing.shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill, outline=edge, width=SCALE)
     else:
-        points = [(x + r * right, y + r * down) for right, down in _corners(thing.shape)]
+        points = [(x + r * right, y + r * down) for right, down in CORNERS[thing.shape]]
         draw.polygon(points, fill=fill, outline=edge, width=SCALE)
     if thing.mark:
         _draw_mark(draw, thing.mark, x, y)
-
-
-def _corners(shape: str) -> list[tuple[float, float]]:
-    """(right, down) of a shape's corners from its middle, in units of its radius."""
-    if shape == "square":
-        return [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
-    if shape == "diamond":
-        return [(0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0)]
-    if shape == "triangle":
-        return [(0, -1), (1, 0.8), (-1, 0.8)]
-    if shape == "cross":
-        b = 0.34
-        return [(-b, -1), (b, -1), (b, -b), (1, -b), (1, b), (b, b), (b, 1), (-b, 1), (-b, b), (-1, b), (-1, -b),
-                (-b, -b)]  # fmt: skip
-    radii, angles = [1.1, 1.1 * 0.42] * 5, [math.pi * i / 5 - math.pi / 2 for i in range(10)]
-    return [(far * math.cos(a), far * math.sin(a)) for far, a in zip(radii, angles, strict=True)]  # star
 
 
 def _draw_mark(draw: ImageDraw.ImageDraw, mark: tuple[str, str], x: float, y: float) -> None:

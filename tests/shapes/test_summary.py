@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from balcap.trainer.loggers import RunCSVLogger
-from examples.shapes.summary import NAMES, main, markdown, validations
+from examples.shapes.summary import TITLES, main, markdown, validations
 
 
 def _run(folder: Path, before: float, after: float) -> Path:
     logger = RunCSVLogger(str(folder))
     for step, value in ((0, before), (5, 0.0), (9, after)):
-        logger.log_metrics({f"val/{name}": value for name in NAMES}, step=step)
+        logger.log_metrics({f"val/{name}": value for name in TITLES}, step=step)
     logger.save()
     return folder
 
@@ -34,7 +34,7 @@ def test_the_table_has_every_seed_and_the_mean_change(tmp_path: Path) -> None:
 
 def test_a_run_without_two_validations_is_refused(tmp_path: Path) -> None:
     logger = RunCSVLogger(str(tmp_path))
-    logger.log_metrics({f"val/{name}": 0.5 for name in NAMES}, step=0)
+    logger.log_metrics({f"val/{name}": 0.5 for name in TITLES}, step=0)
     logger.save()
     with pytest.raises(ValueError, match="compares two"):
         validations(tmp_path)
@@ -43,7 +43,7 @@ def test_a_run_without_two_validations_is_refused(tmp_path: Path) -> None:
 def test_the_demo_prints_captions_before_and_after(fit_arguments, cli, tmp_path: Path, capsys) -> None:
     cli(fit_arguments(**{"trainer.max_steps": 1}))
     capsys.readouterr()
-    main(tmp_path / "run")
+    main([tmp_path / "run"])
     printed = capsys.readouterr().out
-    for word in ("reference", "before", "after", "b_capscore", "curves.png", "export"):
+    for word in ("reference", "before", "after", "b-CapScore", "curves.png", "export"):
         assert word in printed

@@ -13,9 +13,9 @@ import torch
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vllm")
 
-from examples.shapes.padded import BASE, padded
 from tests.rollout.with_vllm.support import Shared
 from tests.support import ROOT, metrics
+from tests.wide_heads import write_wide_base
 
 Arguments = Callable[..., list[str]]
 
@@ -29,11 +29,8 @@ LORA = {"model.policy.lora": "{r: 4, target_modules: [q_proj, v_proj, down_proj]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The world's base policy with heads of a size that vLLM has on a CPU."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     folder = tmp_path_factory.mktemp("base")
-    padded(AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32)).save_pretrained(folder)
-    AutoProcessor.from_pretrained(BASE).save_pretrained(folder)
+    write_wide_base(folder)
     return folder
 
 

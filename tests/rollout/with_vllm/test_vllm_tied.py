@@ -9,18 +9,15 @@ import torch
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vllm")
 
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
 from balcap.policy import PolicyConfig
 from balcap.policy.policy import Policy
-from examples.shapes.padded import BASE, padded
 from tests.rollout.with_vllm.support import Shared, draw, own_logps, update
+from tests.wide_heads import write_wide_base
 
 
 @pytest.fixture
 def tied(tmp_path: Path) -> Policy:
-    padded(AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32)).save_pretrained(tmp_path)
-    AutoProcessor.from_pretrained(BASE).save_pretrained(tmp_path)
+    write_wide_base(tmp_path)
     policy = Policy.load(PolicyConfig(str(tmp_path), dtype="float32"), with_reference=False)
     assert policy.model.config.tie_word_embeddings
     return policy

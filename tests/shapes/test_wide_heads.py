@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-from transformers import AutoModelForImageTextToText
-
 from balcap.policy import PolicyConfig
 from balcap.policy.policy import Policy
-from examples.shapes.padded import BASE, padded
 from tests.tiny_models import batch_of, picture, rollouts_of
+from tests.wide_heads import BASE, widened
 
 
 def test_log_probs_are_the_same_and_what_was_added_does_not_learn() -> None:
@@ -16,7 +13,7 @@ def test_log_probs_are_the_same_and_what_was_added_does_not_learn() -> None:
     batch = batch_of([picture(112, 112), picture(84, 140)], ["Describe this image.", "What is there?"])
     rollouts = rollouts_of(batch, [[9, 4], [7, 12]], range(20, 600))
     prompts = policy.encode(batch)
-    wide = Policy(padded(policy.model), policy.encoder)
+    wide = Policy(widened(policy.model), policy.encoder)
     text = wide.model.config.text_config
     assert text.hidden_size // text.num_attention_heads == 64
     narrow_logps, _ = policy.logps(rollouts, prompts, [0, 1])
@@ -31,9 +28,3 @@ def test_log_probs_are_the_same_and_what_was_added_does_not_learn() -> None:
         ):
             assert gradient[:, :hidden].abs().max() > 0
             assert gradient[:, hidden:].abs().max() == 0
-
-
-def test_heads_only_grow() -> None:
-    model = AutoModelForImageTextToText.from_pretrained(BASE)
-    with pytest.raises(ValueError, match="above 40"):
-        padded(model, 32)
