@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from balcap.data.columns import MALFORMED_COLUMN, Columns, storable
+from balcap.utils.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,7 +36,7 @@ _FORMAT = 3
 """Part of the cache's key: raise it when `flat_rows` answers differently."""
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """The data set cannot be read at all; the message names the key that fixes it."""
 
 
