@@ -32,7 +32,6 @@ from balcap.commands.estimate_dry_run import (
 from balcap.commands.estimate_tokens import image_tokens, place_of, reasoning_tokens, rule_for, text_counter
 from balcap.data import CaptionDataModule
 from balcap.data.reader import to_batch
-from balcap.data.sharegpt4v import column
 from balcap.judge import Decompose, JudgeSettings, Task, Verify
 from balcap.judge.settings import price_of
 from balcap.module import BalCapModule
@@ -267,7 +266,7 @@ def make_plan(trainer: Trainer, module: BalCapModule, data: CaptionDataModule, r
     timed = getattr(trainer, "_val_check_time_interval", None) is not None
     interval = None if timed else trainer.val_check_interval
     due = validations(batches, per_epoch, interval, trainer.check_val_every_n_epoch)
-    causes = column(data.table, "problem")
+    causes = data.table.column("problem")
     good_rows = sum(not causes[int(row)] for row in split.train)
     return Plan(batches, per_batch, good_rows, due if val_images else (), val_images)
 

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from balcap.commands.recaption_settings import RecaptionSettings
+from balcap.data.json_files import DataError
+from balcap.data.layouts import LAYOUT_KEYS, PLACEHOLDER, normalise
 from balcap.data.order import select_rows
 from balcap.data.reader import prompt_for
-from balcap.data.sharegpt4v import PLACEHOLDER, TEXT_ONLY_CAUSES, DataError, column, normalise
+from balcap.data.table import TEXT_ONLY_CAUSES
 from balcap.utils.files import append_jsonl, atomic_write, read_jsonl
 
 log = logging.getLogger(__name__)
@@ -139,7 +141,7 @@ def plan_rows(settings: RecaptionSettings, table: Any) -> tuple[list[int], list[
         DataError: none is left.
     """
     root = Path(settings.image_root or "").expanduser()
-    sample_ids, causes = column(table, "sample_id"), column(table, "problem")
+    sample_ids, causes = table.column("sample_id"), table.column("problem")
     chosen, missing = select_rows(sample_ids, root, settings.folders, settings.max_rows)
     for folder, count in missing.items():
         log.warning("folder_not_on_disk: %s/%s does not exist, %d rows left out", root, folder, count)
@@ -172,7 +174,7 @@ def output_row(
     seed: int = 0,
     keep_original: bool = True,
 ) -> dict[str, Any]:
-    """A row of the data set with its new caption; other keys stay as they are.
+    """A row of the data set with its new caption, in ShareGPT4V's layout; other keys stay as they are.
 
     Args:
         raw: the row as it was.
@@ -182,14 +184,16 @@ def output_row(
         keep_original: store the caption that is replaced as ``original_caption``.
     """
     flat = normalise(raw, 0)
-    new = {key: value for key, value in raw.items() if key not in ("reference_units", "units_model")}
+    replaced = (*LAYOUT_KEYS, "reference_units", "units_model")
+    new = {key: value for key, value in raw.items() if key not in replaced}
+    new["image"] = flat["sample_id"]
     turns = raw.get("conversations") or ()
     human = next((turn.get("value") for turn in turns if str(turn.get("from")) == "human"), None)
     if prompts or not human or PLACEHOLDER not in human:
         human = f"{PLACEHOLDER}\n{prompt_for(flat['sample_id'], flat['question'], prompts, seed)}"
     new["conversations"] = [{"from": "human", "value": human}, {"from": "gpt", "value": caption[0]}]
     if keep_original:
-        new["original_caption"] = flat["caption"]
+        new["original_caption"] = "\n".join(flat["captions"])
     new["caption_model"] = caption[1]
     if units is not None:
         new["reference_units"], new["units_model"] = units

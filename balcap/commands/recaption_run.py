@@ -29,8 +29,9 @@ from balcap.commands.recaption_files import (
 )
 from balcap.commands.recaption_settings import RecaptionSettings, asked_model, own_keys
 from balcap.data.images import BadImage
+from balcap.data.json_files import DataError
 from balcap.data.reader import ImageFolder, prompt_for
-from balcap.data.sharegpt4v import DataError, load_rows, raw_rows
+from balcap.data.table import load_rows, raw_rows
 from balcap.judge import BudgetSpent, Decompose, JudgeFailure, Recaption, StoreError
 from balcap.utils.errors import RunStopped
 

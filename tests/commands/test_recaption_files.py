@@ -11,7 +11,7 @@ import pytest
 
 from balcap.cli import ConfigError
 from balcap.commands.recaption_files import Quarantine, QuarantinedRow, claim, output_row, write_rows
-from balcap.data.sharegpt4v import flat_rows
+from balcap.data.table import flat_rows
 from tests.support import ROOT
 
 ROW = {
