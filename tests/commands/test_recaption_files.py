@@ -42,7 +42,7 @@ def test_a_row_keeps_what_it_was_but_for_its_caption() -> None:
         "units_model": "c/d",
     }
     (flat,) = flat_rows([new])
-    assert (flat["problem"], flat["caption"], flat["question"]) == ("", "A red cat sits.", "What is it?")
+    assert (flat["problem"], "\n".join(flat["captions"]), flat["question"]) == ("", "A red cat sits.", "What is it?")
     assert json.loads(flat["columns"]["reference_units"]) == ["There is a cat."]
 
 
