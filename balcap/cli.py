@@ -25,7 +25,7 @@ from balcap.config import ConfigError, model_problems, trainer_problems  # noqa:
 from balcap.data import CaptionDataModule  # noqa: E402
 from balcap.judge import BudgetSpent  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
-from balcap.utils.errors import RunStopped  # noqa: E402
+from balcap.utils.errors import RunStopped, UserError  # noqa: E402
 from callbacks.caption_writer import CaptionWriter  # noqa: E402
 from callbacks.checkpoint import RunCheckpoint  # noqa: E402
 from callbacks.curves import RunCurves  # noqa: E402
@@ -164,6 +164,8 @@ class BalCapCLI(LightningCLI):
             raise SystemExit(128 + signal.SIGTERM) from None
         except RunStopped as stop:
             self._say_why(stop)
+        except UserError as error:
+            raise SystemExit(f"Error: {error}") from None
 
     def _say_why(self, stop: RunStopped) -> None:
         """One message instead of a traceback; exits with 0 when the budget is reached, which is no failure."""

@@ -47,6 +47,14 @@ LLAVA_TEMPLATE = (  # LLaVA-1.5's own: USER: <image>\n{question} ASSISTANT:
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
+PLAIN_IMAGE = {
+    "gemma3": "<start_of_image>",
+    "internvl": "<IMG_CONTEXT>",
+    "pixtral": "[IMG]",
+    "mistral3": "[IMG]",
+} | dict.fromkeys(("smolvlm", "llava_next", "llava_onevision", "lfm2_vl"), "<image>")
+"""The token of an image in the families whose prompts `chat_template` writes."""
+
 IDEFICS3_SPECIAL = (
     "<s>",
     "</s>",
@@ -65,7 +73,7 @@ IDEFICS3_TEMPLATE = (  # Idefics3's own, for one turn
 )
 
 
-def _tokenizer(special: Sequence[str], bos: str | None, **roles: str) -> Any:
+def tiny_tokenizer(special: Sequence[str], bos: str | None, **roles: str) -> Any:
     """Byte-level BPE of 320 words; with a `bos`, every text begins with it, as Llama's do."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -90,7 +98,7 @@ def _tokenizer(special: Sequence[str], bos: str | None, **roles: str) -> Any:
     )
 
 
-def _loud(model: Any) -> Any:
+def loud(model: Any) -> Any:
     """Weights of about 1/sqrt(fan in), so that every part of the input matters to every logit."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -110,7 +118,7 @@ def tiny_qwen(path: Path) -> Path:
     )
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-    tokenizer = _tokenizer(QWEN_SPECIAL, None, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = tiny_tokenizer(QWEN_SPECIAL, None, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in QWEN_SPECIAL}
     pixels = {"shortest_edge": 56**2, "longest_edge": 112**2}
     sizes = {"size": pixels, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
@@ -149,7 +157,7 @@ def tiny_qwen(path: Path) -> Path:
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )
-    model = _loud(Qwen2_5_VLForConditionalGeneration(config))
+    model = loud(Qwen2_5_VLForConditionalGeneration(config))
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     model.save_pretrained(path)
@@ -167,7 +175,7 @@ def tiny_llava(path: Path) -> Path:
         LlavaProcessor,
     )
 
-    tokenizer = _tokenizer(
+    tokenizer = tiny_tokenizer(
         LLAVA_SPECIAL, "<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", padding_side="left"
     )
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in LLAVA_SPECIAL}
@@ -196,7 +204,7 @@ def tiny_llava(path: Path) -> Path:
         pad_token_id=ids["<pad>"],
         tie_word_embeddings=False,
     )
-    model = _loud(LlavaForConditionalGeneration(config))
+    model = loud(LlavaForConditionalGeneration(config))
     model.generation_config.bos_token_id = ids["<s>"]
     model.generation_config.eos_token_id = ids["</s>"]
     model.generation_config.pad_token_id = ids["<pad>"]
@@ -214,7 +222,7 @@ def tiny_idefics3(path: Path) -> Path:
         Idefics3Processor,
     )
 
-    tokenizer = _tokenizer(IDEFICS3_SPECIAL, "<s>", eos_token="<end_of_utterance>", pad_token="<pad>")
+    tokenizer = tiny_tokenizer(IDEFICS3_SPECIAL, "<s>", eos_token="<end_of_utterance>", pad_token="<pad>")
     image_processor = Idefics3ImageProcessor(size={"longest_edge": 112}, max_image_size={"longest_edge": 28})
     Idefics3Processor(
         image_processor, tokenizer, image_seq_len=4, chat_template=IDEFICS3_TEMPLATE
@@ -235,7 +243,7 @@ def tiny_idefics3(path: Path) -> Path:
         scale_factor=2,
         tie_word_embeddings=False,
     )
-    model = _loud(Idefics3ForConditionalGeneration(config))
+    model = loud(Idefics3ForConditionalGeneration(config))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(path)
@@ -295,6 +303,8 @@ def prompt_by_hand(family: str, question: str) -> str:
         return f"USER: <image>\n{question} ASSISTANT:"
     if family == "idefics3":
         return f"User:<image>{question}<end_of_utterance>\nAssistant:"
+    if family in PLAIN_IMAGE:
+        return f"<s>USER: {PLAIN_IMAGE[family]}{question}\nASSISTANT: "
     return (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         f"<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -305,13 +315,16 @@ def own_logits(
     family: str, model: Any, processor: Any, image: Image.Image, question: str, ids: Tensor
 ) -> Tensor:
     """Logits [T, V] from which HF itself would draw the T tokens `ids`: one example, no padding."""
-    inputs = dict(processor(text=[prompt_by_hand(family, question)], images=[image], return_tensors="pt"))
+    text = prompt_by_hand(family, question)
+    # Llama's tokenizers put one in front, some templates have it already.
+    bos = {"add_special_tokens": False} if text.startswith("<s>") else {}
+    inputs = dict(processor(text=[text], images=[image], return_tensors="pt", **bos))
     width = inputs["input_ids"].shape[1]
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids[None]], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if "mm_token_type_ids" in inputs:
-        kinds = inputs["mm_token_type_ids"]
-        inputs["mm_token_type_ids"] = torch.cat([kinds, kinds.new_zeros(1, len(ids))], 1)
+    for key in ("mm_token_type_ids", "token_type_ids"):
+        if key in inputs:
+            inputs[key] = torch.cat([inputs[key], inputs[key].new_zeros(1, len(ids))], 1)
     return model(**inputs).logits[0, width - 1 : -1]
 
 

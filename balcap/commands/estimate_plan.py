@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from lightning.pytorch import Trainer
 
 from balcap.data import CaptionDataModule
-from balcap.data.sharegpt4v import column
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def make_plan(trainer: Trainer, data: CaptionDataModule, ranks: int, updates_per
     val_images = min(len(split.val), val_batches * val_per_batch)
     interval = getattr(trainer, "val_check_interval", None)  # Lightning sets none where it is a time
     due = validations(batches, per_epoch, interval, trainer.check_val_every_n_epoch)
-    causes = column(data.table, "problem")
+    causes = data.table.column("problem")
     good_rows = sum(not causes[int(row)] for row in split.train)
     return Plan(batches, per_batch, good_rows, due if val_images else (), val_images)
 

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 
 from balcap.commands.recaption_settings import RecaptionSettings, own_keys
 from balcap.config import ConfigError
-from balcap.data.sharegpt4v import DataError
+from balcap.data.json_files import DataError
 from balcap.judge import StoreError
 
 

@@ -19,9 +19,11 @@ from typing import Any
 
 from balcap.commands.recaption_settings import RecaptionSettings
 from balcap.config import ConfigError
+from balcap.data.json_files import DataError
+from balcap.data.layouts import LAYOUT_KEYS, PLACEHOLDER, normalise
 from balcap.data.order import select_rows
 from balcap.data.reader import prompt_for
-from balcap.data.sharegpt4v import PLACEHOLDER, TEXT_ONLY_CAUSES, DataError, column, normalise, raw_rows
+from balcap.data.table import TEXT_ONLY_CAUSES, raw_rows
 from balcap.judge import Decompose, Recaption
 from balcap.utils.files import append_jsonl, atomic_write, read_jsonl
 
@@ -128,7 +130,7 @@ def plan_rows(settings: RecaptionSettings, table: Any) -> tuple[list[int], dict[
         DataError: none is left.
     """
     root = Path(settings.image_root or "").expanduser()
-    sample_ids, causes = column(table, "sample_id"), column(table, "problem")
+    sample_ids, causes = table.column("sample_id"), table.column("problem")
     chosen, missing = select_rows(sample_ids, root, settings.folders, settings.max_rows)
     for folder, count in missing.items():
         log.warning("folder_not_on_disk: %s/%s does not exist, %d rows left out", root, folder, count)
@@ -152,7 +154,8 @@ def plan_rows(settings: RecaptionSettings, table: Any) -> tuple[list[int], dict[
 def output_row(
     raw: dict[str, Any], caption: str, units: Sequence[str], settings: RecaptionSettings
 ) -> dict[str, Any]:
-    """A row of the data set with its new caption, and the old one as ``original_caption``; other keys stay.
+    """A row of the data set in ShareGPT4V's layout, with its new caption, and the old one as ``original_caption``;
+    other keys stay.
 
     Args:
         raw: the row as it was.
@@ -167,9 +170,10 @@ def output_row(
         asked = prompt_for(flat["sample_id"], flat["question"], settings.prompts or (), settings.seed)
         human = f"{PLACEHOLDER}\n{asked}"
     return {
-        **raw,
+        **{key: value for key, value in raw.items() if key not in LAYOUT_KEYS},
+        "image": flat["sample_id"],
         "conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": caption}],
-        "original_caption": flat["caption"],
+        "original_caption": "\n".join(flat["captions"]),
         "caption_model": settings.asked_model(Recaption),
         "reference_units": units,
         "units_model": settings.asked_model(Decompose),

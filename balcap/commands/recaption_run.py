@@ -22,7 +22,7 @@ from balcap.commands.recaption_files import Quarantine, QuarantinedRow, claim, p
 from balcap.commands.recaption_settings import RecaptionSettings, own_keys
 from balcap.data.images import BadImage
 from balcap.data.reader import ImageFolder, prompt_for
-from balcap.data.sharegpt4v import load_rows
+from balcap.data.table import load_rows
 from balcap.judge import BudgetSpent, Decompose, JudgeFailure, Recaption
 
 REMEMBERED = frozenset(("refused", "filtered", "invalid", "cut", "too_long", "rejected"))

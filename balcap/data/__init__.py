@@ -3,7 +3,9 @@
 In the order in which a row meets them::
 
     settings.py     the settings, which check themselves
-    sharegpt4v.py   JSON file or hub id -> a memory-mapped table, one flat row per caption
+    json_files.py   a JSON file -> its rows, as parsed
+    layouts.py      one row, in whichever of the usual layouts -> its image, question and captions
+    table.py        all rows of a file or hub id -> a memory-mapped table
     columns.py      further keys of the rows, each of one kind: what batches carry as extras
     order.py        which rows take part, which images are held out, and the order of training
     reader.py       one row -> its image from a file inside data.image_root, its prompt and its reference

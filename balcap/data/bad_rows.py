@@ -13,10 +13,11 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from balcap.utils.errors import UserError
 from balcap.utils.files import append_jsonl
 
 
-class TooManyBadRows(RuntimeError):
+class TooManyBadRows(UserError):
     """More than ``data.max_bad_share`` of the rows read so far are bad: the set-up is wrong, not the data."""
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +19,14 @@ import numpy as np
 import torch.distributed as dist
 
 from balcap.data.bad_rows import BadRowLog
+from balcap.data.columns import MALFORMED_COLUMN
+from balcap.data.images import BadImage
+from balcap.data.json_files import DataError
 from balcap.data.order import Split, select_rows, split_rows
-from balcap.data.reader import ImageFolder, RowReader, Table, folder_rows
+from balcap.data.reader import ImageFolder, RowReader, folder_rows
 from balcap.data.settings import DataSettings
-from balcap.data.sharegpt4v import TEXT_ONLY_CAUSES, DataError, column, load_rows
 from balcap.data.stream import CaptionStream, PlannedBatches, StreamLoader, even_chunks
+from balcap.data.table import TEXT_ONLY_CAUSES, Table, load_rows
 from balcap.types import CaptionBatch
 
 if TYPE_CHECKING:
@@ -29,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class CaptionDataModule(lightning.LightningDataModule):
-    """Images with prompts and reference captions, from ShareGPT4V JSON and folders of images.
+    """Images with prompts and reference captions, from JSON files in the usual layouts and folders of images.
 
     Bad rows (missing or broken files, rows without caption, ...) are skipped, listed in ``bad_rows.jsonl``
     and replaced, so that every training batch is full. Rows whose top-level image folder does not exist
@@ -71,37 +78,53 @@ class CaptionDataModule(lightning.LightningDataModule):
     @cached_property
     def split(self) -> Split:
         """Which rows are trained on and which are held out."""
-        settings, root = self.settings, self.root
-        sample_ids, causes = column(self.table, "sample_id"), column(self.table, "problem")
+        settings, root, table = self.settings, self.root, self.table
+        sample_ids, causes = table.column("sample_id"), table.column("problem")
         rows = self._select(sample_ids, root)
         if not len(rows):
             raise DataError(
                 f"data.image_root: no row of {settings.data} is left: {', '.join(self.left_out) or 'none'} not "
                 f"found under {root} (data.folders={settings.folders})"
             )
-        split = split_rows(rows, sample_ids, causes, settings.seed, settings.val_size)
-        if not len(split.train) or len(split.val) < settings.val_size:
-            raise DataError(
-                f"data.val_size={settings.val_size} leaves no image to train on: {len(rows)} rows are there, of "
-                f"which {sum(not causes[r] for r in rows)} are good"
+        rows = rows[table.data.column("first").to_numpy()[rows] == rows]  # one for each image
+        bad = Counter(cause for r in rows if (cause := causes[r]))
+        good = len(rows) - bad.total() + bad[MALFORMED_COLUMN]
+        val_size = settings.val_size
+        if good - val_size <= math.ceil(val_size / 8):  # nothing would be left to train on
+            val_size = max(1, good // 10) if good > 2 else 0
+        if val_size < settings.val_size and good:
+            log.warning(
+                "data.val_size: %d images are too few to hold out %d; %d are",
+                good,
+                settings.val_size,
+                val_size,
             )
-        return split
+        if not good:
+            r = next(r for r in rows.tolist() if causes[r])
+            raise DataError(
+                f"data.data: none of the {len(rows)} rows of {settings.data} can be used "
+                f"({', '.join(f'{cause} {n}' for cause, n in bad.most_common())}). Row {r}: {table[r]['detail']}. "
+                "docs/data.md shows the layouts that are read"
+            )
+        return split_rows(rows, sample_ids, causes, settings.seed, val_size)
 
     def _select(self, sample_ids: Sequence[str], root: Path) -> np.ndarray:
         """Rows that take part; those whose folder is not on disk are counted and logged."""
         rows, self.left_out = select_rows(sample_ids, root, self.settings.folders, self.settings.max_rows)
         if self._ranks()[0] == 0:
             for folder, count in self.left_out.items():
-                log.warning("folder_not_on_disk: %s/%s does not exist, %d rows left out", root, folder, count)
+                log.warning(
+                    "folder_not_on_disk: %s/%.100r does not exist, %d rows left out", root, folder, count
+                )
         return rows
 
     @property
-    def table(self) -> Any:
+    def table(self) -> Table:
         """The rows of `data` as `load_rows` gives them, memory-mapped."""
         return self._source[0]
 
     @cached_property
-    def _source(self) -> tuple[Any, str]:
+    def _source(self) -> tuple[Table, str]:
         settings = self.settings
         if settings.data is None:
             raise DataError("data.data is required")
@@ -112,12 +135,19 @@ class CaptionDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> StreamLoader:
         """Endless training batches; one pass over the loader is Lightning's epoch."""
         if self._stream is None:
-            self._stream = CaptionStream(
-                self.reader(self.table, self.root), self.split.train, self.settings, *self._ranks()
-            )
+            reader = replace(self.reader(self.table, self.root), held_out=self._held_out())
+            self._stream = CaptionStream(reader, self.split.train, self.settings, *self._ranks())
             if self._state:
                 self._restore(self._stream)
         return self._loader(self._stream, self.settings.num_workers)
+
+    def _held_out(self) -> frozenset[Path]:
+        """The files that are validated."""
+        images, files = self.reader(self.table, self.root).images, set()
+        for row in (*self.split.val, *self.split.spare):
+            with contextlib.suppress(BadImage):
+                files.add(images.locate(self.table[row]["sample_id"]))
+        return frozenset(files)
 
     def consumed(self, batch: CaptionBatch) -> None:
         """Say that training on this batch is done: what comes next, and after a resume, is what follows it.
@@ -153,16 +183,15 @@ class CaptionDataModule(lightning.LightningDataModule):
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be continued, by the key that sets it."""
-        settings, rows, sample_ids = self.settings, self.split.train, column(self.table, "sample_id")
+        """What must be the same for a checkpoint to be continued, by the key that sets it: the images and their order.
+        Questions, captions and columns may change."""
+        settings, rows, sample_ids = self.settings, self.split.train, self.table.column("sample_id")
         ids = "\n".join(sample_ids[r] for r in rows)
         return {
             "data.seed": settings.seed,
             "data.val_size": settings.val_size,
             "data.folders": settings.folders,
-            "data.columns": sorted(settings.columns or ()) or None,
             "data.max_rows": settings.max_rows,
-            "data.data (digest of its content)": self._source[1],
             "data.image_root (rows with their folder on disk)": len(rows),
             "data.data (digest of its images)": hashlib.blake2b(ids.encode(), digest_size=8).hexdigest(),
         }
@@ -175,7 +204,7 @@ class CaptionDataModule(lightning.LightningDataModule):
         Every rank has the same number of batches: images that do not divide so are left out, at most one
         fewer than there are ranks.
         """
-        if self.settings.val_size == 0:
+        if not len(self.split.val):
             return []
         rank, world_size = self._ranks()
         rows, size = self.split.val, self.settings.eval_batch_size
@@ -186,7 +215,9 @@ class CaptionDataModule(lightning.LightningDataModule):
         chunks, spares = even_chunks(rows, rank, world_size, size), self.split.spare[rank::world_size]
         batches = PlannedBatches(self.reader(self.table, self.root), chunks, spares)
         # One worker, so that any bad image can be replaced by any spare: it needs to know which are used.
-        return self._loader(batches, min(1, self.settings.num_workers))
+        loader = self._loader(batches, min(1, self.settings.num_workers))
+        loader.must_yield = True
+        return loader
 
     def predict_dataloader(self) -> StreamLoader:
         """Images of `predict_from` that `skip` does not name, bad ones left out, each on one rank.
@@ -208,17 +239,20 @@ class CaptionDataModule(lightning.LightningDataModule):
             raise DataError("data.predict_from is required to predict")
         folder = Path(settings.predict_from).expanduser()
         if folder.is_dir():
-            table: Any = folder_rows(folder)
-            sample_ids = [row["sample_id"] for row in table]
+            table = folder_rows(folder, settings.link_targets or ())
         else:
             table, _ = load_rows(settings.predict_from, None, settings.cache_dir, settings.columns or ())
-            sample_ids, folder = column(table, "sample_id"), self.root
+            folder = self.root
+        sample_ids = table.column("sample_id")
         rows = self._select(sample_ids, folder)
         if not len(rows):
             raise DataError(
                 f"data.predict_from: no images in {settings.predict_from} (data.folders={settings.folders})"
             )
-        return table, rows, folder
+        first = {
+            sample_ids[row]: row for row in reversed(rows.tolist())
+        }  # an image may have several captions
+        return table, np.array(sorted(first.values())), folder
 
     def skip(self, ids: set[str]) -> None:
         """Leave these sample ids out of `predict_dataloader`: they are done already."""

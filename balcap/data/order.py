@@ -9,11 +9,13 @@ continue it.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -41,25 +43,24 @@ def select_rows(
         folder. People usually have only some of the image folders: that is no fault of the rows.
     """
     below = None if folders is None else tuple(folder.strip("/") + "/" for folder in folders)
+    root = str(image_root).rstrip("/") + "/"
     exists: dict[str, bool] = {}
     missing: Counter[str] = Counter()
     kept = []
     for index, sample_id in enumerate(sample_ids):
-        if below is not None and not sample_id.startswith(below):
+        name = sample_id.removeprefix(root)
+        if below is not None and not name.startswith(below):
             continue
-        top = _top_folder(sample_id)
-        if top and not exists.setdefault(top, (image_root / top).is_dir()):
-            missing[top] += 1
-            continue
+        top, _, rest = name.partition("/")
+        # Paths that leave image_root are bad rows, to be listed as such when they are read.
+        if rest and top not in ("", ".."):
+            if top not in exists:
+                exists[top] = os.path.isdir(root + top)
+            if not exists[top]:
+                missing[top] += 1
+                continue
         kept.append(index)
     return np.asarray(kept[:max_rows], dtype=np.int64), dict(missing.most_common())
-
-
-def _top_folder(sample_id: str) -> str:
-    parts = PurePosixPath(sample_id).parts
-    # Paths that leave image_root are bad rows, to be listed as such when they are read.
-    inside = len(parts) > 1 and parts[0] != "/" and ".." not in parts and "\0" not in sample_id
-    return parts[0] if inside else ""
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,10 @@ def split_rows(
     if val_size == 0:
         nothing = np.empty(0, dtype=np.int64)
         return Split(train=rows, val=nothing, spare=nothing)
-    good = [int(r) for r in rows if problems[r] in ("", MALFORMED_COLUMN)]
-    by_hash = sorted(good, key=lambda r: (image_hash(seed, sample_ids[r]), sample_ids[r]))
-    first = sorted(by_hash[: val_size + math.ceil(val_size / 8)], key=lambda r: bool(problems[r]))
-    held_out = np.asarray(first, dtype=np.int64)
+    good = [r for r in rows.tolist() if problems[r] in ("", MALFORMED_COLUMN)]
+    hashed = ((image_hash(seed, sample_ids[r]), sample_ids[r], r) for r in good)
+    by_hash = [r for *_, r in heapq.nsmallest(val_size + math.ceil(val_size / 8), hashed)]
+    held_out = np.asarray(sorted(by_hash, key=lambda r: bool(problems[r])), dtype=np.int64)
     return Split(train=rows[~np.isin(rows, held_out)], val=held_out[:val_size], spare=held_out[val_size:])
 
 

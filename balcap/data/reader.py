@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,23 +18,19 @@ from typing import Any
 from PIL import Image
 
 from balcap.data.bad_rows import BadRowLog
-from balcap.data.columns import read_columns, storable
+from balcap.data.columns import REFERENCE_UNITS, read_columns, storable
 from balcap.data.images import MAX_PIXELS, BadImage, decode_image
+from balcap.data.layouts import PLACEHOLDER, flat_row
 from balcap.data.order import image_hash
 from balcap.data.settings import DataSettings
-from balcap.data.sharegpt4v import flat_row
+from balcap.data.table import Table
 from balcap.types import CaptionBatch, Cursor
 
 DEFAULT_PROMPT = "Describe this image in detail."
 """For images that come without a question."""
 
-Table = Sequence[Mapping[str, Any]]
-"""Rows as `balcap.data.sharegpt4v.flat_rows` makes them."""
-
-SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".mpo")
-)
-"""What `folder_rows` takes for an image."""
+MAX_BYTES = 400_000_000
+"""A file beyond this is not read: an image of 100 million pixels is no larger, whatever its format."""
 
 
 class ImageFolder:
@@ -54,10 +51,18 @@ class ImageFolder:
 
     def read(self, name: str) -> tuple[bytes, Image.Image]:
         """The bytes of the file and the decoded image; raises `BadImage` with the cause."""
-        path = self.locate(name)
+        return self.load(self.locate(name))
+
+    def load(self, path: Path) -> tuple[bytes, Image.Image]:
+        """The same of a path that `locate` has found."""
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block for ever
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
                 raise BadImage("unreadable_file", f"{path} is not a regular file")
+            if status.st_size > MAX_BYTES:
+                raise BadImage(
+                    "file_too_large", f"{path} has {status.st_size:,} bytes, more than {MAX_BYTES:,}"
+                )
             data = path.read_bytes()
         except FileNotFoundError as error:
             raise BadImage("missing_file", f"{path} does not exist") from error
@@ -71,6 +76,7 @@ class ImageFolder:
         Raises:
             BadImage: ``outside_image_root``, ``missing_file`` or ``unreadable_file``.
         """
+        name = name.removeprefix(f"{str(self.root).rstrip('/')}/")  # written absolutely
         parts = PurePosixPath(name).parts
         if not parts or "\0" in name:
             raise BadImage("unreadable_file", f"{name!r} is not a file name")
@@ -93,7 +99,8 @@ class ImageFolder:
 
 
 def spellings(name: str) -> list[str]:
-    """The name as written, with ``#Uxxxx`` escapes resolved, and with other characters escaped so.
+    """The name as written, with ``#Uxxxx`` escapes resolved, with other characters escaped so, and as macOS writes
+    it (é in two characters).
 
     unzip writes ``#U00e9`` for é (``#L01f600`` beyond 16 bits) where it does not trust the file system:
     WikiArt exists in both spellings, in the data set as well as on people's disks.
@@ -104,27 +111,44 @@ def spellings(name: str) -> list[str]:
     escaped = re.sub(
         r"[^\0-\x7f]", lambda m: f"#U{c:04x}" if (c := ord(m[0])) < 0x10000 else f"#L{c:06x}", plain
     )
-    return list(dict.fromkeys((name, plain, escaped)))
+    return list(dict.fromkeys((name, plain, escaped, unicodedata.normalize("NFD", name))))
 
 
-def folder_rows(folder: str | Path) -> list[dict[str, Any]]:
-    """The images below `folder` as rows of a table, without captions and columns.
+def folder_rows(folder: str | Path, link_targets: Sequence[str | Path] = ()) -> Table:
+    """The files below `folder` as rows, without captions and columns; hidden files and folders are left out.
 
-    In order of their names, those of a folder before those of its subfolders; hidden files and folders are
-    left out.
+    Whether a file is an image is decided when it is read, by its content. Links to folders are followed where
+    `link_targets` allows it; others are bad rows, and so are loops.
     """
-    root = Path(folder).expanduser()
+    images = ImageFolder(folder, link_targets=link_targets)
     rows: list[dict[str, Any]] = []
-    for here, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for file in sorted(files):
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in SUFFIXES:
-                name = (Path(here) / file).relative_to(root).as_posix()
-                row = flat_row(len(rows), sample_id=name)
-                if storable(name) != name:  # Python's stand-in for bytes that are not UTF-8
-                    row |= {"problem": "not_utf8", "detail": f"file name {name!r}: rename it"}
-                rows.append(row)
-    return rows
+
+    def add(name: str, problem: str = "", detail: str = "") -> None:
+        if storable(name) != name:  # Python's stand-in for bytes that are not UTF-8
+            problem, detail = "not_utf8", f"file name {name!r}: rename it"
+        rows.append(flat_row(len(rows), sample_id=storable(name), problem=problem, detail=detail))
+
+    def walk(here: Path, name: str, above: tuple[Path, ...]) -> None:
+        """Files of a folder in the order of their names, then its subfolders."""
+        entries = sorted((e for e in os.scandir(here) if not e.name.startswith(".")), key=lambda e: e.name)
+        for entry in entries:
+            if not entry.is_dir():
+                add(name + entry.name)
+        for entry in entries:
+            if entry.is_dir():
+                below = name + entry.name
+                try:
+                    real = images.locate(below) if entry.is_symlink() else above[-1] / entry.name
+                    if real in above:
+                        raise BadImage("unreadable_file", f"{here / entry.name} leads back to {real}")
+                    walk(here / entry.name, f"{below}/", (*above, real))
+                except BadImage as bad:
+                    add(below, bad.cause, bad.detail)
+                except OSError as error:
+                    add(below, "unreadable_file", f"{here / entry.name}: {error.strerror}")
+
+    walk(images.root, "", (Path(os.path.realpath(images.root)),))
+    return Table.of(rows)
 
 
 def prompt_for(sample_id: str, question: str, prompts: Sequence[str] = (), seed: int = 0) -> str:
@@ -133,11 +157,12 @@ def prompt_for(sample_id: str, question: str, prompts: Sequence[str] = (), seed:
     Args:
         sample_id: the image.
         question: the row's own, "" if it has none.
-        prompts: one of these instead, picked by `seed` and `sample_id`; empty for the row's own question.
+        prompts: one of these instead, picked by `seed` and `sample_id`; empty for the row's own question. The
+            placeholder ``<image>`` in them says nothing: the chat template places the image.
         seed: of the choice among `prompts`.
     """
     if prompts:
-        return prompts[image_hash(seed, sample_id) % len(prompts)]
+        return prompts[image_hash(seed, sample_id) % len(prompts)].replace(PLACEHOLDER, "").strip()
     return question or DEFAULT_PROMPT
 
 
@@ -160,9 +185,10 @@ class RowReader:
     Attributes:
         table: the rows.
         images: where their files are.
-        settings: which prompt an image gets.
+        settings: which prompt and which captions an image gets.
         bad_rows: where bad ones are listed.
         ignored_causes: causes on the row itself that do not matter here.
+        held_out: files that must not be read: what is validated is not trained on, by whatever name or link.
     """
 
     table: Table
@@ -170,22 +196,42 @@ class RowReader:
     settings: DataSettings
     bad_rows: BadRowLog
     ignored_causes: frozenset[str] = frozenset()
+    held_out: frozenset[Path] = frozenset()
 
-    def read(self, index: int) -> Sample | None:
-        """The sample, or None if the row is bad; it is then listed."""
+    def read(self, index: int, visit: int = 0) -> Sample | None:
+        """The sample, or None if the row is bad; it is then listed. `visit` counts the epochs."""
         row = self.table[index]
+        name = row["sample_id"]
         try:
             if row["problem"] and row["problem"] not in self.ignored_causes:
                 raise BadImage(row["problem"], row["detail"])
-            data, image = self.images.read(row["sample_id"])
+            path = self.images.locate(name)
+            if path in self.held_out:
+                raise BadImage("held_out", f"{path} is validated under another name")
+            data, image = self.images.load(path)
         except BadImage as bad:
-            self.bad_rows.add(row["row"], row["sample_id"], bad.cause, bad.detail)
+            self.bad_rows.add(row["row"], name, bad.cause, bad.detail)
             return None
-        prompt = prompt_for(
-            row["sample_id"], row["question"], self.settings.prompts or (), self.settings.seed
-        )
-        extras = read_columns(row["columns"])
-        return Sample(row["sample_id"], image, data, prompt, row["caption"], extras)
+        prompt = prompt_for(name, row["question"], self.settings.prompts or (), self.settings.seed)
+        rows = [row if r == index else self.table[r] for r in self.table.same_image(index)]
+        reference, extras = references_of(rows, self.settings, name, visit)
+        return Sample(name, image, data, prompt, reference, extras)
+
+
+def references_of(
+    rows: Sequence[Mapping[str, Any]], settings: DataSettings, name: str, visit: int
+) -> tuple[str, dict[str, Any]]:
+    """The reference of an image, and its columns, from all its captions: see `DataSettings.references`."""
+    captions = [(caption, row) for row in rows for caption in row["captions"]]
+    if len(captions) < 2:
+        return next((caption for caption, _ in captions), ""), read_columns(rows[0]["columns"])
+    if settings.references == "one":
+        caption, row = captions[(image_hash(settings.seed, name) + visit) % len(captions)]
+        return caption, read_columns(row["columns"])
+    extras = read_columns(rows[0]["columns"])
+    units = [read_columns(row["columns"])[REFERENCE_UNITS] for row in rows]
+    extras[REFERENCE_UNITS] = [unit for of_row in units for unit in of_row] if all(units) else None
+    return "\n".join(dict.fromkeys(caption for caption, _ in captions)), extras
 
 
 def to_batch(samples: Sequence[Sample], cursor: Cursor | None = None) -> CaptionBatch:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from balcap.data.images import MAX_PIXELS, PILLOW_MAX_PIXELS
 
@@ -21,20 +22,24 @@ class DataSettings:
     """Settings of `CaptionDataModule`.
 
     Args:
-        data: ShareGPT4V rows: path of a ``.json`` or ``.jsonl`` file, or a hub id such as
-            ``Lin-Chen/ShareGPT4V``. Rows may hold what their caption asserts, as ``reference_units``; the
+        data: images with captions: path of a ``.json`` or ``.jsonl`` file, or a hub id such as
+            ``Lin-Chen/ShareGPT4V``. ShareGPT4V's rows and the other usual layouts are read
+            (`balcap.data.layouts`). Rows may hold what their caption asserts, as ``reference_units``; the
             judge is then not asked for it. Required unless predicting.
         image_root: folder that the image paths in the rows start from. Only files below it are read, since
             images are sent to the judge.
         name: configuration of a hub data set, such as ``ShareGPT4V``.
         batch_size: images per rank and training step.
         val_size: images held out for validation, over all ranks; one spare for every eight of them is held
-            out too, to stand in for unreadable ones. 0 for no validation.
+            out too, to stand in for unreadable ones. 0 for no validation. A data set that is too small for it
+            holds out a tenth of its images instead.
         val_batch_size: images per rank and step of validation and prediction; null for `batch_size`.
         folders: use only images below these folders of `image_root`, such as ``coco/train2017``; null for
             all.
         columns: further keys of the rows that batches carry as `CaptionBatch.extras`, such as
             ``questions``. The values of one column are of one JSON kind; rows without it get None.
+        references: where an image has several captions: ``union`` makes one reference of all, ``one`` takes
+            them in turn, one at each visit (validation always sees the same).
         prompts: instructions, of which every image keeps the one that its path and `seed` pick; null for the
             row's own question.
         num_workers: processes per rank that read images for training and prediction; 0 reads in the main
@@ -48,7 +53,7 @@ class DataSettings:
         link_targets: folders outside `image_root` that symbolic links in it may lead to.
         run_dir: folder in which ``bad_rows.jsonl`` is written.
         predict_from: what to caption with ``predict``: a folder of images, searched recursively, or a
-            ShareGPT4V JSON file whose images are in `image_root`.
+            file like `data` whose images are in `image_root`.
         cache_dir: folder for the table made from the JSON; null for the Hugging Face cache.
     """
 
@@ -60,6 +65,7 @@ class DataSettings:
     val_batch_size: int | None = None
     folders: list[str] | None = None
     columns: list[str] | None = None
+    references: Literal["union", "one"] = "union"
     prompts: list[str] | None = None
     num_workers: int = 2
     seed: int = 0
@@ -91,7 +97,7 @@ class DataSettings:
         if stage != "predict":
             problems += source_problems(self.data)
         elif self.predict_from is None:
-            wanted = "a folder of images, or a ShareGPT4V JSON file"
+            wanted = "a folder of images, or a JSON file of rows"
             return [*problems, f"data.predict_from is required to predict: {wanted}"]
         elif Path(self.predict_from).expanduser().is_dir():
             return problems
@@ -135,9 +141,9 @@ def prompt_problems(prompts: Sequence[str] | None, prefix: str = "data.") -> lis
 
 
 def source_problems(data: str | None, prefix: str = "data.") -> list[str]:
-    """What is wrong with the name of a data set, as `balcap.data.sharegpt4v.load_rows` takes it."""
+    """What is wrong with the name of a data set, as `balcap.data.table.load_rows` takes it."""
     if data is None:
-        wanted = "a ShareGPT4V .json or .jsonl file, or a hub id such as owner/name"
+        wanted = "a .json or .jsonl file of images and captions, or a hub id such as owner/name"
         return [f"{prefix}data is required: {wanted}"]
     hub_id = r"(?!.*\.jsonl?$)[a-z0-9][\w.-]*/[a-z0-9][\w.-]*"  # and no relative path to a JSON file
     if re.fullmatch(hub_id, data, re.IGNORECASE) and not Path(data).expanduser().is_dir():

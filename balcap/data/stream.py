@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from balcap.data.bad_rows import TooManyBadRows
-from balcap.data.order import common_position, positions_from, read_order
+from balcap.data.json_files import DataError
+from balcap.data.order import common_position, positions_from, read_order, rows_per_epoch
 from balcap.data.reader import RowReader, Sample, to_batch
 from balcap.data.settings import DataSettings
 from balcap.types import CaptionBatch, Cursor
@@ -70,11 +71,12 @@ class CaptionStream(IterableDataset[CaptionBatch]):
         position = self.positions[shard]
         shards, first = self.world_size * self.workers, self.rank * self.workers
         order = read_order(len(self.rows), self.settings.seed, shards, first + shard, position)
+        per_epoch = rows_per_epoch(len(self.rows), shards, first + shard)
         for number in range(self.batches + worker, self.batches + len(self), self.workers):
             samples: list[Sample] = []
             bad_in_a_row = 0
             while len(samples) < self.settings.batch_size:
-                sample = self.reader.read(int(self.rows[next(order)]))
+                sample = self.reader.read(int(self.rows[next(order)]), position // per_epoch)
                 position += 1
                 self._counts[worker, 0] += 1
                 if sample is None:
@@ -209,13 +211,17 @@ class StreamLoader(DataLoader[CaptionBatch]):
     report = True
     """Whether this process logs; one rank is enough."""
 
+    must_yield = False
+    """Whether a pass without a single batch is an error."""
+
     def __iter__(self) -> Iterator[CaptionBatch]:  # type: ignore[override]
         stream: Any = self.dataset
         bad_rows = stream.reader.bad_rows
         reported = bad_rows.total()
-        iterator = super().__iter__()
+        iterator, empty = super().__iter__(), True
         try:
             for batch in iterator:
+                empty = False
                 if self.report and bad_rows.total() >= max(1, 2 * reported):  # seen early, never a flood
                     reported = bad_rows.total()
                     log.warning("skipped %s", bad_rows.summary())
@@ -228,6 +234,8 @@ class StreamLoader(DataLoader[CaptionBatch]):
             # for 5 seconds each.
             if shutdown := getattr(iterator, "_shutdown_workers", None):
                 shutdown()
+        if self.must_yield and empty:
+            raise DataError(f"data.val_size: none of the images held out can be used: {bad_rows.summary()}")
         if self.report and bad_rows.total() > reported:
             log.warning("skipped %s", bad_rows.summary())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from balcap.utils.errors import RunStopped
+from balcap.utils.errors import RunStopped, UserError
 
 FailureKind = Literal[
     "refused",  # the model declines
@@ -59,7 +59,7 @@ class BudgetSpent(RunStopped):
     """``budget_usd`` is spent: no further call is made."""
 
 
-class StoreError(RuntimeError):
+class StoreError(UserError):
     """A file that keeps judgments or their cost cannot be used.
 
     Args:

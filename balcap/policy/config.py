@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from balcap.utils.errors import UserError
+
+
+class PolicyError(UserError, ValueError):
+    """The policy cannot be loaded, or would not be trained as the config says."""
+
 
 @dataclass
 class LoraSettings:
@@ -87,6 +93,10 @@ class PolicyConfig:
             problems += [f"lora.{problem}" for problem in self.lora.problems()]
         elif self.load_in_4bit:
             problems.append("load_in_4bit: 4-bit weights cannot be trained; set model.policy.lora as well")
+        for name in ("min_pixels", "max_pixels"):
+            area = getattr(self, name)
+            if area is not None and area < 1:
+                problems.append(f"{name}: {area} is no area in pixels; use 1 or more, or null")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             problems.append(
                 f"min_pixels: {self.min_pixels} is above model.policy.max_pixels: {self.max_pixels}"

@@ -3,19 +3,48 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from balcap.policy.config import LoraSettings, PolicyConfig
+from balcap.policy.config import LoraSettings, PolicyConfig, PolicyError
 from balcap.policy.families import family_of
 
 
+@contextmanager
+def _explained(config: PolicyConfig) -> Iterator[None]:
+    """What transformers raises while it loads (no such model, a package that is missing, an attention that the model
+    does not have), as a PolicyError."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, PolicyError):
+            raise
+        what = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        raise PolicyError(f"model.policy.model: {config.model} cannot be loaded: {what}") from error
+
+
 def load_processor(config: PolicyConfig) -> Any:
-    """The model's own processor, with the image area limits of the config."""
+    """The model's own processor, with the image area limits of the config.
+
+    Raises:
+        PolicyError: there is none, it has no chat template, or it does not scale images to an area.
+    """
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(config.model, revision=config.revision)
+    with _explained(config):
+        processor = AutoProcessor.from_pretrained(config.model, revision=config.revision)
+    if not hasattr(processor, "image_processor"):
+        raise PolicyError(
+            f"model.policy.model: {config.model} has no image processor; a policy is an image-text-to-text model"
+        )
+    if not getattr(processor, "chat_template", None):
+        raise PolicyError(
+            f"model.policy.model: {config.model} has no chat template, so nobody knows how its prompts are written; "
+            "use a version that was tuned to follow instructions, or put chat_template.jinja beside its weights"
+        )
     # These are Qwen2.5-VL's names; both are areas.
     edges = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     limits = {edge: area for edge, area in edges.items() if area}
@@ -23,13 +52,13 @@ def load_processor(config: PolicyConfig) -> Any:
         return processor
     own = processor.image_processor.size
     if not edges.keys() <= dict(own).keys():
-        raise ValueError(
+        raise PolicyError(
             f"model.policy.min_pixels, model.policy.max_pixels: the image processor of {config.model} does not "
             f"scale to an area (its size is {dict(own)}); leave both null"
         )
     size = dict(own) | limits
     if size["shortest_edge"] > size["longest_edge"]:
-        raise ValueError(
+        raise PolicyError(
             f"model.policy.min_pixels: {size['shortest_edge']} is above model.policy.max_pixels: "
             f"{size['longest_edge']}; where one is null, it is the model's own"
         )
@@ -52,14 +81,15 @@ def load_model(config: PolicyConfig) -> Any:
             bnb_4bit_compute_dtype=dtype,
         )
         options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    return AutoModelForImageTextToText.from_pretrained(config.model, **options)
+    with _explained(config):
+        return AutoModelForImageTextToText.from_pretrained(config.model, **options)
 
 
 def prepare(model: Any, config: PolicyConfig) -> Any:
     """Freeze, adapt and set up checkpointing; returns the model to train (a PeftModel with LoRA).
 
     Raises:
-        ValueError: LoRA targets that match nothing, or a language model that would not be trained.
+        PolicyError: LoRA targets that match nothing, or a language model that would not be trained.
     """
     base, family = model, family_of(model)
     language = family.language_prefixes(base)
@@ -92,13 +122,13 @@ def _adapt(model: Any, lora: LoraSettings, layers: list[str], default: list[str]
 
 
 def _matching(wanted: str | list[str], layers: list[str]) -> list[str]:
-    """The layers that an expression matches, or that end in one of some names. ValueError where one matches none."""
+    """The layers that an expression matches, or that end in one of some names. PolicyError where one matches none."""
     patterns = {wanted: wanted} if isinstance(wanted, str) else {w: rf"(.*\.)?{re.escape(w)}" for w in wanted}
     matches = {w: [name for name in layers if re.fullmatch(pattern, name)] for w, pattern in patterns.items()}
     idle = [w for w, names in matches.items() if not names]
     if idle:
         endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
-        raise ValueError(
+        raise PolicyError(
             f"model.policy.lora.target_modules: {', '.join(map(repr, idle))} matches no linear layer of the model "
             f"that may be trained; those end in {', '.join(endings)}"
         )
@@ -106,10 +136,10 @@ def _matching(wanted: str | list[str], layers: list[str]) -> list[str]:
 
 
 def _check_language_is_trained(language_model: Any) -> None:
-    """ValueError where only the head or the vision tower would be: such a run learns next to nothing, silently."""
+    """PolicyError where only the head or the vision tower would be: such a run learns next to nothing, silently."""
     linear = (m for m in language_model.modules() if isinstance(m, torch.nn.Linear))
     if not any(parameter.requires_grad for module in linear for parameter in module.parameters()):
-        raise ValueError(
+        raise PolicyError(
             "model.policy.lora.target_modules, model.policy.freeze_vision: no linear layer of the language model "
             f"({type(language_model).__name__}) would be trained; leave target_modules null for all of them, or name some"
         )

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from balcap.policy.families import ImageFeatures, family_of
 from balcap.types import CaptionBatch
+from balcap.utils.errors import UserError
 
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # [1, P] each
 
 
-class PlaceholderMismatch(ValueError):
+class PlaceholderMismatch(UserError, ValueError):
     """A prompt's image placeholders and its image features do not agree, or a caption contains one."""
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from balcap.utils.errors import UserError
+
 
 def trained_names(module: nn.Module) -> set[str]:
     """Names of the parameters that are trained."""
@@ -22,11 +24,11 @@ def check_trained(checkpoint: dict[str, Any], module: nn.Module) -> None:
     """Refuse a checkpoint of something else, which non-strict loading would accept in silence.
 
     Raises:
-        RuntimeError: it holds other tensors than the config trains.
+        UserError: it holds other tensors than the config trains.
     """
     trained, there = trained_names(module), set(checkpoint["state_dict"])
     if trained != there:
-        raise RuntimeError(
+        raise UserError(
             f"this checkpoint holds {len(there)} trained tensors, the config makes {len(trained)}, and "
             f"{len(trained ^ there)} differ (such as {sorted(trained ^ there)[0]}). Were model.policy.lora, "
             "freeze_vision or the base model changed? Resume with the config saved in the run folder"

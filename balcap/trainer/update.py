@@ -20,11 +20,12 @@ from balcap.policy.policy import Policy
 from balcap.policy.prompts import Prompts
 from balcap.trainer.tally import Tally
 from balcap.types import Rollouts
+from balcap.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-class UpdatesDiverged(RuntimeError):
+class UpdatesDiverged(UserError):
     """Too many optimizer updates in a row had a non-finite gradient."""
 
 

@@ -13,7 +13,7 @@ import pytest
 from balcap.cli import ConfigError
 from balcap.commands.recaption_files import Quarantine, QuarantinedRow, claim, output_row, write_rows
 from balcap.commands.recaption_settings import RecaptionSettings
-from balcap.data.sharegpt4v import flat_rows
+from balcap.data.table import flat_rows
 from balcap.judge import Judge, TaskModel
 from tests.support import ROOT
 
@@ -49,7 +49,11 @@ def test_a_row_keeps_what_it_was_but_for_its_caption() -> None:
         "units_model": "c/d",
     }
     (flat,) = flat_rows([new])
-    assert (flat["problem"], flat["caption"], flat["question"]) == ("", "A red cat sits.", "What is it?")
+    assert (flat["problem"], "\n".join(flat["captions"]), flat["question"]) == (
+        "",
+        "A red cat sits.",
+        "What is it?",
+    )
     assert json.loads(flat["columns"]["reference_units"]) == ["There is a cat."]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import subprocess
@@ -17,8 +18,8 @@ from PIL import Image
 from balcap.data.bad_rows import TooManyBadRows
 from balcap.data.datamodule import CaptionDataModule
 from balcap.data.images import PILLOW_MAX_PIXELS
+from balcap.data.json_files import DataError
 from balcap.data.reader import DEFAULT_PROMPT
-from balcap.data.sharegpt4v import DataError
 from balcap.types import CaptionBatch
 
 
@@ -58,10 +59,10 @@ def test_ten_kinds_of_bad_rows_and_every_batch_is_full(
         34: (row("coco/huge.png"), "decompression_bomb"),
         35: (row("coco/link.png"), "outside_image_root"),
         36: (row("../outside.png"), "outside_image_root"),
-        37: (row(names[3]), "duplicate_image"),
+        37: ({"image": names[:2], "caption": "Two."}, "several_images"),
         38: ({"id": "1"}, "no_image_field"),
         39: (row("coco/a.png", caption=""), "no_caption"),
-        40: (row("coco/b.png", question="What?"), "no_image_placeholder"),
+        40: (row("coco/b.png", question="What?" * 3000), "text_too_long"),
         41: (row("coco/c.png", caption="caf\ufffd"), "not_utf8"),
         42: ("not a row", "malformed_row"),
     }
@@ -201,13 +202,82 @@ def test_ranks_share_validation_in_equal_numbers_of_batches(
     assert len(seen) == len(set(seen)) == expected
 
 
-def test_more_validation_images_than_there_are_is_an_error(
+def test_a_small_data_set_holds_out_a_tenth(
+    make_images: Callable, make_data: Callable, row: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [row(name) for name in make_images(20)]
+    for number, val_size, expected in (
+        (20, 256, (17, 2, 1)),
+        (20, 16, (2, 16, 2)),
+        (4, 3, (2, 1, 1)),
+        (2, 1, (2, 0, 0)),
+    ):
+        caplog.clear()
+        split = make_data(rows[:number], val_size=val_size).split
+        assert tuple(map(len, (split.train, split.val, split.spare))) == expected
+        assert ("too few" in caplog.text) == (expected[1] != val_size)
+
+
+def test_a_file_without_a_good_row_says_why(make_data: Callable) -> None:
+    with pytest.raises(
+        DataError, match=r"none of the 2 rows .* \(no_image_field 2\)\. Row 0: .*\['picture'\]"
+    ):
+        make_data([{"picture": "a.png"}] * 2, val_size=256).setup("fit")
+
+
+def test_a_validation_without_any_readable_image_is_an_error(
+    tmp_path: Path, make_images: Callable, make_data: Callable, row: Callable
+) -> None:
+    data = make_data([row(name) for name in make_images(30)], val_size=4)
+    for index in (*data.split.val, *data.split.spare):
+        (tmp_path / "images" / data.table[index]["sample_id"]).unlink()
+    with pytest.raises(DataError, match=r"none of the images held out .*missing_file 5"):
+        list(data.val_dataloader())
+
+
+# ---- several captions, several names
+
+
+def test_several_captions_are_one_reference_or_one_a_visit(
     make_images: Callable, make_data: Callable, row: Callable
 ) -> None:
-    rows = [row(name) for name in make_images(10)]
-    for val_size in (9, 10, 256):
-        with pytest.raises(DataError, match=f"data.val_size={val_size} leaves no image"):
-            make_data(rows, val_size=val_size).setup("fit")
+    rows = [
+        row(name, f"Caption {i}.") | {"reference_units": [f"Unit {i}."]}
+        for name in make_images(4)
+        for i in range(3)
+    ]
+    (batch,) = make_data(rows, batch_size=4).train_dataloader()
+    assert len(set(batch.sample_ids)) == 4
+    assert set(batch.references) == {"Caption 0.\nCaption 1.\nCaption 2."}
+    assert batch.extra("reference_units") == [["Unit 0.", "Unit 1.", "Unit 2."]] * 4
+    data = make_data(rows, batch_size=4, references="one")
+    seen: dict[str, list[str]] = {}
+    for _ in range(12):
+        for batch in data.train_dataloader():
+            data.consumed(batch)
+            units = batch.extra("reference_units")
+            for name, reference, unit in zip(batch.sample_ids, batch.references, units, strict=True):
+                assert unit == [reference.replace("Caption", "Unit")]
+                seen.setdefault(name, []).append(reference)
+    assert all(len(set(references)) == 3 for references in seen.values())
+
+
+def test_one_image_under_two_names_is_not_trained_on_and_validated(
+    tmp_path: Path, make_images: Callable, make_data: Callable, row: Callable
+) -> None:
+    names = make_images(20)
+    (tmp_path / "images" / "again").symlink_to(tmp_path / "images" / "coco")
+    other = [(f"./{n}", f"again/{Path(n).name}", str(tmp_path / "images" / n)) for n in names]
+    data = make_data([row(n) for n in [*names, *itertools.chain(*other)]], val_size=4, max_bad_share=0.9)
+    files = {Path(data.table[r]["sample_id"]).name for r in data.split.val}
+    seen = set()
+    for _ in range(2):
+        for batch in data.train_dataloader():
+            data.consumed(batch)
+            seen |= {Path(sample_id).name for sample_id in batch.sample_ids}
+    assert len(seen) >= 14
+    assert not files & seen
+    assert "held_out" in data.bad_row_counts()
 
 
 # ---- prediction
@@ -216,18 +286,19 @@ def test_more_validation_images_than_there_are_is_an_error(
 def test_a_folder_is_captioned_without_data(tmp_path: Path, make_images: Callable) -> None:
     make_images(5, "holiday/day1")
     (tmp_path / "images" / "holiday" / "broken.jpg").write_bytes(b"no image")
-    (tmp_path / "images" / "notes.txt").write_text("not looked at")
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    (tmp_path / "images" / "elsewhere").symlink_to(tmp_path)
     data = CaptionDataModule(
         predict_from=str(tmp_path / "images"), batch_size=2, num_workers=2, run_dir=str(tmp_path / "run")
     )
     assert data.problems("predict") == []
     batches = list(data.predict_dataloader())
-    assert [i for b in batches for i in b.sample_ids] == [f"holiday/day1/{i:04d}.png" for i in range(5)]
+    assert sorted(i for b in batches for i in b.sample_ids) == [f"holiday/day1/{i:04d}.png" for i in range(5)]
     assert {r for b in batches for r in b.references} == {""}
     assert {p for b in batches for p in b.prompts} == {DEFAULT_PROMPT}
-    assert data.bad_row_counts() == {"not_an_image": 1}
+    assert data.bad_row_counts() == {"not_an_image": 2, "outside_image_root": 1}
     data.skip({"holiday/day1/0001.png", "holiday/day1/0004.png"})
-    assert ids(data.predict_dataloader()) == [f"holiday/day1/{i:04d}.png" for i in (0, 2, 3)]
+    assert sorted(ids(data.predict_dataloader())) == [f"holiday/day1/{i:04d}.png" for i in (0, 2, 3)]
 
 
 def test_rows_are_captioned_with_or_without_reference(
@@ -436,7 +507,7 @@ def test_another_number_of_workers_warns_and_leaves_nothing_out(
         ({"seed": 1}, r"data\.seed was 0, is 1"),
         ({"val_size": 2}, r"data\.val_size was 0, is 2"),
         ({"max_rows": 20}, r"data\.max_rows was None, is 20"),
-        ({}, r"data\.data \(digest of its content\)"),
+        ({}, r"data\.data \(digest of its images\)"),
     ],
 )
 def test_other_data_cannot_be_continued(
@@ -444,7 +515,7 @@ def test_other_data_cannot_be_continued(
 ) -> None:
     names = make_images(24)
     state = stopped(make_data([row(name) for name in names]), 2)
-    rows = [row(name, caption="Rewritten." if not change else "A caption.") for name in names]
+    rows = [row(name) for name in (names if change else names[::-1])]
     data = make_data(rows, **change)
     data.load_state_dict(state)
     with pytest.raises(DataError, match=key):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from balcap.data.bad_rows import BadRowLog, TooManyBadRows
+from balcap.data.layouts import flat_row
 from balcap.data.order import (
     common_position,
     permutation,
@@ -26,6 +27,7 @@ from balcap.data.order import (
 from balcap.data.reader import ImageFolder, RowReader
 from balcap.data.settings import DataSettings
 from balcap.data.stream import CaptionStream, PlannedBatches, StreamLoader, even_chunks
+from balcap.data.table import Table
 from balcap.types import CaptionBatch
 
 IMAGE = Image.new("RGB", (28, 28))
@@ -34,24 +36,26 @@ IMAGE = Image.new("RGB", (28, 28))
 class FakeFolder(ImageFolder):
     """Every name is an image; no disk."""
 
-    def read(self, name: str) -> tuple[bytes, Image.Image]:
-        return name.encode(), IMAGE
+    def locate(self, name: str) -> Path:
+        return Path(name)
+
+    def load(self, path: Path) -> tuple[bytes, Image.Image]:
+        return path.name.encode(), IMAGE
 
 
 def make_reader(rows: int, bad: set[int], folder: Path) -> RowReader:
     table = [
-        {
-            "row": i,
-            "sample_id": f"{i}.png",
-            "question": "What?",
-            "caption": f"caption {i}",
-            "columns": {"reference_units": f'["unit {i}"]' if i % 2 else None},
-            "problem": "no_caption" if i in bad else "",
-            "detail": "",
-        }
+        flat_row(
+            i,
+            sample_id=f"{i}.png",
+            question="What?",
+            captions=[f"caption {i}"],
+            columns={"reference_units": f'["unit {i}"]' if i % 2 else None},
+            problem="no_caption" if i in bad else "",
+        )
         for i in range(rows)
     ]
-    return RowReader(table, FakeFolder(folder), DataSettings(), BadRowLog(folder))
+    return RowReader(Table.of(table), FakeFolder(folder), DataSettings(), BadRowLog(folder))
 
 
 def make_stream(

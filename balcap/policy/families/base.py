@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from balcap.policy.attention import IMPLEMENTATIONS, PREFIX, install, shared_prefix_attention
+from balcap.policy.config import PolicyError
 from balcap.policy.layout import Layout
 
 
@@ -58,14 +59,14 @@ class Family:
         """The text model: the outermost module that was built from the text part of the config.
 
         Raises:
-            ValueError: there is none.
+            PolicyError: there is none.
         """
         kind = model.config.get_text_config().model_type
         if kind != model.config.model_type:
             for module in model.modules():
                 if getattr(getattr(module, "config", None), "model_type", None) == kind:
                     return module
-        raise ValueError(
+        raise PolicyError(
             f"model.policy.model: in the architecture {model.config.model_type} no text model stands apart from "
             "vision; a file in balcap/policy/families must say which part it is"
         )

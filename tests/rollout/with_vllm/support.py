@@ -17,8 +17,7 @@ from balcap.rollout import RolloutEngine, Sampling
 from balcap.rollout.hf import HFGenerate
 from balcap.rollout.vllm.inprocess import VLLMInProcess
 from balcap.types import CaptionBatch, Rollouts
-from tests.tiny_models import _loud as loud
-from tests.tiny_models import mixed_batch
+from tests.tiny_models import loud, mixed_batch
 
 Load = Callable[..., Policy]
 
