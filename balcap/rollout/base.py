@@ -1,17 +1,25 @@
-"""The contract of a rollout engine."""
+"""The contract of a rollout engine, and what all engines share: captions are reported as they come, then packed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from balcap.rollout.packing import pack, stop_token_ids, until_stop
 from balcap.types import CaptionBatch, Rollouts
 from balcap.utils.errors import RunStopped
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
     from balcap.policy.prompts import Prompts
+
+KEY = "model.engine.init_args"
 
 
 @dataclass(frozen=True)
@@ -30,20 +38,31 @@ class Sampling:
 
     def problems(self, key: str = "model.sampling") -> Sequence[str]:
         """What is out of range, each with the key to change."""
-        problems = []
-        if self.temperature <= 0:
-            problems.append(
-                f"{key}.temperature: {self.temperature} must be above 0; exploration needs sampling"
-            )
-        if not 0 < self.top_p <= 1:
-            problems.append(f"{key}.top_p: {self.top_p} is outside (0, 1]")
-        if self.max_tokens < 1:
-            problems.append(f"{key}.max_tokens: {self.max_tokens} must be at least 1")
-        return problems
+        sound = {
+            f"temperature: {self.temperature} must be above 0; exploration needs sampling": self.temperature
+            > 0,
+            f"top_p: {self.top_p} is outside (0, 1]": 0 < self.top_p <= 1,
+            f"max_tokens: {self.max_tokens} must be at least 1": self.max_tokens >= 1,
+        }
+        return [f"{key}.{problem}" for problem in unsound(sound)]
+
+
+def unsound(sound: Mapping[str, bool]) -> list[str]:
+    """The problems that there are, from problem -> whether all is well."""
+    return [problem for problem, well in sound.items() if not well]
+
+
+def check_init_args(sound: Mapping[str, bool]) -> None:
+    """ValueError with all problems in the settings of an engine, each of which begins with its key."""
+    if problems := unsound(sound):
+        raise ValueError("; ".join(f"{KEY}.{problem}" for problem in problems))
 
 
 OnGroupDone = Callable[[int, Sequence[str]], None]
 """Called with a row of the batch and its ``[G]`` captions, as soon as they are complete."""
+
+Drawn = tuple[int, Sequence[Tensor], Sequence[Tensor]]
+"""Row of the batch, token ids and log-probs of its G captions, each ``[t]``."""
 
 
 class EngineFailed(RunStopped):
@@ -53,20 +72,38 @@ class EngineFailed(RunStopped):
     """
 
 
-@runtime_checkable
-class RolloutEngine(Protocol):
+class RolloutEngine(ABC):
     """Samples captions. Image, video and vision tokens are banned while sampling.
+
+    An engine is `_draw`, and what it does beyond keeping the policy when it is given one.
 
     Attributes:
         on_policy: True where the sampler's log-probs are the policy's own computation; else the two differ
             by more than rounding, which training corrects (``model.importance_cap``).
     """
 
-    on_policy: bool
+    on_policy = False
+
+    def __init__(self) -> None:
+        self._policy: Policy | None = None
+        self._version = 0  # last synced
 
     def attach(self, policy: Policy) -> None:
-        """Called once, when the policy is on its device."""
+        """Called once, when the policy is on its device; with several ranks, by all."""
+        self._policy = policy
 
+    def sync(self, policy: Policy, version: int) -> None:
+        """Make the engine sample from these weights, the result of `version` optimizer updates.
+
+        With several ranks all call it, and none samples before it has returned on all.
+        """
+        self._policy, self._version = policy, version
+
+    def close(self) -> None:
+        """Release what the engine holds. Safe to call twice."""
+        self._policy = None
+
+    @torch.no_grad()
     def generate(
         self,
         batch: CaptionBatch,
@@ -75,7 +112,7 @@ class RolloutEngine(Protocol):
         sampling: Sampling,
         on_group_done: OnGroupDone | None = None,
     ) -> Rollouts:
-        """`num_captions` captions for each image of the batch.
+        """`num_captions` captions for each image of the batch; tensors are on the CPU.
 
         Args:
             on_group_done: called once for every image, in any order, from the calling thread.
@@ -83,9 +120,22 @@ class RolloutEngine(Protocol):
         Raises:
             EngineFailed: see there.
         """
+        policy = self._policy
+        if policy is None:
+            raise RuntimeError("the rollout engine has no policy; call attach and sync first")
+        stop_ids = stop_token_ids(policy)
+        groups: dict[int, tuple[list[str], Sequence[Tensor], Sequence[Tensor]]] = {}
+        with closing(self._draw(policy, batch, prompts, num_captions, sampling)) as drawn:
+            for row, tokens, logps in drawn:
+                kept = [until_stop(one, stop_ids) for one in tokens]
+                groups[row] = policy.encoder.texts(kept), kept, logps
+                if on_group_done is not None:
+                    on_group_done(row, groups[row][0])
+        in_order = [groups[row] for row in range(len(batch))]
+        return pack(policy.encoder, batch, in_order, stop_ids, sampling.max_tokens, self._version)
 
-    def sync(self, policy: Policy, version: int) -> None:
-        """Make the engine sample from these weights, the result of `version` optimizer updates."""
-
-    def close(self) -> None:
-        """Release what the engine holds. Safe to call twice."""
+    @abstractmethod
+    def _draw(
+        self, policy: Policy, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
+    ) -> Generator[Drawn]:
+        """All groups of the batch, as they come. Closed early, it leaves nothing under way."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from balcap.types import CaptionBatch, Rollouts
 
@@ -28,52 +30,39 @@ def until_stop(tokens: Tensor, stop_ids: Sequence[int]) -> Tensor:
     return tokens[: int(stops[0]) + 1] if len(stops) else tokens
 
 
-def group_texts(encoder: PromptEncoder, tokens: Sequence[Tensor], stop_ids: Sequence[int]) -> list[str]:
-    """``[G]`` captions from the sampled tokens of one image, each ``[t]``; what follows an end token is left out."""
-    return encoder.texts([until_stop(one, stop_ids) for one in tokens])
-
-
 def pack(
     encoder: PromptEncoder,
     batch: CaptionBatch,
-    token_ids: Sequence[Tensor],
-    logps: Sequence[Tensor],
+    groups: Sequence[tuple[Sequence[str], Sequence[Tensor], Sequence[Tensor]]],
     stop_ids: Sequence[int],
     max_tokens: int,
     version: int,
 ) -> Rollouts:
-    """`Rollouts` of B·G captions that stand image by image.
+    """`Rollouts` of the captions of all images.
 
     Args:
-        encoder: counts references and decodes captions.
+        encoder: counts references.
         batch: the B images.
-        token_ids: ``[B*G]`` sampled tokens, each ``[t]``; what follows the first end token is left out.
-        logps: ``[B*G]`` log-probs of these tokens, each at least as long.
+        groups: ``[B]`` texts of an image's G captions, their tokens until they stop, each ``[t]`` with t > 0, and
+            log-probs of these tokens, each at least as long.
         stop_ids: tokens that end a caption.
         max_tokens: the limit of sampling: a caption of that length without an end was cut.
         version: of the weights that sampled.
     """
-    B = len(batch)
-    G = len(token_ids) // B
-    kept = [until_stop(tokens, stop_ids) for tokens in token_ids]
-    own = [row[: len(tokens)] for row, tokens in zip(logps, kept, strict=True)]
-    stops = torch.tensor(stop_ids)
-    ended = torch.tensor([bool(len(tokens)) and bool(torch.isin(tokens[-1], stops)) for tokens in kept])
-    sizes = torch.tensor([len(tokens) for tokens in kept])
-    width = max(1, int(sizes.max()))
-    texts = encoder.texts(kept)
-
-    def padded(rows: Sequence[Tensor], value: float) -> Tensor:
-        return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=value) for row in rows])
-
+    captions, tokens, logps = zip(*groups, strict=True)
+    shape = len(batch), len(tokens[0]), -1
+    rows = list(chain(*tokens))
+    own = [logp[: len(row)] for logp, row in zip(chain(*logps), rows, strict=True)]
+    sizes = torch.tensor([len(row) for row in rows])
+    ended = torch.isin(torch.stack([row[-1] for row in rows]), torch.tensor(stop_ids))
     return Rollouts(
         batch=batch,
-        captions=[texts[b * G : (b + 1) * G] for b in range(B)],
-        token_ids=padded(kept, encoder.tokenizer.pad_token_id).long().view(B, G, width),
-        completion_mask=(torch.arange(width)[None] < sizes[:, None]).view(B, G, width),
-        sampler_logps=padded(own, 0.0).float().view(B, G, width),
-        truncated=(~ended & (sizes >= max_tokens)).view(B, G),
-        lengths=(sizes - ended.long()).view(B, G),
+        captions=list(captions),
+        token_ids=pad_sequence(rows, True, encoder.tokenizer.pad_token_id).view(shape),
+        completion_mask=(torch.arange(int(sizes.max())) < sizes[:, None]).view(shape),
+        sampler_logps=pad_sequence(own, True).float().view(shape),
+        truncated=(~ended & (sizes >= max_tokens)).view(shape[:2]),
+        lengths=(sizes - ended.long()).view(shape[:2]),
         reference_lengths=torch.tensor(encoder.count(batch.references), dtype=torch.long),
         weights_version=version,
     )

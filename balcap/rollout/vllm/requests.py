@@ -1,4 +1,4 @@
-"""What is asked of vLLM for an image, in process and over HTTP. Nothing here imports vLLM.
+"""What is asked of vLLM for an image, in process and over HTTP, and checks of what comes back. Imports no vLLM.
 
 Servers are asked at ``/v1/chat/completions``: of vLLM's endpoints it is the one that takes an image and returns token
 ids in all of 0.22 to 0.33. The server renders the chat template itself; the prompt ids that it returns are compared
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from balcap.rollout.base import EngineFailed, Sampling
 from balcap.rollout.packing import stop_token_ids
+from balcap.types import CaptionBatch
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
-    from balcap.policy.prompts import PromptEncoder
+    from balcap.policy.prompts import PromptEncoder, Prompts
 
 BAN = -1e30
 """Added to a logit, leaves no probability in float32, whatever the logit is; unlike -inf, JSON can carry it."""
@@ -56,6 +58,20 @@ def sampling_settings(policy: Policy, sampling: Sampling, num_captions: int) -> 
     }
 
 
+def draw_seeds(rows: int) -> list[int]:
+    """``[rows]`` seeds, one for each image, from torch's CPU generator: those of its G captions follow from there."""
+    return torch.randint(2**62, (rows,)).tolist()
+
+
+def logprobs_mode(temperature: float) -> str:
+    """How vLLM must be started (``logprobs_mode``) so that its log-probs are those at the sampling temperature.
+
+    ``raw_logprobs`` are before temperature, bans and top-p: exact at temperature 1. ``processed_logprobs`` are after
+    all three: banned tokens have no share in them, and with top-p below 1 neither have the tails.
+    """
+    return "raw_logprobs" if temperature == 1 else "processed_logprobs"
+
+
 # ── in process ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -72,12 +88,11 @@ def prompt_request(item: dict[str, Tensor], image: Image.Image, image_token_id: 
     return {"prompt_token_ids": ids, "multi_modal_data": {"image": image}}
 
 
-def token_settings(policy: Policy, settings: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Keyword arguments of ``SamplingParams`` for one image, from `sampling_settings`."""
-    return settings | {
+def token_settings(policy: Policy, sampling: Sampling, num_captions: int) -> dict[str, Any]:
+    """Keyword arguments of ``SamplingParams``, but for the seed of an image. EngineFailed as `sampling_settings`."""
+    return sampling_settings(policy, sampling, num_captions) | {
         "logit_bias": dict.fromkeys(policy.encoder.banned_token_ids, BAN),
         "logprobs": 0,  # of the sampled token alone
-        "seed": seed,
         "detokenize": False,
     }
 
@@ -85,13 +100,13 @@ def token_settings(policy: Policy, settings: dict[str, Any], seed: int) -> dict[
 # ── over HTTP ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def chat_settings(policy: Policy, settings: dict[str, Any]) -> dict[str, Any]:
-    """The part of a request that is the same for all images of a batch, from `sampling_settings`.
+def chat_settings(policy: Policy, sampling: Sampling, num_captions: int) -> dict[str, Any]:
+    """The part of a request that is the same for all images of a batch.
 
     Raises:
-        EngineFailed: a token cannot be banned.
+        EngineFailed: as `sampling_settings`, and where a token cannot be banned.
     """
-    return settings | {
+    return sampling_settings(policy, sampling, num_captions) | {
         # The endpoint cuts logit_bias off at -100, which a sure enough policy overcomes.
         "bad_words": banned_words(policy.encoder),
         "logprobs": True,
@@ -102,15 +117,13 @@ def chat_settings(policy: Policy, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def chat_request(
-    settings: dict[str, Any], model: str | None, image: Image.Image, prompt: str, seed: int
-) -> dict[str, Any]:
-    """The body of a request for one image; without `model` it is for the base model."""
+def chat_request(image: Image.Image, prompt: str) -> dict[str, Any]:
+    """The part of a request that is about one image."""
     content = [
         {"type": "image_url", "image_url": {"url": data_url(image)}},
         {"type": "text", "text": prompt},
     ]
-    return settings | {"model": model, "messages": [{"role": "user", "content": content}], "seed": seed}
+    return {"messages": [{"role": "user", "content": content}]}
 
 
 def chat_answer(
@@ -127,7 +140,8 @@ def chat_answer(
     logps = [torch.tensor([step["logprob"] for step in caption]) for caption in steps]
     ends = {choice["finish_reason"] for choice in choices}
     counts, num_logps = [len(row) for row in tokens], [len(row) for row in logps]
-    if len(choices) != num_captions or counts != num_logps or not ends <= {"stop", "length"}:
+    complete = len(choices) == num_captions and counts == num_logps and 0 not in counts
+    if not complete or not ends <= {"stop", "length"}:
         raise EngineFailed(
             f"the vLLM server {server} returned {len(choices)} captions of {counts} tokens with {num_logps} log-probs, "
             f"which ended by {sorted(map(str, ends))}; asked for were {num_captions} captions. Is its version one of "
@@ -168,3 +182,49 @@ def template_lacks_bos(encoder: PromptEncoder) -> bool:
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     text = encoder.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     return not (bos and text.startswith(bos))
+
+
+# ── checks ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_lengths(
+    batch: CaptionBatch, prompts: Prompts, max_tokens: int, limit: int, engine: str, key: str
+) -> None:
+    """EngineFailed where vLLM would cut captions at its own limit, unnoticed.
+
+    Args:
+        max_tokens: of the longest caption.
+        limit: of prompt and caption together, in tokens.
+        engine: whose limit it is, for the message.
+        key: what raises the limit.
+    """
+    for sample_id, item in zip(batch.sample_ids, prompts.items, strict=True):
+        needed = item["input_ids"].shape[1] + max_tokens
+        if needed > limit:
+            raise EngineFailed(
+                f"sample {sample_id!r}: its prompt and a caption of model.sampling.max_tokens: {max_tokens} make "
+                f"{needed} tokens, the limit of {engine} is {limit}; raise {key}, or lower model.policy.max_pixels or "
+                "model.sampling.max_tokens"
+            )
+
+
+def check_prompt(sample_id: str, engine_ids: Sequence[int], trainer_ids: Tensor) -> None:
+    """EngineFailed where the engine saw another prompt than the trainer computes its log-probs for.
+
+    Args:
+        sample_id: named in the message.
+        engine_ids: ``[P]`` prompt tokens as the engine reports them, image tokens expanded.
+        trainer_ids: ``[P]`` or ``[1, P]`` of the trainer.
+    """
+    own, theirs = trainer_ids.flatten().tolist(), list(engine_ids)
+    if own == theirs:
+        return
+    pairs = enumerate(zip(theirs, own, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(own), len(theirs)))
+    raise EngineFailed(
+        f"sample {sample_id!r}: vLLM's prompt differs from the trainer's from token {at} on: vLLM has "
+        f"{theirs[at : at + 5]} ({len(theirs)} tokens in all), the trainer {own[at : at + 5]} ({len(own)}). "
+        "Where the lengths differ, the image was scaled to another size: give mm_processor_kwargs of the engine the "
+        "limits of model.policy.min_pixels and model.policy.max_pixels. Else the model folders differ: compare "
+        "model.policy.model and model.policy.revision with what the engine loaded"
+    )
