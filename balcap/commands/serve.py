@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 from balcap.policy.config import LoraSettings, PolicyConfig
-from balcap.rollout.base import EngineFailed, Sampling
+from balcap.rollout.base import Sampling
 
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 """Opens a server's endpoints for weights."""
@@ -29,10 +29,7 @@ def main(args: Sequence[str] | None = None) -> None:
     cut = given.index("--") if "--" in given else len(given)
     own, config_args = _parser().parse_known_args(given[:cut])
     policy, sampling = read_config(config_args)
-    try:
-        flags = server_flags(policy, sampling)
-    except EngineFailed as error:
-        raise SystemExit(str(error)) from None
+    flags = server_flags(policy, sampling)
     flags += ["--host", own.host, "--port", str(own.port), *given[cut + 1 :]]
     shown = own.host if own.host not in ("0.0.0.0", "::") else socket.gethostname()
     print(
@@ -98,11 +95,7 @@ def read_config(args: Sequence[str]) -> tuple[PolicyConfig, Sampling]:
 
 
 def server_flags(policy: PolicyConfig, sampling: Sampling) -> list[str]:
-    """Arguments of ``vllm serve`` that follow from a run, the model first.
-
-    Raises:
-        EngineFailed: vLLM has no room for an adapter of this rank.
-    """
+    """Arguments of ``vllm serve`` that follow from a run, the model first."""
     from balcap.policy.loading import load_processor
     from balcap.rollout.vllm.start import NCCL_FLAG, launch_arguments
 

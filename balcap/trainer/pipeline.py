@@ -121,7 +121,7 @@ class RolloutPipeline:
         self._resumed: deque[dict[str, Any]] = deque()  # in flight in the run that is continued
         self._attached = False
         self.learned = self.judged = 0
-        self.timeline = Timeline(self._synchronize)
+        self.timeline = Timeline(lambda: torch.cuda.synchronize() if torch.cuda.is_initialized() else None)
 
     def attach(self, trainer: Trainer, policy: Policy) -> None:
         """Work for this trainer and policy; the engine starts at its first use, when the policy is on its device."""
@@ -294,10 +294,6 @@ class RolloutPipeline:
     def seeded(self, stage: int, number: int) -> Any:
         """A context with random numbers of this stage, number and rank alone."""
         return seeded(self.trainer.strategy.root_device, self.seed, stage, number, self.trainer.global_rank)
-
-    def _synchronize(self) -> None:
-        if self.trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def saved(rollouts: Rollouts) -> dict[str, Any]:

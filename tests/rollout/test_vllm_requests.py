@@ -13,13 +13,11 @@ from balcap.rollout.base import EngineFailed
 from balcap.rollout.packing import stop_token_ids
 from balcap.rollout.vllm.requests import (
     check_prompt,
-    draw_seeds,
-    logprobs_mode,
     prompt_request,
     sampling_settings,
     token_settings,
 )
-from balcap.rollout.vllm.start import mm_processor_kwargs
+from balcap.rollout.vllm.start import logprobs_mode, mm_processor_kwargs
 from tests.tiny_models import mixed_batch, picture
 
 Load = Callable[..., Policy]
@@ -67,7 +65,7 @@ def test_prompts_that_differ_say_where(theirs: list[int], own: list[int], said: 
 def test_sampling_settings_are_the_policys(load: Load):
     policy = load()
     policy.model.generation_config.top_k = 5
-    settings = token_settings(policy, Sampling(0.7, 0.9, 33), 4)
+    (settings,) = token_settings(policy, Sampling(0.7, 0.9, 33), 4, 1)
     assert settings["stop_token_ids"] == stop_token_ids(policy)
     assert (settings["temperature"], settings["top_p"], settings["max_tokens"]) == (0.7, 0.9, 33)
     assert (settings["n"], settings["top_k"], settings["logprobs"]) == (4, 0, 0)
@@ -75,7 +73,7 @@ def test_sampling_settings_are_the_policys(load: Load):
 
 def test_a_ban_leaves_no_probability_whatever_the_logit(load: Load):
     policy = load()
-    bias = token_settings(policy, Sampling(), 1)["logit_bias"]
+    bias = token_settings(policy, Sampling(), 1, 1)[0]["logit_bias"]
     assert set(bias) == set(policy.encoder.banned_token_ids)
     logits = torch.zeros(400)
     logits[policy.encoder.banned_token_ids] = 1e6
@@ -87,7 +85,7 @@ def test_a_ban_leaves_no_probability_whatever_the_logit(load: Load):
 @pytest.mark.parametrize("temperature", [0.009, 2.01])
 def test_temperatures_that_vllm_does_not_sample_at(load: Load, temperature: float):
     with pytest.raises(EngineFailed, match=r"model\.sampling\.temperature"):
-        sampling_settings(load(), Sampling(temperature), 1)
+        sampling_settings(load(), Sampling(temperature), 1, 1)
 
 
 def test_log_probs_are_raw_only_at_temperature_1():
@@ -104,10 +102,15 @@ def test_image_limits_are_the_processors(load: Load, family: str):
     assert mm_processor_kwargs(smaller) == {"size": usual | {"longest_edge": 84**2}}
 
 
-def test_seeds_follow_torchs():
+def test_seeds_follow_torchs(load: Load):
+    policy = load()
+
+    def seeds(rows: int) -> list[int]:
+        return [settings["seed"] for settings in sampling_settings(policy, Sampling(), 1, rows)]
+
     torch.manual_seed(3)
-    first, second = draw_seeds(50), draw_seeds(50)
+    first, second = seeds(50), seeds(50)
     torch.manual_seed(3)
-    assert draw_seeds(7) == first[:7], "an image's seed does not depend on how many follow"
+    assert seeds(7) == first[:7], "an image's seed does not depend on how many follow"
     assert len({*first, *second}) == 100
     assert all(0 <= seed < 2**62 for seed in first)

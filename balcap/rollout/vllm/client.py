@@ -107,9 +107,6 @@ class Server:
         await self.ask("/reset_mm_cache", {})
         await self.ask("/reset_encoder_cache", {})
 
-    async def close(self) -> None:
-        await self._http.aclose()
-
     async def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """What the server answers, None where that is no JSON; without `body` by GET, else by POST."""
         try:

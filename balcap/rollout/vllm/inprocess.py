@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -14,15 +15,8 @@ from torch import Tensor
 
 from balcap.rollout.base import KEY, Drawn, EngineFailed, RolloutEngine, Sampling, check_init_args
 from balcap.rollout.vllm.client import ADAPTER
-from balcap.rollout.vllm.requests import (
-    check_lengths,
-    check_prompt,
-    draw_seeds,
-    logprobs_mode,
-    prompt_request,
-    token_settings,
-)
-from balcap.rollout.vllm.start import end_groups, engine_arguments, free_memory, start
+from balcap.rollout.vllm.requests import check_lengths, check_prompt, prompt_request, token_settings
+from balcap.rollout.vllm.start import end_groups, engine_arguments, free_memory, logprobs_mode, start
 from balcap.rollout.vllm.weights import trained_weights, weight_files
 from balcap.rollout.vllm.worker import ADAPTER_ID
 from balcap.types import CaptionBatch
@@ -33,10 +27,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_PASSED_ON = ("gpu_memory_utilization", "max_model_len", "tensor_parallel_size", "enforce_eager")
+"""Settings that are vLLM's own."""
+
 Request = tuple[dict[str, Any], dict[str, Any]]
 """vLLM's input for one image, and keyword arguments of ``SamplingParams``."""
 
 
+@dataclass(eq=False)
 class VLLMInProcess(RolloutEngine):
     """vLLM beside the policy: each rank has an engine on its own device, and weights move within the process.
 
@@ -63,37 +61,25 @@ class VLLMInProcess(RolloutEngine):
             from the policy.
     """
 
-    def __init__(
-        self,
-        gpu_memory_utilization: float = 0.4,
-        max_model_len: int | None = None,
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        tensor_parallel_size: int = 1,
-        enforce_eager: bool = False,
-        sleep: bool = True,
-        deadline_s: float = 600.0,
-        options: dict[str, Any] | None = None,
-    ) -> None:
-        check_init_args(
-            {
-                f"gpu_memory_utilization: {gpu_memory_utilization} is outside (0, 1]": 0
-                < gpu_memory_utilization
-                <= 1,
-                f"max_model_len: {max_model_len} must be at least 1": max_model_len is None
-                or max_model_len >= 1,
-                f"tensor_parallel_size: {tensor_parallel_size} must be at least 1": tensor_parallel_size >= 1,
-                f"deadline_s: {deadline_s} must be above 0": deadline_s > 0,
-            }
-        )
-        super().__init__()
-        self.settings: dict[str, Any] = {
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "max_model_len": max_model_len,
-            "tensor_parallel_size": tensor_parallel_size,
-            "enforce_eager": enforce_eager,
+    gpu_memory_utilization: float = 0.4
+    max_model_len: int | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    sleep: bool = True
+    deadline_s: float = 600.0
+    options: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        share, longest, ranks = self.gpu_memory_utilization, self.max_model_len, self.tensor_parallel_size
+        sound = {
+            f"gpu_memory_utilization: {share} is outside (0, 1]": 0 < share <= 1,
+            f"max_model_len: {longest} must be at least 1": longest is None or longest >= 1,
+            f"tensor_parallel_size: {ranks} must be at least 1": ranks >= 1,
+            f"deadline_s: {self.deadline_s} must be above 0": self.deadline_s > 0,
         }
-        self.dtype, self.sleep, self.deadline_s, self.options = dtype, sleep, deadline_s, options or {}
-        self.ranks = tensor_parallel_size  # that share this engine; all take the same requests and steps
+        check_init_args(sound)
+        super().__init__()
         self._llm: Any = None
         self._mode = ""
         self._had_distributed = self._asleep = False
@@ -119,15 +105,16 @@ class VLLMInProcess(RolloutEngine):
         if self._mode != mode:
             self.close()
         if self._llm is None:
-            self._had_distributed = dist.is_initialized()
+            self._had_distributed, size = dist.is_initialized(), self.tensor_parallel_size
             world = dist.get_world_size() if self._had_distributed else 1
-            if world % self.ranks:
+            if world % size:
                 raise EngineFailed(
-                    f"{KEY}.tensor_parallel_size: {self.ranks} does not divide the run's ranks, {world}; change it or "
+                    f"{KEY}.tensor_parallel_size: {size} does not divide the run's ranks, {world}; change it or "
                     "trainer.devices, or spread the model over devices of its own with balcap.rollout.VLLMServer"
                 )
-            settings = self.settings | {"enable_sleep_mode": self._sleeps(policy)}
-            arguments = engine_arguments(policy, temperature, self.dtype, settings | self.options)
+            settings = {name: getattr(self, name) for name in _PASSED_ON}
+            settings |= {"enable_sleep_mode": self._sleeps(policy), **(self.options or {})}
+            arguments = engine_arguments(policy, temperature, self.dtype, settings)
             self._llm, self._mode, self._asleep = start(policy, arguments), mode, False
             self._send(policy)
         self._wake()
@@ -175,13 +162,10 @@ class VLLMInProcess(RolloutEngine):
     def _draw(
         self, policy: Policy, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
     ) -> Generator[Drawn]:
-        settings = token_settings(policy, sampling, num_captions)
-        inputs = [
-            prompt_request(item, image, prompts.image_token_id)
-            for item, image in zip(prompts.items, batch.images, strict=True)
-        ]
-        seeds = draw_seeds(len(batch))
-        requests = [(one, settings | {"seed": seed}) for one, seed in zip(inputs, seeds, strict=True)]
+        settings = token_settings(policy, sampling, num_captions, len(batch))
+        images = zip(prompts.items, batch.images, strict=True)
+        inputs = [prompt_request(*one, prompts.image_token_id) for one in images]
+        requests = list(zip(inputs, settings, strict=True))
         with _own_precision(policy):
             self._start(policy, sampling.temperature)
             self._check_version()
@@ -189,7 +173,10 @@ class VLLMInProcess(RolloutEngine):
             key = f"{KEY}.max_model_len (null: the model's own)"
             check_lengths(batch, prompts, sampling.max_tokens, limit, "vLLM", key)
             parts = self._of_all_ranks(requests)
-            first = sum(map(len, parts[: dist.get_rank() % self.ranks])) if self.ranks > 1 else 0
+            before = (
+                dist.get_rank() % len(parts) if len(parts) > 1 else 0
+            )  # of the ranks that share this engine
+            first = sum(map(len, parts[:before]))
             with closing(self._outputs([*chain(*parts)], policy.has_adapter)) as outputs:
                 for index, output in outputs:
                     row = index - first
@@ -205,11 +192,11 @@ class VLLMInProcess(RolloutEngine):
 
     def _of_all_ranks(self, mine: T) -> list[T]:
         """What each of the consecutive ranks that share this engine gives, in their order."""
-        if self.ranks == 1:
+        if self.tensor_parallel_size == 1:
             return [mine]
         from vllm.distributed.parallel_state import get_tp_group
 
-        everyones: list[Any] = [None] * self.ranks
+        everyones: list[Any] = [None] * self.tensor_parallel_size
         dist.all_gather_object(everyones, mine, group=get_tp_group().cpu_group)
         return everyones
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from balcap.rollout.base import EngineFailed, Sampling
 from balcap.rollout.packing import stop_token_ids
+from balcap.rollout.vllm.client import ADAPTER
 from balcap.types import CaptionBatch
 
 if TYPE_CHECKING:
@@ -32,11 +33,13 @@ COLDEST, HOTTEST = 0.01, 2.0
 """Temperatures that vLLM samples at; it would raise a lower one in silence."""
 
 
-def sampling_settings(policy: Policy, sampling: Sampling, num_captions: int) -> dict[str, Any]:
-    """What vLLM's ``SamplingParams`` and its HTTP endpoints have in common.
+def sampling_settings(
+    policy: Policy, sampling: Sampling, num_captions: int, rows: int
+) -> list[dict[str, Any]]:
+    """``[rows]`` for each image, what vLLM's ``SamplingParams`` and its HTTP endpoints have in common.
 
     They draw from the policy's distribution at the temperature, and from nothing that the hub's generation config
-    adds. Token ids of the result end with the stop token.
+    adds. Token ids of the result end with the stop token. Seeds are from torch's CPU generator.
 
     Raises:
         EngineFailed: vLLM cannot sample at this temperature.
@@ -48,7 +51,7 @@ def sampling_settings(policy: Policy, sampling: Sampling, num_captions: int) -> 
         )
     off = {"top_k": 0, "min_p": 0.0, "min_tokens": 0, "repetition_penalty": 1.0}
     off |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
-    return off | {
+    settings = off | {
         "n": num_captions,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -56,20 +59,8 @@ def sampling_settings(policy: Policy, sampling: Sampling, num_captions: int) -> 
         "stop_token_ids": stop_token_ids(policy),
         "ignore_eos": True,  # those ids are all that ends a caption
     }
-
-
-def draw_seeds(rows: int) -> list[int]:
-    """``[rows]`` seeds, one for each image, from torch's CPU generator: those of its G captions follow from there."""
-    return torch.randint(2**62, (rows,)).tolist()
-
-
-def logprobs_mode(temperature: float) -> str:
-    """How vLLM must be started (``logprobs_mode``) so that its log-probs are those at the sampling temperature.
-
-    ``raw_logprobs`` are before temperature, bans and top-p: exact at temperature 1. ``processed_logprobs`` are after
-    all three: banned tokens have no share in them, and with top-p below 1 neither have the tails.
-    """
-    return "raw_logprobs" if temperature == 1 else "processed_logprobs"
+    # of an image's first caption; those of the others follow from there
+    return [settings | {"seed": seed} for seed in torch.randint(2**62, (rows,)).tolist()]
 
 
 # ── in process ───────────────────────────────────────────────────────────────────────────────────────
@@ -88,25 +79,27 @@ def prompt_request(item: dict[str, Tensor], image: Image.Image, image_token_id: 
     return {"prompt_token_ids": ids, "multi_modal_data": {"image": image}}
 
 
-def token_settings(policy: Policy, sampling: Sampling, num_captions: int) -> dict[str, Any]:
-    """Keyword arguments of ``SamplingParams``, but for the seed of an image. EngineFailed as `sampling_settings`."""
-    return sampling_settings(policy, sampling, num_captions) | {
+def token_settings(policy: Policy, sampling: Sampling, num_captions: int, rows: int) -> list[dict[str, Any]]:
+    """``[rows]`` keyword arguments of ``SamplingParams`` for each image. EngineFailed as `sampling_settings`."""
+    own = {
         "logit_bias": dict.fromkeys(policy.encoder.banned_token_ids, BAN),
         "logprobs": 0,  # of the sampled token alone
         "detokenize": False,
     }
+    return [settings | own for settings in sampling_settings(policy, sampling, num_captions, rows)]
 
 
 # ── over HTTP ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def chat_settings(policy: Policy, sampling: Sampling, num_captions: int) -> dict[str, Any]:
-    """The part of a request that is the same for all images of a batch.
+def chat_settings(policy: Policy, sampling: Sampling, num_captions: int, rows: int) -> list[dict[str, Any]]:
+    """``[rows]`` what a request for each image says beside the image.
 
     Raises:
         EngineFailed: as `sampling_settings`, and where a token cannot be banned.
     """
-    return sampling_settings(policy, sampling, num_captions) | {
+    own = {
+        "model": ADAPTER if policy.has_adapter else None,  # None for the base model
         # The endpoint cuts logit_bias off at -100, which a sure enough policy overcomes.
         "bad_words": banned_words(policy.encoder),
         "logprobs": True,
@@ -115,15 +108,14 @@ def chat_settings(policy: Policy, sampling: Sampling, num_captions: int) -> dict
         "return_tokens_as_token_ids": True,
         "add_special_tokens": template_lacks_bos(policy.encoder),
     }
+    return [settings | own for settings in sampling_settings(policy, sampling, num_captions, rows)]
 
 
-def chat_request(image: Image.Image, prompt: str) -> dict[str, Any]:
-    """The part of a request that is about one image."""
-    content = [
-        {"type": "image_url", "image_url": {"url": data_url(image)}},
-        {"type": "text", "text": prompt},
-    ]
-    return {"messages": [{"role": "user", "content": content}]}
+def chat_request(settings: dict[str, Any], image: Image.Image, prompt: str) -> dict[str, Any]:
+    """The body of a request for one image, from its `chat_settings`."""
+    shown = {"type": "image_url", "image_url": {"url": data_url(image)}}
+    content = [shown, {"type": "text", "text": prompt}]
+    return settings | {"messages": [{"role": "user", "content": content}]}
 
 
 def chat_answer(

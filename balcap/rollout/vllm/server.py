@@ -7,22 +7,15 @@ import os
 import uuid
 from collections.abc import Coroutine, Generator
 from concurrent.futures import as_completed
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 
 from balcap.rollout.base import KEY, Drawn, EngineFailed, RolloutEngine, Sampling, check_init_args
-from balcap.rollout.vllm.client import ADAPTER, CHAT, START, Server, all_of
-from balcap.rollout.vllm.requests import (
-    chat_answer,
-    chat_request,
-    chat_settings,
-    check_lengths,
-    check_prompt,
-    draw_seeds,
-    logprobs_mode,
-)
-from balcap.rollout.vllm.start import NCCL_FLAG, check_fits
+from balcap.rollout.vllm.client import CHAT, START, Server, all_of
+from balcap.rollout.vllm.requests import chat_answer, chat_request, chat_settings, check_lengths, check_prompt
+from balcap.rollout.vllm.start import NCCL_FLAG, check_fits, logprobs_mode
 from balcap.rollout.vllm.weights import NCCLTransfer, push_files
 from balcap.types import CaptionBatch
 from balcap.utils.loop import process_loop
@@ -32,9 +25,8 @@ if TYPE_CHECKING:
     from balcap.policy.policy import Policy
     from balcap.policy.prompts import Prompts
 
-T = TypeVar("T")
 
-
+@dataclass(eq=False)
 class VLLMServer(RolloutEngine):
     """vLLM servers sample; the trainer sends them its weights after every update.
 
@@ -43,7 +35,7 @@ class VLLMServer(RolloutEngine):
     trainer's, and the version of the weights on each call.
 
     Log-probs are exact at temperature 1. At others banned tokens have no share in them, and with ``top_p`` below 1
-    neither have the tails (`balcap.rollout.vllm.requests.logprobs_mode`).
+    neither have the tails (`balcap.rollout.vllm.start.logprobs_mode`).
 
     Args:
         urls: of the servers, such as ``[http://host:8000]``.
@@ -59,31 +51,27 @@ class VLLMServer(RolloutEngine):
         concurrency: images that each rank has under way at once, over all servers.
     """
 
-    def __init__(
-        self,
-        urls: list[str],
-        transfer_backend: Literal["auto", "nccl", "folder"] = "auto",
-        weights_folder: str | None = None,
-        deadline_s: float = 600.0,
-        start_timeout_s: float = 600.0,
-        api_key_env: str | None = None,
-        group_host: str | None = None,
-        concurrency: int = 64,
-    ) -> None:
-        bad = [url for url in urls if not url.startswith(("http://", "https://"))]
-        check_init_args(
-            {
-                f"urls: {urls} must name at least one server, and each once": 0 < len(urls) == len(set(urls)),
-                f"urls: {bad} must begin with http:// or https://": not bad,
-                f"deadline_s: {deadline_s} must be above 0": deadline_s > 0,
-                f"start_timeout_s: {start_timeout_s} must be above 0": start_timeout_s > 0,
-                f"concurrency: {concurrency} must be above 0": concurrency > 0,
-            }
-        )
+    urls: list[str]
+    transfer_backend: Literal["auto", "nccl", "folder"] = "auto"
+    weights_folder: str | None = None
+    deadline_s: float = 600.0
+    start_timeout_s: float = 600.0
+    api_key_env: str | None = None
+    group_host: str | None = None
+    concurrency: int = 64
+
+    def __post_init__(self) -> None:
+        bad = [url for url in self.urls if not url.startswith(("http://", "https://"))]
+        once = 0 < len(self.urls) == len(set(self.urls))
+        sound = {
+            f"urls: {self.urls} must name at least one server, and each once": once,
+            f"urls: {bad} must begin with http:// or https://": not bad,
+            f"deadline_s: {self.deadline_s} must be above 0": self.deadline_s > 0,
+            f"start_timeout_s: {self.start_timeout_s} must be above 0": self.start_timeout_s > 0,
+            f"concurrency: {self.concurrency} must be above 0": self.concurrency > 0,
+        }
+        check_init_args(sound)
         super().__init__()
-        self.urls, self.transfer_backend, self.weights_folder = urls, transfer_backend, weights_folder
-        self.deadline_s, self.start_timeout_s = deadline_s, start_timeout_s
-        self.api_key_env, self.group_host, self.concurrency = api_key_env, group_host, concurrency
         self._servers: list[Server] = []
         self._nccl: NCCLTransfer | None = None
         self._run_id = ""
@@ -115,12 +103,11 @@ class VLLMServer(RolloutEngine):
     def close(self) -> None:
         """See `RolloutEngine.close`. The servers go on, for the next run."""
         super().close()
-        process_loop().run(all_of(server.close() for server in self._servers))
         self._servers, self._nccl = [], None
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
         """TimeoutError after `deadline_s`."""
-        return process_loop().run(asyncio.wait_for(work, self.deadline_s))
+        process_loop().run(asyncio.wait_for(work, self.deadline_s))
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -184,19 +171,19 @@ class VLLMServer(RolloutEngine):
         self, policy: Policy, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
     ) -> Generator[Drawn]:
         self._check_limits(batch, prompts, sampling)
-        settings = chat_settings(policy, sampling, num_captions)
-        settings["model"] = ADAPTER if policy.has_adapter else None  # None for the base model
+        settings = chat_settings(policy, sampling, num_captions, len(batch))
         slots = asyncio.Semaphore(self.concurrency)
         first = _rank() % len(self._servers)
         turn = [*self._servers[first:], *self._servers[:first]]  # ranks begin at different ones
         waiting = {server.name: 0 for server in turn}
 
-        async def ask(row: int, seed: int) -> Drawn:
+        async def ask(row: int) -> Drawn:
             async with slots:
-                request = await asyncio.to_thread(chat_request, batch.images[row], batch.prompts[row])
+                image, prompt = batch.images[row], batch.prompts[row]
+                request = await asyncio.to_thread(chat_request, settings[row], image, prompt)
                 server = min(turn, key=lambda server: waiting[server.name])
                 waiting[server.name] += 1
-                answer = await server.ask(CHAT, settings | request | {"seed": seed})
+                answer = await server.ask(CHAT, request)
                 waiting[server.name] -= 1
             prompt_ids, tokens, logps = chat_answer(answer, num_captions, server.name)
             check_prompt(batch.sample_ids[row], prompt_ids, prompts.items[row]["input_ids"])
@@ -206,7 +193,7 @@ class VLLMServer(RolloutEngine):
         try:
             # Before, lest stale captions are waited for; after, lest a server was started anew meanwhile.
             self._run(self._check_versions(self._version))
-            asked = [process_loop().submit(ask(*image)) for image in enumerate(draw_seeds(len(batch)))]
+            asked = [process_loop().submit(ask(row)) for row in range(len(batch))]
             for answered in as_completed(asked, self.deadline_s):
                 yield answered.result()
             self._run(self._check_versions(self._version))

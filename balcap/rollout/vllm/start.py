@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 from balcap.rollout.base import KEY, EngineFailed, unsound
 from balcap.rollout.vllm.client import EXTENSION, START
-from balcap.rollout.vllm.requests import logprobs_mode
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
@@ -34,6 +33,15 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 # ── what vLLM is started with ────────────────────────────────────────────────────────────────────────
+
+
+def logprobs_mode(temperature: float) -> str:
+    """How vLLM must be started (``logprobs_mode``) so that its log-probs are those at the sampling temperature.
+
+    ``raw_logprobs`` are before temperature, bans and top-p: exact at temperature 1. ``processed_logprobs`` are after
+    all three: banned tokens have no share in them, and with top-p below 1 neither have the tails.
+    """
+    return "raw_logprobs" if temperature == 1 else "processed_logprobs"
 
 
 def mm_processor_kwargs(processor: Any) -> dict[str, Any]:
@@ -60,9 +68,6 @@ def launch_arguments(
         temperature: of sampling.
         lora_rank: of the adapter; None without one.
         freeze_vision: the vision tower has no adapter.
-
-    Raises:
-        EngineFailed: vLLM has no room for an adapter of this rank.
     """
     arguments: dict[str, Any] = {
         "worker_extension_cls": EXTENSION,
@@ -73,12 +78,7 @@ def launch_arguments(
     }
     if lora_rank is None:
         return arguments
-    room = next((size for size in LORA_RANKS if size >= lora_rank), None)
-    if room is None:
-        raise EngineFailed(
-            f"model.policy.lora.r: vLLM takes ranks up to {LORA_RANKS[-1]}, not {lora_rank}; lower it, or sample with "
-            "balcap.rollout.HFGenerate"
-        )
+    room = next((size for size in LORA_RANKS if size >= lora_rank), lora_rank)  # which vLLM would refuse
     arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
     return arguments | ({} if freeze_vision else {"enable_tower_connector_lora": True})
 

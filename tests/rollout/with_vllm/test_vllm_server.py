@@ -211,7 +211,7 @@ def test_the_servers_own_words_are_passed_on(
     engine = connect(policy, servers=1)
     monkeypatch.setattr(
         "balcap.rollout.vllm.server.chat_settings",
-        lambda *args: chat_settings(*args) | {"max_tokens": -1},
+        lambda *args: [one | {"max_tokens": -1} for one in chat_settings(*args)],
     )
     with pytest.raises(
         EngineFailed, match=r"/v1/chat/completions with HTTP 400: max_tokens must be at least 1"

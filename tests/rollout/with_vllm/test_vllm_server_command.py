@@ -114,11 +114,6 @@ def test_a_config_that_cannot_work_is_refused():
     assert "model.sampling.temperature: 0.0 must be above 0" in str(refused.value)
 
 
-def test_a_rank_beyond_vllms_is_refused():
-    with pytest.raises(SystemExit, match=r"model\.policy\.lora\.r: vLLM takes ranks up to 512, not 600"):
-        main(["serve", *SHAPES, "--model.policy.lora={r: 600, target_modules: [q_proj]}", "--show"])
-
-
 def test_the_overlay_replaces_the_engine_of_a_run(capsys: pytest.CaptureFixture[str]):
     overlay = ROOT / "configs/engine/vllm_server.yaml"
     more = ["--model.engine.init_args.urls=[http://a:1, http://b:2]"]
