@@ -1,9 +1,8 @@
 """Engines that sample captions.
 
-``base.py``     the contract of an engine, and `Sampling`
-``hf.py``       HF ``generate`` on the policy itself: needs nothing else
-``packing.py``  from sampled tokens to `Rollouts`
-``vllm/``       vLLM in the trainer's process, or as servers on other GPUs and hosts
+``base.py``  the contract of an engine, `Sampling`, and from sampled tokens to `Rollouts`
+``hf.py``    HF ``generate`` on the policy itself: needs nothing else
+``vllm/``    vLLM in the trainer's process, or as servers on other GPUs and hosts
 """
 
 from balcap.rollout.base import EngineFailed, RolloutEngine, Sampling

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from balcap.policy.families import base_of
-from balcap.rollout.base import Drawn, RolloutEngine, Sampling, check_init_args
-from balcap.rollout.packing import stop_token_ids
+from balcap.rollout.base import Drawn, RolloutEngine, Sampling, check_init_args, stop_token_ids
 from balcap.types import CaptionBatch
 
 if TYPE_CHECKING:
@@ -82,18 +81,15 @@ class HFGenerate(RolloutEngine):
         self, policy: Policy, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
     ) -> Generator[Drawn]:
         rows = [b for b in range(len(batch)) for _ in range(num_captions)]
-        tokens: list[Tensor] = []
-        logps: list[Tensor] = []
+        drawn: list[tuple[Tensor, Tensor]] = []  # tokens and log-probs of captions
         done = 0
         with _for_sampling(policy.model):
             for start in range(0, len(rows), self.max_sequences):
                 turn = rows[start : start + self.max_sequences]
-                new_tokens, new_logps = _turn(policy, prompts, turn, sampling)
-                tokens += new_tokens
-                logps += new_logps
-                while len(tokens) >= (done + 1) * num_captions:
-                    group = slice(done * num_captions, (done + 1) * num_captions)
-                    yield done, tokens[group], logps[group]
+                drawn += zip(*_turn(policy, prompts, turn, sampling), strict=True)
+                while len(drawn) >= (done + 1) * num_captions:
+                    tokens, logps = zip(*drawn[done * num_captions :][:num_captions], strict=True)
+                    yield done, tokens, logps
                     done += 1
 
 

@@ -127,15 +127,6 @@ class RolloutPipeline:
         """Work for this trainer and policy; the engine starts at its first use, when the policy is on its device."""
         self.trainer, self.policy = trainer, policy
 
-    def started_engine(self) -> RolloutEngine:
-        """The engine, with the policy's weights; all ranks must call it."""
-        if not self._attached:
-            with self._failing_together():
-                self.engine.attach(self.policy)
-                self.engine.sync(self.policy, self.trainer.global_step)
-            self._attached = True
-        return self.engine
-
     @property
     def needs_importance_correction(self) -> bool:
         """Whether the sampler's distribution is another than the trainer's at the start of an update."""
@@ -159,6 +150,8 @@ class RolloutPipeline:
         in_flight = InFlightBatch(self.suite, self.judge, batch)
         with self.timeline.span("rollout"), self.seeded(TRAIN, number):
             in_flight.prompts, resumed = self.policy.encode(batch), self._resume_rollouts(batch)
+            for row, captions in enumerate(resumed.captions if resumed else ()):
+                in_flight.start(row, captions)
             in_flight.rollouts = self._generate(
                 batch, in_flight.prompts, num_captions, in_flight.start, resumed
             )
@@ -183,15 +176,16 @@ class RolloutPipeline:
         on_group_done: OnGroupDone | None = None,
         resumed: Rollouts | None = None,
     ) -> Rollouts:
-        """Captions from the engine, unless there are some already."""
-        engine, rollouts = self.started_engine(), resumed
+        """Captions from the engine, which starts with the first, unless there are some already."""
+        if not self._attached:
+            with self._failing_together():
+                self.engine.attach(self.policy)
+                self.engine.sync(self.policy, self.trainer.global_step)
+            self._attached = True
         with self._failing_together():
-            if rollouts is None:
-                rollouts = engine.generate(batch, prompts, num_captions, self.sampling, on_group_done)
-            elif on_group_done is not None:
-                for row, captions in enumerate(rollouts.captions):
-                    on_group_done(row, captions)
-        return rollouts
+            if resumed is None:
+                return self.engine.generate(batch, prompts, num_captions, self.sampling, on_group_done)
+        return resumed
 
     @contextmanager
     def _failing_together(self) -> Iterator[None]:
@@ -219,8 +213,7 @@ class RolloutPipeline:
         assert self.in_flight[0] is batch
         self.in_flight.popleft()
         self.learned += 1
-        data = getattr(self.trainer, "datamodule", None)
-        if data is not None:
+        if (data := getattr(self.trainer, "datamodule", None)) is not None:
             data.consumed(batch.rollouts.batch)
 
     def judgments(self, batch: InFlightBatch) -> Judgments:
@@ -249,10 +242,8 @@ class RolloutPipeline:
 
     def _is_last_batch(self) -> bool:
         """Whether the run ends with this batch, where it ends with a number of epochs."""
-        epochs = self.trainer.max_epochs
-        if epochs is None or epochs == -1:
-            return False
-        return self.trainer.current_epoch + 1 >= epochs and self.trainer.is_last_batch
+        epochs = self.trainer.max_epochs or -1
+        return 0 < epochs <= self.trainer.current_epoch + 1 and self.trainer.is_last_batch
 
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────
 
@@ -268,9 +259,7 @@ class RolloutPipeline:
         if len(in_flight) == self.trainer.world_size:
             self._resumed = deque(in_flight[self.trainer.global_rank])
         elif any(in_flight):
-            rank_zero_info(
-                "captions in flight were sampled by another number of ranks; they are sampled anew"
-            )
+            rank_zero_info("captions in flight are those of another number of ranks; sampled anew")
 
     def _resume_rollouts(self, batch: CaptionBatch) -> Rollouts | None:
         """Captions that the run before had sampled for this batch and not learned from."""

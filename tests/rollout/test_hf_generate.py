@@ -11,8 +11,8 @@ from torch import Tensor
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout import Sampling
+from balcap.rollout.base import pack, until_stop
 from balcap.rollout.hf import HFGenerate, _Recorder
-from balcap.rollout.packing import pack, until_stop
 from balcap.types import CaptionBatch, Rollouts
 from tests.tiny_models import batch_of, mixed_batch, own_logits, picture
 

@@ -9,8 +9,7 @@ import torch
 
 from balcap.policy.policy import Policy
 from balcap.rollout import Sampling
-from balcap.rollout.base import EngineFailed
-from balcap.rollout.packing import stop_token_ids
+from balcap.rollout.base import EngineFailed, stop_token_ids
 from balcap.rollout.vllm.requests import (
     check_prompt,
     prompt_request,

@@ -79,13 +79,11 @@ class Server:
 
     async def models(self) -> list[dict[str, Any]]:
         """Models and adapters that the server knows, as ``/v1/models`` lists them."""
-        models: list[dict[str, Any]] = (await self.ask("/v1/models"))["data"]
-        return models
+        return list((await self.ask("/v1/models"))["data"])
 
     async def rpc(self, method: str, **arguments: str) -> list[Any]:
         """Run a method of the worker extension in every worker; their results."""
-        results: list[Any] = (await self.ask(RPC, {"method": method, "kwargs": arguments}))["results"]
-        return results
+        return list((await self.ask(RPC, {"method": method, "kwargs": arguments}))["results"])
 
     async def add_adapter(self) -> None:
         """Make the adapter known to the server by name. The workers hold it already: nothing is read from a path."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -216,39 +216,30 @@ class VLLMInProcess(RolloutEngine):
         adapter = LoRARequest(ADAPTER, ADAPTER_ID, "in memory") if has_adapter else None
         waiting: dict[str, int] = {}
         try:
-            with _failures_explained():
-                ids = self._llm.enqueue(prompts, params, lora_request=adapter, use_tqdm=False)
+            ids = self._llm.enqueue(prompts, params, lora_request=adapter, use_tqdm=False)
             # Newer versions append a random part to the id that outputs carry.
             waiting |= {str(request_id).split("-")[0]: index for index, request_id in enumerate(ids)}
-            while engine.has_unfinished_requests() and not any(
-                self._of_all_ranks(time.monotonic() > deadline)
-            ):
-                with _failures_explained():
-                    outputs = engine.step()
-                for output in (output for output in outputs if output.finished):
+            while waiting:
+                if any(self._of_all_ranks(time.monotonic() > deadline)):
+                    raise EngineFailed(
+                        f"vLLM has captioned {len(requests) - len(waiting)} of {len(requests)} images after "
+                        f"{self.deadline_s:g} s; raise {KEY}.deadline_s, or lower model.sampling.max_tokens, "
+                        "model.num_captions or data.batch_size"
+                    )
+                for output in (output for output in engine.step() if output.finished):
                     yield waiting.pop(output.request_id), output
-            if waiting:
-                raise EngineFailed(
-                    f"vLLM has captioned {len(requests) - len(waiting)} of {len(requests)} images after "
-                    f"{self.deadline_s:g} s; raise {KEY}.deadline_s, or lower model.sampling.max_tokens, "
-                    "model.num_captions or data.batch_size"
-                )
+        except EngineFailed:
+            raise
+        # It fails in as many ways as a model can; none of them leaves an engine to go on with.
+        except Exception as error:
+            raise EngineFailed(
+                f"vLLM failed while sampling: {type(error).__name__}: {error}. Out of memory: lower "
+                f"{KEY}.gpu_memory_utilization or data.batch_size. On a CPU, which cannot split prompts (`does not "
+                f"use offset`): set {KEY}.max_model_len to at most 32768. Else see VLLM_LOGGING_LEVEL=INFO"
+            ) from error
         finally:
             if waiting:
                 engine.abort_request(list(waiting))
-
-
-@contextmanager
-def _failures_explained() -> Iterator[None]:
-    """EngineFailed where vLLM fails, in as many ways as a model can; none of them leaves an engine to go on with."""
-    try:
-        yield
-    except Exception as error:
-        raise EngineFailed(
-            f"vLLM failed while sampling: {type(error).__name__}: {error}. Out of memory: lower "
-            f"{KEY}.gpu_memory_utilization or data.batch_size. On a CPU, which cannot split prompts (`does not use "
-            f"offset`): set {KEY}.max_model_len to at most 32768. Else see VLLM_LOGGING_LEVEL=INFO"
-        ) from error
 
 
 def _own_precision(policy: Policy) -> torch.autocast:

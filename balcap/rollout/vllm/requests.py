@@ -17,8 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from balcap.rollout.base import EngineFailed, Sampling
-from balcap.rollout.packing import stop_token_ids
+from balcap.rollout.base import EngineFailed, Sampling, stop_token_ids
 from balcap.rollout.vllm.client import ADAPTER
 from balcap.types import CaptionBatch
 

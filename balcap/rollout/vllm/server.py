@@ -83,14 +83,11 @@ class VLLMServer(RolloutEngine):
         ids = [uuid.uuid4().hex]
         if dist.is_initialized():
             dist.broadcast_object_list(ids)
-        key = None
-        if self.api_key_env is not None:
+        if self.api_key_env:
             keep_secret([self.api_key_env])
-            key = os.environ.get(self.api_key_env)
-            if not key:
-                raise EngineFailed(
-                    f"{KEY}.api_key_env: the environment variable {self.api_key_env} is not set"
-                )
+        key = os.environ.get(self.api_key_env or "")
+        if self.api_key_env and not key:
+            raise EngineFailed(f"{KEY}.api_key_env: the environment variable {self.api_key_env} is not set")
         self._run_id, self._servers = ids[0], [Server(url, key) for url in self.urls]
         process_loop().run(all_of(self._meet(server, policy) for server in self._servers))
 
@@ -150,16 +147,13 @@ class VLLMServer(RolloutEngine):
         """EngineFailed where a worker holds other weights than those of this run and version."""
         abouts = await all_of(server.rpc("balcap_about") for server in self._servers)
         for server, workers in zip(self._servers, abouts, strict=True):
-            for held in (about["version"] for about in workers):
-                run, _, number = (held or "").rpartition("-")
+            for held in {about["version"] for about in workers} - {f"{self._run_id}-{version}"}:
                 if held is None:
                     why = "it was started anew since"
-                elif run != self._run_id:
-                    why = "another run has sent it its own: a server belongs to one run at a time"
-                elif number != str(version):
-                    why = f"it is at version {number}"
+                elif held.startswith(self._run_id):
+                    why = f"it is at version {held.rpartition('-')[2]}"
                 else:
-                    continue
+                    why = "another run has sent it its own: a server belongs to one run at a time"
                 raise EngineFailed(
                     f"the vLLM server {server.name} does not hold the weights of version {version} that it was sent: "
                     f"{why}"

@@ -98,7 +98,6 @@ def engine_arguments(
         dtype: of the engine's weights; ``auto`` for the policy's own.
         options: of the user.
     """
-    own = str(policy.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     arguments = launch_arguments(
         policy.encoder.processor, temperature, adapter_rank(policy), policy.vision_is_frozen
     )
@@ -106,7 +105,7 @@ def engine_arguments(
         "model": policy.source,
         "revision": policy.revision,
         "tokenizer_revision": policy.revision,
-        "dtype": own if dtype == "auto" else dtype,
+        "dtype": policy.model.get_input_embeddings().weight.dtype if dtype == "auto" else dtype,
         # One executor for one device and for many: it takes the device from LOCAL_RANK, and shares the
         # torch.distributed that the trainer may have initialised.
         "distributed_executor_backend": "external_launcher",

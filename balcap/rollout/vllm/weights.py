@@ -51,9 +51,7 @@ def weight_files(policy: Policy, root: str | None) -> Iterator[str]:
     """
     from safetensors.torch import save_file
 
-    with tempfile.TemporaryDirectory(
-        prefix="balcap-weights-", dir=root, ignore_cleanup_errors=True
-    ) as folder:
+    with tempfile.TemporaryDirectory(prefix="balcap-", dir=root, ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)  # servers may run under another name
         if policy.has_adapter:
             # Embeddings are never adapted here; to find that out by itself, peft would ask the hub.
