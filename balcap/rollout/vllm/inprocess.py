@@ -173,10 +173,8 @@ class VLLMInProcess(RolloutEngine):
             key = f"{KEY}.max_model_len (null: the model's own)"
             check_lengths(batch, prompts, sampling.max_tokens, limit, "vLLM", key)
             parts = self._of_all_ranks(requests)
-            before = (
-                dist.get_rank() % len(parts) if len(parts) > 1 else 0
-            )  # of the ranks that share this engine
-            first = sum(map(len, parts[:before]))
+            place = dist.get_rank() % len(parts) if len(parts) > 1 else 0  # of this rank among them
+            first = sum(map(len, parts[:place]))
             with closing(self._outputs([*chain(*parts)], policy.has_adapter)) as outputs:
                 for index, output in outputs:
                     row = index - first
