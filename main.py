@@ -37,8 +37,13 @@ def main(args: Sequence[str] | None = None) -> None:
     share_cores()
     command, *rest = (sys.argv[1:] if args is None else args) or [""]
     if command in COMMANDS:
+        from balcap.utils.errors import UserError
+
         module, function = COMMANDS[command]
-        getattr(import_module(module), function)(rest)
+        try:
+            getattr(import_module(module), function)(rest)
+        except UserError as error:
+            raise SystemExit(f"Error: {error}") from None
         return
     from balcap.cli import BalCapCLI
 

@@ -1,69 +1,35 @@
-"""Stand-ins that satisfy the real protocols."""
+"""Stand-ins for an engine and a judge's model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Generator
 
 import torch
 
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import Prompts
-from balcap.rollout import OnGroupDone, Sampling
-from balcap.types import CaptionBatch, Rollouts
+from balcap.rollout import RolloutEngine, Sampling
+from balcap.rollout.base import Drawn
+from balcap.types import CaptionBatch
 from examples.shapes.oracle import Oracle
 
 
-class FixedEngine:
+class FixedEngine(RolloutEngine):
     """Captions made from the reference, the same for the same image wherever and whenever it is sampled."""
 
     on_policy = True
 
-    def __init__(self) -> None:
-        self.policy: Policy | None = None
-        self.version = 0
-
-    def attach(self, policy: Policy) -> None:
-        self.policy = policy
-
-    def sync(self, policy: Policy, version: int) -> None:
-        self.policy, self.version = policy, version
-
-    def close(self) -> None:
-        self.policy = None
-
-    def generate(
-        self,
-        batch: CaptionBatch,
-        prompts: Prompts,
-        num_captions: int,
-        sampling: Sampling,
-        on_group_done: OnGroupDone | None = None,
-    ) -> Rollouts:
-        tokenizer = self.policy.encoder.tokenizer
-        texts = [[self._caption(r, g) for g in range(num_captions)] for r in batch.references]
-        for row, captions in enumerate(texts if on_group_done else []):
-            on_group_done(row, captions)
-        ids = [[tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in group] for group in texts]
-        width = max(len(row) for group in ids for row in group)
-        tokens = torch.full((len(ids), num_captions, width), tokenizer.pad_token_id)
-        mask = torch.zeros(tokens.shape, dtype=torch.bool)
-        for b, group in enumerate(ids):
-            for g, row in enumerate(group):
-                tokens[b, g, : len(row)] = torch.tensor(row)
-                mask[b, g, : len(row)] = True
-        return Rollouts(
-            batch=batch,
-            captions=texts,
-            token_ids=tokens,
-            completion_mask=mask,
-            sampler_logps=torch.zeros(tokens.shape),
-            truncated=torch.zeros(tokens.shape[:2], dtype=torch.bool),
-            lengths=mask.sum(-1) - 1,
-            reference_lengths=torch.tensor([len(tokenizer(r)["input_ids"]) for r in batch.references]),
-            weights_version=self.version,
-        )
+    def _draw(
+        self, policy: Policy, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
+    ) -> Generator[Drawn]:
+        tokenizer = policy.encoder.tokenizer
+        for row, reference in enumerate(batch.references):
+            texts = [self._caption(reference, g) for g in range(num_captions)]
+            tokens = [torch.tensor([*tokenizer(t)["input_ids"], tokenizer.eos_token_id]) for t in texts]
+            yield row, tokens, [torch.zeros(len(caption)) for caption in tokens]
 
     @staticmethod
     def _caption(reference: str, g: int) -> str:

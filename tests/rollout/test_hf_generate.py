@@ -11,8 +11,8 @@ from torch import Tensor
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout import Sampling
+from balcap.rollout.base import pack, until_stop
 from balcap.rollout.hf import HFGenerate, _Recorder
-from balcap.rollout.packing import pack
 from balcap.types import CaptionBatch, Rollouts
 from tests.tiny_models import batch_of, mixed_batch, own_logits, picture
 
@@ -189,9 +189,11 @@ def test_packing_by_hand(load: Load):
     # 9 and 8 end a caption, the limit is 4 tokens
     encoder = load().encoder
     rows = [[5, 9, 0, 0], [5, 6, 7, 8], [5, 6, 7, 4], [9, 9, 5, 9], [8, 0, 0]]
+    kept = [until_stop(torch.tensor(row), [8, 9]) for row in rows]
     logps = [-torch.arange(1.0, len(row) + 1) for row in rows]
     batch = batch_of([picture(56, 56)], ["Describe."])
-    rollouts = pack(encoder, batch, [torch.tensor(row) for row in rows], logps, [8, 9], 4, 3)
+    rollouts = pack(encoder, batch, [(list("abcde"), kept, logps)], [8, 9], 4, 3)
+    assert rollouts.captions == [list("abcde")]
     mask = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0], [1, 0, 0, 0]]
     pad = encoder.tokenizer.pad_token_id
     tokens = [[5, 9, pad, pad], [5, 6, 7, 8], [5, 6, 7, 4], [9, pad, pad, pad], [8, pad, pad, pad]]
@@ -433,10 +435,10 @@ def test_sync_says_whose_weights_sampled(load: Load):
 def test_a_closed_engine_says_so(load: Load):
     policy, engine, batch = load(), HFGenerate(), mixed_batch()
     prompts = policy.encode(batch)
-    with pytest.raises(RuntimeError, match="no policy; call attach first"):
+    with pytest.raises(RuntimeError, match="no policy; call attach and sync first"):
         engine.generate(batch, prompts, 1, Sampling())
     engine.attach(policy)
     engine.close()
     engine.close()
-    with pytest.raises(RuntimeError, match="no policy; call attach first"):
+    with pytest.raises(RuntimeError, match="no policy; call attach and sync first"):
         engine.generate(batch, prompts, 1, Sampling())

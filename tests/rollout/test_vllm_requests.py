@@ -9,10 +9,13 @@ import torch
 
 from balcap.policy.policy import Policy
 from balcap.rollout import Sampling
-from balcap.rollout.base import EngineFailed
-from balcap.rollout.packing import stop_token_ids
-from balcap.rollout.vllm.engine import check_prompt, draw_seed, image_seeds, rows_to_check
-from balcap.rollout.vllm.requests import prompt_request, sampling_settings, token_settings
+from balcap.rollout.base import EngineFailed, stop_token_ids
+from balcap.rollout.vllm.requests import (
+    check_prompt,
+    prompt_request,
+    sampling_settings,
+    token_settings,
+)
 from balcap.rollout.vllm.start import logprobs_mode, mm_processor_kwargs
 from tests.tiny_models import mixed_batch, picture
 
@@ -34,12 +37,6 @@ def test_a_collapsed_prompt_is_what_the_template_writes(load: Load):
         assert ids.count(prompts.image_token_id) == 1
         assert len(ids) == int((item["input_ids"] != prompts.image_token_id).sum()) + 1
         assert request["multi_modal_data"] == {"image": image}
-
-
-def test_prompts_are_compared_at_first_and_then_now_and_then():
-    assert list(rows_to_check(0, 3)) == [0, 1, 2]
-    assert [list(rows_to_check(call, 3)) for call in (1, 99, 100, 101, 200)] == [[], [], [0], [], [0]]
-    assert list(rows_to_check(100, 0)) == []
 
 
 def test_equal_prompts_pass():
@@ -67,15 +64,15 @@ def test_prompts_that_differ_say_where(theirs: list[int], own: list[int], said: 
 def test_sampling_settings_are_the_policys(load: Load):
     policy = load()
     policy.model.generation_config.top_k = 5
-    settings = token_settings(policy, sampling_settings(policy, Sampling(0.7, 0.9, 33), 4), 11)
+    (settings,) = token_settings(policy, Sampling(0.7, 0.9, 33), 4, 1)
     assert settings["stop_token_ids"] == stop_token_ids(policy)
     assert (settings["temperature"], settings["top_p"], settings["max_tokens"]) == (0.7, 0.9, 33)
-    assert (settings["n"], settings["seed"], settings["top_k"], settings["logprobs"]) == (4, 11, 0, 0)
+    assert (settings["n"], settings["top_k"], settings["logprobs"]) == (4, 0, 0)
 
 
 def test_a_ban_leaves_no_probability_whatever_the_logit(load: Load):
     policy = load()
-    bias = token_settings(policy, {}, 0)["logit_bias"]
+    bias = token_settings(policy, Sampling(), 1, 1)[0]["logit_bias"]
     assert set(bias) == set(policy.encoder.banned_token_ids)
     logits = torch.zeros(400)
     logits[policy.encoder.banned_token_ids] = 1e6
@@ -87,7 +84,7 @@ def test_a_ban_leaves_no_probability_whatever_the_logit(load: Load):
 @pytest.mark.parametrize("temperature", [0.009, 2.01])
 def test_temperatures_that_vllm_does_not_sample_at(load: Load, temperature: float):
     with pytest.raises(EngineFailed, match=r"model\.sampling\.temperature"):
-        sampling_settings(load(), Sampling(temperature), 1)
+        sampling_settings(load(), Sampling(temperature), 1, 1)
 
 
 def test_log_probs_are_raw_only_at_temperature_1():
@@ -104,23 +101,15 @@ def test_image_limits_are_the_processors(load: Load, family: str):
     assert mm_processor_kwargs(smaller) == {"size": usual | {"longest_edge": 84**2}}
 
 
-def test_seeds_follow_torchs():
-    torch.manual_seed(3)
-    first, second = draw_seed(), draw_seed()
-    torch.manual_seed(3)
-    assert (draw_seed(), draw_seed()) == (first, second)
-    assert first != second
-    seeds = image_seeds(first, 50)
-    assert seeds == image_seeds(first, 50)
-    assert seeds[:7] == image_seeds(first, 7), "an image's seed does not depend on how many follow"
-    assert len(set(seeds)) == 50
-    assert all(0 <= seed < 2**62 for seed in seeds)
-    assert not set(seeds) & set(image_seeds(second, 50))
+def test_seeds_follow_torchs(load: Load):
+    policy = load()
 
+    def seeds(rows: int) -> list[int]:
+        return [settings["seed"] for settings in sampling_settings(policy, Sampling(), 1, rows)]
 
-def test_drawing_image_seeds_leaves_torchs_generator_alone():
     torch.manual_seed(3)
-    expected = torch.rand(1)
+    first, second = seeds(50), seeds(50)
     torch.manual_seed(3)
-    image_seeds(5, 10)
-    assert torch.equal(torch.rand(1), expected)
+    assert seeds(7) == first[:7], "an image's seed does not depend on how many follow"
+    assert len({*first, *second}) == 100
+    assert all(0 <= seed < 2**62 for seed in first)

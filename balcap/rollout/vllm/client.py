@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import time
 from collections.abc import Coroutine, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from balcap.rollout.base import EngineFailed
-from balcap.utils.redact import redact
+import httpx
 
-if TYPE_CHECKING:
-    import httpx
+from balcap.rollout.base import KEY, EngineFailed
+from balcap.utils.redact import redact
 
 T = TypeVar("T")
 
-KEY = "model.engine.init_args"
 START = "python main.py serve --config <the run's config>"
 EXTENSION = "balcap.rollout.vllm.worker.WeightSync"
 """Class that vLLM mixes into its workers."""
@@ -29,7 +26,7 @@ ADAPTER = "balcap"
 _POLL_S = 1.0
 _CONNECT_S = 20.0
 _RESET_S = 30.0
-_CHAT = "/v1/chat/completions"
+CHAT, RPC = "/v1/chat/completions", "/collective_rpc"
 
 
 class Server:
@@ -43,112 +40,82 @@ class Server:
 
     Attributes:
         name: the url without credentials, for messages.
-        busy: requests for captions that are under way.
-        workers: processes that hold its model.
+        about: what its workers run (`balcap.rollout.vllm.worker.WeightSync.balcap_about`), once it was asked.
     """
 
     def __init__(self, url: str, key: str | None = None) -> None:
         parts = urlsplit(url.rstrip("/").removesuffix("/v1"))
         self.url = urlunsplit(parts)
         self.name = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-        self.host, self.port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-        self.busy = 0
-        self.workers = 0
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http: httpx.AsyncClient | None = None
+        self.about: dict[str, Any] = {}
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(None, connect=_CONNECT_S),
+            # A connection for each request: one that is kept may close as the next request enters it.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            trust_env=False,  # engines are not behind the proxy that leads to the internet
+        )
 
     async def wait_until_up(self, timeout_s: float) -> None:
         """Return when the server is ready to sample."""
-        import httpx
-
-        give_up = time.monotonic() + timeout_s
-        while True:
-            try:
-                reply = await self._client().get("/health", timeout=_CONNECT_S)
-                if reply.status_code == 200:
-                    return
-                reason = f"it answers HTTP {reply.status_code}"
-            except httpx.TransportError as error:
-                reason = _describe(error)
-            if time.monotonic() >= give_up:
-                raise EngineFailed(
-                    f"no vLLM server is up at {self.name} after {timeout_s:g} s ({reason}). Start it with: {START}; or "
-                    f"change {KEY}.urls. A server that takes longer to load: "
-                    f"{KEY}.start_timeout_s"
-                )
-            await asyncio.sleep(min(_POLL_S, max(0.0, give_up - time.monotonic())))
+        reason = "no answer"
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    try:
+                        reply = await self._http.get("/health")
+                        if reply.status_code == 200:
+                            return
+                        reason = f"it answers HTTP {reply.status_code}"
+                    except httpx.TransportError as error:
+                        reason = _describe(error)
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            raise EngineFailed(
+                f"no vLLM server is up at {self.name} after {timeout_s:g} s ({reason}). Start it with: {START}; or "
+                f"change {KEY}.urls. A server that takes longer to load: {KEY}.start_timeout_s"
+            ) from None
 
     async def models(self) -> list[dict[str, Any]]:
         """Models and adapters that the server knows, as ``/v1/models`` lists them."""
-        models: list[dict[str, Any]] = (await self._ask("GET", "/v1/models"))["data"]
-        return models
-
-    async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request for captions."""
-        self.busy += 1
-        try:
-            answer: dict[str, Any] = await self._ask("POST", _CHAT, body)
-        finally:
-            self.busy -= 1
-        return answer
+        return list((await self.ask("/v1/models"))["data"])
 
     async def rpc(self, method: str, **arguments: str) -> list[Any]:
         """Run a method of the worker extension in every worker; their results."""
-        body = {"method": method, "kwargs": arguments}
-        results: list[Any] = (await self._ask("POST", "/collective_rpc", body))["results"]
-        return results
+        return list((await self.ask(RPC, {"method": method, "kwargs": arguments}))["results"])
 
     async def add_adapter(self) -> None:
         """Make the adapter known to the server by name. The workers hold it already: nothing is read from a path."""
         if ADAPTER not in [model["id"] for model in await self.models()]:
             # Any path will do: an adapter that is loaded is not looked for.
-            await self._ask("POST", "/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": "in-memory"})
+            await self.ask("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": "in-memory"})
 
     async def reset_caches(self) -> None:
         """Forget what older weights computed: keys and values of prefixes, and images through the vision tower."""
         give_up = time.monotonic() + _RESET_S
         # A reset fails while blocks are in use. vLLM 0.22 does not say so; 0.32 does, and another try is worth it.
-        while not ((await self._ask("POST", "/reset_prefix_cache")) or {}).get("success", True):
+        while not ((await self.ask("/reset_prefix_cache", {})) or {}).get("success", True):
             if time.monotonic() > give_up:
                 raise EngineFailed(
                     f"the vLLM server {self.name} cannot reset its prefix cache: it still works on requests. Does "
                     "something else use it? A run needs its servers for itself"
                 )
             await asyncio.sleep(0.1)
-        await self._ask("POST", "/reset_mm_cache")
-        await self._ask("POST", "/reset_encoder_cache")
+        await self.ask("/reset_mm_cache", {})
+        await self.ask("/reset_encoder_cache", {})
 
-    async def close(self) -> None:
-        if self._http is not None:
-            await self._http.aclose()
-            self._http = None
-
-    def _client(self) -> httpx.AsyncClient:
-        import httpx
-
-        if self._http is None:
-            self._http = httpx.AsyncClient(
-                base_url=self.url,
-                headers=self._headers,
-                timeout=httpx.Timeout(None, connect=_CONNECT_S),
-                # A connection for each request: one that is kept may close as the next request enters it.
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-                trust_env=False,  # engines are not behind the proxy that leads to the internet
-            )
-        return self._http
-
-    async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        import httpx
-
+    async def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """What the server answers, None where that is no JSON; without `body` by GET, else by POST."""
         try:
-            reply = await self._client().request(method, path, json=body)
+            reply = await self._http.request("GET" if body is None else "POST", path, json=body)
         except httpx.TransportError as error:
             raise EngineFailed(
                 f"the vLLM server {self.name} is gone ({_describe(error)}); its own log says why. Start it again "
                 f"with: {START}"
             ) from None
         if reply.status_code >= 400:
-            what = f"{path} ({body['method']})" if path == "/collective_rpc" and body else path
+            what = f"{path} ({body['method']})" if path == RPC and body else path
             said = f"the vLLM server {self.name} answers {what} with HTTP {reply.status_code}: {_message(reply.text)}"
             advice = _advice(path, body or {}, reply.status_code)
             raise EngineFailed(f"{said}. {advice}, or start it with: {START}" if advice else said)
@@ -164,7 +131,7 @@ def _advice(path: str, body: dict[str, Any], status: int) -> str:
         if status == 404:
             return "Set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
         return "Start it with no --lora-modules of your own: the run's adapter must be the only one"
-    if path == _CHAT:
+    if path == CHAT:
         lost = status == 404 and body["model"] == ADAPTER
         return "If it was started with --api-server-count, leave that out" if lost else ""
     if status == 404:
@@ -203,22 +170,3 @@ async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def address_towards(host: str, port: int) -> str:
-    """The IP address by which this machine reaches `host`. Nothing is sent.
-
-    Raises:
-        OSError: there is no such host, or no way to it.
-    """
-    family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(target)
-        return str(probe.getsockname()[0])
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

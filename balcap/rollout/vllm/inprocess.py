@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm.client import KEY
-from balcap.rollout.vllm.engine import Group, VLLMEngine, check_lengths
-from balcap.rollout.vllm.requests import prompt_request, token_settings
-from balcap.rollout.vllm.start import end, engine_arguments, logprobs_mode, start
+from balcap.rollout.base import KEY, Drawn, EngineFailed, RolloutEngine, Sampling, check_init_args
+from balcap.rollout.vllm.client import ADAPTER
+from balcap.rollout.vllm.requests import check_lengths, check_prompt, prompt_request, token_settings
+from balcap.rollout.vllm.start import end_groups, engine_arguments, free_memory, logprobs_mode, start
 from balcap.rollout.vllm.weights import trained_weights, weight_files
 from balcap.rollout.vllm.worker import ADAPTER_ID
 from balcap.types import CaptionBatch
@@ -25,44 +25,17 @@ if TYPE_CHECKING:
     from balcap.policy.policy import Policy
     from balcap.policy.prompts import Prompts
 
+T = TypeVar("T")
+
+_PASSED_ON = ("gpu_memory_utilization", "max_model_len", "tensor_parallel_size", "enforce_eager")
+"""Settings that are vLLM's own."""
+
 Request = tuple[dict[str, Any], dict[str, Any]]
 """vLLM's input for one image, and keyword arguments of ``SamplingParams``."""
 
 
-class Ranks:
-    """The consecutive ranks that share one engine by tensor parallelism; with `size` 1 there is nothing to share.
-
-    Every rank of them takes the same requests, in the same order, and the same steps.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def union(self, mine: list[Request]) -> tuple[list[Request], int]:
-        """The requests of all these ranks, and where among them this rank's own begin."""
-        if self.size == 1:
-            return mine, 0
-        everyone: list[list[Request]] = [[]] * self.size
-        dist.all_gather_object(everyone, mine, group=self._group().cpu_group)
-        before = everyone[: self._group().rank_in_group]
-        return list(chain(*everyone)), sum(map(len, before))
-
-    def any(self, flag: bool) -> bool:
-        """Whether it is so on any of these ranks."""
-        if self.size == 1:
-            return flag
-        most = torch.tensor([float(flag)])
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group().cpu_group)
-        return bool(most)
-
-    @staticmethod
-    def _group() -> Any:
-        from vllm.distributed.parallel_state import get_tp_group
-
-        return get_tp_group()
-
-
-class VLLMInProcess(VLLMEngine):
+@dataclass(eq=False)
+class VLLMInProcess(RolloutEngine):
     """vLLM beside the policy: each rank has an engine on its own device, and weights move within the process.
 
     The engine starts with the first captions, because vLLM must be told when it starts which log-probs to return:
@@ -88,98 +61,78 @@ class VLLMInProcess(VLLMEngine):
             from the policy.
     """
 
-    def __init__(
-        self,
-        gpu_memory_utilization: float = 0.4,
-        max_model_len: int | None = None,
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        tensor_parallel_size: int = 1,
-        enforce_eager: bool = False,
-        sleep: bool = True,
-        deadline_s: float = 600.0,
-        options: dict[str, Any] | None = None,
-    ) -> None:
-        problems = []
-        if not 0 < gpu_memory_utilization <= 1:
-            problems.append(f"{KEY}.gpu_memory_utilization: {gpu_memory_utilization} is outside (0, 1]")
-        if max_model_len is not None and max_model_len < 1:
-            problems.append(f"{KEY}.max_model_len: {max_model_len} must be at least 1")
-        if tensor_parallel_size < 1:
-            problems.append(f"{KEY}.tensor_parallel_size: {tensor_parallel_size} must be at least 1")
-        if deadline_s <= 0:
-            problems.append(f"{KEY}.deadline_s: {deadline_s} must be above 0")
-        if problems:
-            raise ValueError("; ".join(problems))
-        super().__init__()
-        self.settings: dict[str, Any] = {
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "max_model_len": max_model_len,
-            "tensor_parallel_size": tensor_parallel_size,
-            "enforce_eager": enforce_eager,
+    gpu_memory_utilization: float = 0.4
+    max_model_len: int | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    sleep: bool = True
+    deadline_s: float = 600.0
+    options: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        share, longest, ranks = self.gpu_memory_utilization, self.max_model_len, self.tensor_parallel_size
+        sound = {
+            f"gpu_memory_utilization: {share} is outside (0, 1]": 0 < share <= 1,
+            f"max_model_len: {longest} must be at least 1": longest is None or longest >= 1,
+            f"tensor_parallel_size: {ranks} must be at least 1": ranks >= 1,
+            f"deadline_s: {self.deadline_s} must be above 0": self.deadline_s > 0,
         }
-        self.dtype, self.sleep, self.deadline_s, self.options = dtype, sleep, deadline_s, options or {}
-        self._ranks = Ranks(tensor_parallel_size)
+        check_init_args(sound)
+        super().__init__()
         self._llm: Any = None
         self._mode = ""
-        self._had_distributed = False
-        self._asleep: set[str] = set()
+        self._had_distributed = self._asleep = False
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def attach(self, policy: Policy) -> None:
-        self._policy = policy
-
     def sync(self, policy: Policy, version: int) -> None:
         """See `RolloutEngine.sync`. Before the first captions there is no engine yet: it gets the weights then."""
-        self._policy, self._version = policy, version
+        super().sync(policy, version)
         if self._llm is not None:
             with _own_precision(policy):
                 self._send(policy)
 
     def close(self) -> None:
-        llm, self._llm = self._llm, None
-        if llm is not None:
-            end(llm, self._had_distributed)
+        if self._llm is not None:
+            end_groups(self._had_distributed, self._llm)
+            self._llm = None
+            free_memory()
 
     def _start(self, policy: Policy, temperature: float) -> None:
         """An engine whose log-probs are those at this temperature, awake."""
         mode = logprobs_mode(temperature)
-        if self._llm is not None and self._mode != mode:
+        if self._mode != mode:
             self.close()
         if self._llm is None:
-            world = dist.get_world_size() if dist.is_initialized() else 1
-            if world % self._ranks.size:
+            self._had_distributed, size = dist.is_initialized(), self.tensor_parallel_size
+            world = dist.get_world_size() if self._had_distributed else 1
+            if world % size:
                 raise EngineFailed(
-                    f"{KEY}.tensor_parallel_size: {self._ranks.size} does not divide the run's ranks, {world}; change "
-                    "it or trainer.devices, or spread the model over devices of its own with balcap.rollout.VLLMServer"
+                    f"{KEY}.tensor_parallel_size: {size} does not divide the run's ranks, {world}; change it or "
+                    "trainer.devices, or spread the model over devices of its own with balcap.rollout.VLLMServer"
                 )
-            settings = self.settings | {"enable_sleep_mode": self._sleeps(policy)}
-            arguments = engine_arguments(policy, temperature, self.dtype, settings | self.options)
-            self._had_distributed = dist.is_initialized()
-            self._llm, self._mode, self._asleep = start(policy, arguments), mode, set()
+            settings = {name: getattr(self, name) for name in _PASSED_ON}
+            settings |= {"enable_sleep_mode": self._sleeps(policy), **(self.options or {})}
+            arguments = engine_arguments(policy, temperature, self.dtype, settings)
+            self._llm, self._mode, self._asleep = start(policy, arguments), mode, False
             self._send(policy)
-        self._wake("weights", "kv_cache")
+        self._wake()
 
     def _sleeps(self, policy: Policy) -> bool:
         return self.sleep and policy.device.type == "cuda"
 
-    def _wake(self, *what: str) -> None:
-        needed = [tag for tag in what if tag in self._asleep]
-        if needed:
+    def _wake(self) -> None:
+        if self._asleep:
             torch.cuda.empty_cache()  # what the trainer has freed must be the device's again
-            self._llm.wake_up(tags=needed)
-            self._asleep -= set(needed)
-
-    def _sleep(self, policy: Policy) -> None:
-        if self._sleeps(policy):
-            self._llm.sleep(level=1)
-            self._asleep = {"weights", "kv_cache"}
+            self._llm.wake_up()
+            self._asleep = False
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────
 
     def _send(self, policy: Policy) -> None:
         """The policy's weights to the engine, and nothing left that was computed from older ones."""
-        self._wake("weights")
+        self._wake()
         try:
             if policy.has_adapter:
                 with weight_files(policy, None) as folder:
@@ -197,42 +150,53 @@ class VLLMInProcess(VLLMEngine):
 
     def _check_version(self) -> None:
         """EngineFailed where the engine itself reports other weights than those last synced."""
-        held = self._llm.collective_rpc("balcap_version")
-        if set(held) != {self._version}:
+        (held, *_) = (about["version"] for about in self._llm.collective_rpc("balcap_about"))
+        if held != self._version:
             raise EngineFailed(
-                f"vLLM holds weights of version {held[0]}, the policy is at {self._version}: captions would be "
+                f"vLLM holds weights of version {held}, the policy is at {self._version}: captions would be "
                 "another policy's. The last weight sync did not reach it; resume with --ckpt_path last"
             )
 
     # ── captions ─────────────────────────────────────────────────────────────────────────────────────
 
     def _draw(
-        self,
-        policy: Policy,
-        batch: CaptionBatch,
-        prompts: Prompts,
-        settings: dict[str, Any],
-        seeds: list[int],
-    ) -> Generator[Group]:
-        rows = zip(prompts.items, batch.images, seeds, strict=True)
-        requests = [
-            (prompt_request(item, image, prompts.image_token_id), token_settings(policy, settings, seed))
-            for item, image, seed in rows
-        ]
+        self, policy: Policy, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
+    ) -> Generator[Drawn]:
+        settings = token_settings(policy, sampling, num_captions, len(batch))
+        images = zip(prompts.items, batch.images, strict=True)
+        inputs = [prompt_request(*one, prompts.image_token_id) for one in images]
+        requests = list(zip(inputs, settings, strict=True))
         with _own_precision(policy):
-            self._start(policy, settings["temperature"])
+            self._start(policy, sampling.temperature)
             self._check_version()
             limit = self._llm.llm_engine.model_config.max_model_len
             key = f"{KEY}.max_model_len (null: the model's own)"
-            check_lengths(batch, prompts, settings, limit, "vLLM", key)
-            everyones, first = self._ranks.union(requests)
-            with closing(self._outputs(everyones, policy.has_adapter)) as outputs:
+            check_lengths(batch, prompts, sampling.max_tokens, limit, "vLLM", key)
+            parts = self._of_all_ranks(requests)
+            place = dist.get_rank() % len(parts) if len(parts) > 1 else 0  # of this rank among them
+            first = sum(map(len, parts[:place]))
+            with closing(self._outputs([*chain(*parts)], policy.has_adapter)) as outputs:
                 for index, output in outputs:
-                    if 0 <= index - first < len(requests):  # else another rank's
+                    row = index - first
+                    if 0 <= row < len(requests):  # else another rank's
+                        own = prompts.items[row]["input_ids"]
+                        check_prompt(batch.sample_ids[row], output.prompt_token_ids, own)
                         captions = sorted(output.outputs, key=lambda caption: caption.index)
                         tokens = [torch.tensor(caption.token_ids) for caption in captions]
-                        yield index - first, output.prompt_token_ids, tokens, [*map(_logps, captions)]
-            self._sleep(policy)
+                        yield row, tokens, [*map(_logps, captions)]
+            if self._sleeps(policy):
+                self._llm.sleep(level=1)  # weights to the host, the KV cache nowhere
+                self._asleep = True
+
+    def _of_all_ranks(self, mine: T) -> list[T]:
+        """What each of the consecutive ranks that share this engine gives, in their order."""
+        if self.tensor_parallel_size == 1:
+            return [mine]
+        from vllm.distributed.parallel_state import get_tp_group
+
+        everyones: list[Any] = [None] * self.tensor_parallel_size
+        dist.all_gather_object(everyones, mine, group=get_tp_group().cpu_group)
+        return everyones
 
     def _outputs(self, requests: list[Request], has_adapter: bool) -> Generator[tuple[int, Any]]:
         """Index of a request and vLLM's ``RequestOutput``, when all its captions are complete.
@@ -247,42 +211,33 @@ class VLLMInProcess(VLLMEngine):
 
         deadline, engine = time.monotonic() + self.deadline_s, self._llm.llm_engine
         prompts, params = [prompt for prompt, _ in requests], [SamplingParams(**how) for _, how in requests]
-        adapter = LoRARequest("balcap", ADAPTER_ID, "in memory") if has_adapter else None
+        adapter = LoRARequest(ADAPTER, ADAPTER_ID, "in memory") if has_adapter else None
         waiting: dict[str, int] = {}
         try:
-            with _failures_explained():
-                ids = self._llm.enqueue(prompts, params, lora_request=adapter, use_tqdm=False)
+            ids = self._llm.enqueue(prompts, params, lora_request=adapter, use_tqdm=False)
             # Newer versions append a random part to the id that outputs carry.
             waiting |= {str(request_id).split("-")[0]: index for index, request_id in enumerate(ids)}
-            while engine.has_unfinished_requests() and not self._ranks.any(time.monotonic() > deadline):
-                with _failures_explained():
-                    outputs = engine.step()
-                for output in (output for output in outputs if output.finished):
+            while waiting:
+                if any(self._of_all_ranks(time.monotonic() > deadline)):
+                    raise EngineFailed(
+                        f"vLLM has captioned {len(requests) - len(waiting)} of {len(requests)} images after "
+                        f"{self.deadline_s:g} s; raise {KEY}.deadline_s, or lower model.sampling.max_tokens, "
+                        "model.num_captions or data.batch_size"
+                    )
+                for output in (output for output in engine.step() if output.finished):
                     yield waiting.pop(output.request_id), output
-            if waiting:
-                raise EngineFailed(
-                    f"vLLM has captioned {len(requests) - len(waiting)} of {len(requests)} images after "
-                    f"{self.deadline_s:g} s; raise {KEY}.deadline_s, or lower model.sampling.max_tokens, "
-                    "model.num_captions or data.batch_size"
-                )
+        except EngineFailed:
+            raise
+        # It fails in as many ways as a model can; none of them leaves an engine to go on with.
+        except Exception as error:
+            raise EngineFailed(
+                f"vLLM failed while sampling: {type(error).__name__}: {error}. Out of memory: lower "
+                f"{KEY}.gpu_memory_utilization or data.batch_size. On a CPU, which cannot split prompts (`does not "
+                f"use offset`): set {KEY}.max_model_len to at most 32768. Else see VLLM_LOGGING_LEVEL=INFO"
+            ) from error
         finally:
             if waiting:
                 engine.abort_request(list(waiting))
-
-
-@contextmanager
-def _failures_explained() -> Iterator[None]:
-    """EngineFailed where vLLM fails, in as many ways as a model can; none of them leaves an engine to go on with."""
-    try:
-        yield
-    except Exception as error:
-        if "does not use offset" in str(error):  # see balcap.rollout.vllm.start.whole_prompts
-            advice = f"On a CPU it cannot split prompts: set {KEY}.max_model_len to at most 32768"
-        else:
-            advice = f"Out of memory: lower {KEY}.gpu_memory_utilization or data.batch_size"
-        raise EngineFailed(
-            f"vLLM failed while sampling: {type(error).__name__}: {error}. {advice}; else see VLLM_LOGGING_LEVEL=INFO"
-        ) from error
 
 
 def _own_precision(policy: Policy) -> torch.autocast:

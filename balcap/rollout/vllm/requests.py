@@ -1,4 +1,4 @@
-"""What is asked of vLLM for an image, in process and over HTTP. Nothing here imports vLLM.
+"""What is asked of vLLM for an image, in process and over HTTP, and checks of what comes back. Imports no vLLM.
 
 Servers are asked at ``/v1/chat/completions``: of vLLM's endpoints it is the one that takes an image and returns token
 ids in all of 0.22 to 0.33. The server renders the chat template itself; the prompt ids that it returns are compared
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from balcap.rollout.base import EngineFailed, Sampling
-from balcap.rollout.packing import stop_token_ids
+from balcap.rollout.base import EngineFailed, Sampling, stop_token_ids
+from balcap.rollout.vllm.client import ADAPTER
+from balcap.types import CaptionBatch
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
-    from balcap.policy.prompts import PromptEncoder
+    from balcap.policy.prompts import PromptEncoder, Prompts
 
 BAN = -1e30
 """Added to a logit, leaves no probability in float32, whatever the logit is; unlike -inf, JSON can carry it."""
@@ -30,11 +32,13 @@ COLDEST, HOTTEST = 0.01, 2.0
 """Temperatures that vLLM samples at; it would raise a lower one in silence."""
 
 
-def sampling_settings(policy: Policy, sampling: Sampling, num_captions: int) -> dict[str, Any]:
-    """What vLLM's ``SamplingParams`` and its HTTP endpoints have in common.
+def sampling_settings(
+    policy: Policy, sampling: Sampling, num_captions: int, rows: int
+) -> list[dict[str, Any]]:
+    """``[rows]`` for each image, what vLLM's ``SamplingParams`` and its HTTP endpoints have in common.
 
     They draw from the policy's distribution at the temperature, and from nothing that the hub's generation config
-    adds. Token ids of the result end with the stop token.
+    adds. Token ids of the result end with the stop token. Seeds are from torch's CPU generator.
 
     Raises:
         EngineFailed: vLLM cannot sample at this temperature.
@@ -46,7 +50,7 @@ def sampling_settings(policy: Policy, sampling: Sampling, num_captions: int) -> 
         )
     off = {"top_k": 0, "min_p": 0.0, "min_tokens": 0, "repetition_penalty": 1.0}
     off |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
-    return off | {
+    settings = off | {
         "n": num_captions,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -54,6 +58,8 @@ def sampling_settings(policy: Policy, sampling: Sampling, num_captions: int) -> 
         "stop_token_ids": stop_token_ids(policy),
         "ignore_eos": True,  # those ids are all that ends a caption
     }
+    # of an image's first caption; those of the others follow from there
+    return [settings | {"seed": seed} for seed in torch.randint(2**62, (rows,)).tolist()]
 
 
 # ── in process ───────────────────────────────────────────────────────────────────────────────────────
@@ -72,26 +78,27 @@ def prompt_request(item: dict[str, Tensor], image: Image.Image, image_token_id: 
     return {"prompt_token_ids": ids, "multi_modal_data": {"image": image}}
 
 
-def token_settings(policy: Policy, settings: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Keyword arguments of ``SamplingParams`` for one image, from `sampling_settings`."""
-    return settings | {
+def token_settings(policy: Policy, sampling: Sampling, num_captions: int, rows: int) -> list[dict[str, Any]]:
+    """``[rows]`` keyword arguments of ``SamplingParams`` for each image. EngineFailed as `sampling_settings`."""
+    own = {
         "logit_bias": dict.fromkeys(policy.encoder.banned_token_ids, BAN),
         "logprobs": 0,  # of the sampled token alone
-        "seed": seed,
         "detokenize": False,
     }
+    return [settings | own for settings in sampling_settings(policy, sampling, num_captions, rows)]
 
 
 # ── over HTTP ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def chat_settings(policy: Policy, settings: dict[str, Any]) -> dict[str, Any]:
-    """The part of a request that is the same for all images of a batch, from `sampling_settings`.
+def chat_settings(policy: Policy, sampling: Sampling, num_captions: int, rows: int) -> list[dict[str, Any]]:
+    """``[rows]`` what a request for each image says beside the image.
 
     Raises:
-        EngineFailed: a token cannot be banned.
+        EngineFailed: as `sampling_settings`, and where a token cannot be banned.
     """
-    return settings | {
+    own = {
+        "model": ADAPTER if policy.has_adapter else None,  # None for the base model
         # The endpoint cuts logit_bias off at -100, which a sure enough policy overcomes.
         "bad_words": banned_words(policy.encoder),
         "logprobs": True,
@@ -100,17 +107,14 @@ def chat_settings(policy: Policy, settings: dict[str, Any]) -> dict[str, Any]:
         "return_tokens_as_token_ids": True,
         "add_special_tokens": template_lacks_bos(policy.encoder),
     }
+    return [settings | own for settings in sampling_settings(policy, sampling, num_captions, rows)]
 
 
-def chat_request(
-    settings: dict[str, Any], model: str | None, image: Image.Image, prompt: str, seed: int
-) -> dict[str, Any]:
-    """The body of a request for one image; without `model` it is for the base model."""
-    content = [
-        {"type": "image_url", "image_url": {"url": data_url(image)}},
-        {"type": "text", "text": prompt},
-    ]
-    return settings | {"model": model, "messages": [{"role": "user", "content": content}], "seed": seed}
+def chat_request(settings: dict[str, Any], image: Image.Image, prompt: str) -> dict[str, Any]:
+    """The body of a request for one image, from its `chat_settings`."""
+    shown = {"type": "image_url", "image_url": {"url": data_url(image)}}
+    content = [shown, {"type": "text", "text": prompt}]
+    return settings | {"messages": [{"role": "user", "content": content}]}
 
 
 def chat_answer(
@@ -127,7 +131,8 @@ def chat_answer(
     logps = [torch.tensor([step["logprob"] for step in caption]) for caption in steps]
     ends = {choice["finish_reason"] for choice in choices}
     counts, num_logps = [len(row) for row in tokens], [len(row) for row in logps]
-    if len(choices) != num_captions or counts != num_logps or not ends <= {"stop", "length"}:
+    complete = len(choices) == num_captions and counts == num_logps and 0 not in counts
+    if not complete or not ends <= {"stop", "length"}:
         raise EngineFailed(
             f"the vLLM server {server} returned {len(choices)} captions of {counts} tokens with {num_logps} log-probs, "
             f"which ended by {sorted(map(str, ends))}; asked for were {num_captions} captions. Is its version one of "
@@ -168,3 +173,49 @@ def template_lacks_bos(encoder: PromptEncoder) -> bool:
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     text = encoder.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     return not (bos and text.startswith(bos))
+
+
+# ── checks ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_lengths(
+    batch: CaptionBatch, prompts: Prompts, max_tokens: int, limit: int, engine: str, key: str
+) -> None:
+    """EngineFailed where vLLM would cut captions at its own limit, unnoticed.
+
+    Args:
+        max_tokens: of the longest caption.
+        limit: of prompt and caption together, in tokens.
+        engine: whose limit it is, for the message.
+        key: what raises the limit.
+    """
+    for sample_id, item in zip(batch.sample_ids, prompts.items, strict=True):
+        needed = item["input_ids"].shape[1] + max_tokens
+        if needed > limit:
+            raise EngineFailed(
+                f"sample {sample_id!r}: its prompt and a caption of model.sampling.max_tokens: {max_tokens} make "
+                f"{needed} tokens, the limit of {engine} is {limit}; raise {key}, or lower model.policy.max_pixels or "
+                "model.sampling.max_tokens"
+            )
+
+
+def check_prompt(sample_id: str, engine_ids: Sequence[int], trainer_ids: Tensor) -> None:
+    """EngineFailed where the engine saw another prompt than the trainer computes its log-probs for.
+
+    Args:
+        sample_id: named in the message.
+        engine_ids: ``[P]`` prompt tokens as the engine reports them, image tokens expanded.
+        trainer_ids: ``[P]`` or ``[1, P]`` of the trainer.
+    """
+    own, theirs = trainer_ids.flatten().tolist(), list(engine_ids)
+    if own == theirs:
+        return
+    pairs = enumerate(zip(theirs, own, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(own), len(theirs)))
+    raise EngineFailed(
+        f"sample {sample_id!r}: vLLM's prompt differs from the trainer's from token {at} on: vLLM has "
+        f"{theirs[at : at + 5]} ({len(theirs)} tokens in all), the trainer {own[at : at + 5]} ({len(own)}). "
+        "Where the lengths differ, the image was scaled to another size: give mm_processor_kwargs of the engine the "
+        "limits of model.policy.min_pixels and model.policy.max_pixels. Else the model folders differ: compare "
+        "model.policy.model and model.policy.revision with what the engine loaded"
+    )

@@ -13,14 +13,14 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.seed import isolate_rng
 
-from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm.client import EXTENSION, KEY, START, free_port
+from balcap.rollout.base import KEY, EngineFailed, unsound
+from balcap.rollout.vllm.client import EXTENSION, START
 
 if TYPE_CHECKING:
     from balcap.policy.policy import Policy
@@ -59,25 +59,17 @@ def mm_processor_kwargs(processor: Any) -> dict[str, Any]:
 
 
 def launch_arguments(
-    *,
-    model: str,
-    revision: str | None,
-    dtype: str,
-    processor: Any,
-    temperature: float,
-    lora_rank: int | None,
-    freeze_vision: bool,
+    processor: Any, temperature: float, lora_rank: int | None, freeze_vision: bool
 ) -> dict[str, Any]:
-    """Arguments that vLLM must be started with to sample for a policy, named as those of ``vllm.LLM``.
+    """Arguments that vLLM must be started with to sample for a policy, beside its name, as those of ``vllm.LLM``.
 
-    Raises:
-        EngineFailed: vLLM has no room for an adapter of this rank.
+    Args:
+        processor: the trainer's HF processor.
+        temperature: of sampling.
+        lora_rank: of the adapter; None without one.
+        freeze_vision: the vision tower has no adapter.
     """
     arguments: dict[str, Any] = {
-        "model": model,
-        "revision": revision,
-        "tokenizer_revision": revision,
-        "dtype": dtype,
         "worker_extension_cls": EXTENSION,
         "logprobs_mode": logprobs_mode(temperature),
         "generation_config": "vllm",  # none of the sampling defaults that the hub ships
@@ -86,12 +78,7 @@ def launch_arguments(
     }
     if lora_rank is None:
         return arguments
-    room = next((size for size in LORA_RANKS if size >= lora_rank), None)
-    if room is None:
-        raise EngineFailed(
-            f"model.policy.lora.r: vLLM takes ranks up to {LORA_RANKS[-1]}, not {lora_rank}; lower it, or sample with "
-            "balcap.rollout.HFGenerate"
-        )
+    room = next((size for size in LORA_RANKS if size >= lora_rank), lora_rank)  # which vLLM would refuse
     arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
     return arguments | ({} if freeze_vision else {"enable_tower_connector_lora": True})
 
@@ -111,19 +98,19 @@ def engine_arguments(
         dtype: of the engine's weights; ``auto`` for the policy's own.
         options: of the user.
     """
-    own = str(policy.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     arguments = launch_arguments(
-        model=policy.source,
-        revision=policy.revision,
-        dtype=own if dtype == "auto" else dtype,
-        processor=policy.encoder.processor,
-        temperature=temperature,
-        lora_rank=adapter_rank(policy),
-        freeze_vision=policy.vision_is_frozen,
+        policy.encoder.processor, temperature, adapter_rank(policy), policy.vision_is_frozen
     )
-    # One executor for one device and for many: it takes the device from LOCAL_RANK, and shares the
-    # torch.distributed that the trainer may have initialised.
-    arguments |= {"distributed_executor_backend": "external_launcher", "seed": 0}
+    arguments |= {
+        "model": policy.source,
+        "revision": policy.revision,
+        "tokenizer_revision": policy.revision,
+        "dtype": policy.model.get_input_embeddings().weight.dtype if dtype == "auto" else dtype,
+        # One executor for one device and for many: it takes the device from LOCAL_RANK, and shares the
+        # torch.distributed that the trainer may have initialised.
+        "distributed_executor_backend": "external_launcher",
+        "seed": 0,
+    }
     if policy.device.type == "cpu":
         arguments |= whole_prompts(policy, options.get("max_model_len"))
     return arguments | options
@@ -151,36 +138,26 @@ def check_fits(server: str, about: dict[str, Any], names: Sequence[str], policy:
         names: under which it serves its model.
         policy: that is trained.
     """
-    own = policy.source.rstrip("/")
-    served = {name.rstrip("/") for name in (about["model"], *names)}
+    own, served = policy.source.rstrip("/"), {name.rstrip("/") for name in (about["model"], *names)}
     # Hosts keep the same folder in different places.
-    if own not in served and own.rpartition("/")[2] not in {name.rpartition("/")[2] for name in served}:
-        raise EngineFailed(
-            f"{server} serves {', '.join(sorted(served))}, but model.policy.model is {own}; start it with: {START}. "
-            f"If they are the same model, start it with --served-model-name {own}"
-        )
-    if policy.revision and about["revision"] and policy.revision != about["revision"]:
-        raise EngineFailed(
-            f"{server} serves revision {about['revision']}, but model.policy.revision is {policy.revision}; start it "
-            f"with --revision {policy.revision}"
-        )
-    if about["data_parallel"] != 1:
-        raise EngineFailed(
-            f"{server} was started with --data-parallel-size {about['data_parallel']}; start that many servers "
-            f"instead, and name them all in {KEY}.urls"
-        )
-    scaled = mm_processor_kwargs(policy.encoder.processor)
-    if scaled and scaled["size"] != (about["mm_processor_kwargs"] or {}).get("size"):
-        raise EngineFailed(
-            f"{server} scales images otherwise than the trainer (model.policy.min_pixels, model.policy.max_pixels); "
-            f"start it with --mm-processor-kwargs '{json.dumps(scaled)}'"
-        )
-    rank = adapter_rank(policy)
-    if rank is not None and (about["max_lora_rank"] or 0) < rank:
-        raise EngineFailed(
-            f"{server} has no room for an adapter of rank {rank} (model.policy.lora.r); start it with --enable-lora "
-            "--max-lora-rank of at least that"
-        )
+    same_model = own.rpartition("/")[2] in {name.rpartition("/")[2] for name in served}
+    revision, parallel = about["revision"], about["data_parallel"]
+    scaled, rank = mm_processor_kwargs(policy.encoder.processor), adapter_rank(policy)
+    same_scale = not scaled or scaled["size"] == (about["mm_processor_kwargs"] or {}).get("size")
+    fits = {
+        f"serves {', '.join(sorted(served))}, but model.policy.model is {own}; start it with: {START}. If they are the "
+        f"same model, start it with --served-model-name {own}": same_model,
+        f"serves revision {revision}, but model.policy.revision is {policy.revision}; start it with --revision "
+        f"{policy.revision}": not policy.revision or revision in (None, policy.revision),
+        f"was started with --data-parallel-size {parallel}; start that many servers instead, and name them all in "
+        f"{KEY}.urls": parallel == 1,
+        "scales images otherwise than the trainer (model.policy.min_pixels, model.policy.max_pixels); start it with "
+        f"--mm-processor-kwargs '{json.dumps(scaled)}'": same_scale,
+        f"has no room for an adapter of rank {rank} (model.policy.lora.r); start it with --enable-lora --max-lora-rank "
+        "of at least that": (about["max_lora_rank"] or 0) >= (rank or 0),
+    }
+    if problems := unsound(fits):
+        raise EngineFailed(f"{server} {'; it '.join(problems)}")
 
 
 # ── in the trainer's process ─────────────────────────────────────────────────────────────────────────
@@ -192,13 +169,17 @@ def start(policy: Policy, arguments: dict[str, Any]) -> Any:
     Raises:
         EngineFailed: it does not start; says what to change.
     """
+    from lightning.fabric.plugins.environments.lightning import find_free_network_port
+    from lightning.pytorch.utilities.seed import isolate_rng
+
     device = policy.device
     here = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LOCAL_RANK": str(device.index or 0)}
     had_distributed = dist.is_initialized()
     if had_distributed:
         here |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
     else:
-        here |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        here |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        here["MASTER_PORT"] = str(find_free_network_port())
     with isolate_rng(include_cuda=device.type == "cuda"), _process_kept(here):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it says much, and most at every start
         try:
@@ -212,13 +193,12 @@ def start(policy: Policy, arguments: dict[str, Any]) -> Any:
             return LLM(**arguments)
         # Whatever stops a start (memory, an unknown model or option, a driver) is for the user to read.
         except Exception as error:
-            _end_groups(had_distributed)
+            end_groups(had_distributed)
             raise EngineFailed(_why_not(policy, error)) from error
 
 
 def _why_not(policy: Policy, error: Exception) -> str:
-    said = str(error)
-    said = said if len(said) < 600 else f"{said[:600]} ..."
+    said = shorten(str(error), 600, placeholder=" ...")
     return (
         f"vLLM did not start for {policy.source} on {policy.device}: {type(error).__name__}: {said}. Out of memory: "
         f"the trainer's weights and gradients lie on the same device; lower {KEY}.gpu_memory_utilization or "
@@ -227,24 +207,14 @@ def _why_not(policy: Policy, error: Exception) -> str:
     )
 
 
-def end(llm: Any, had_distributed: bool) -> None:
-    """Free what an engine holds. Safe on one that has failed.
+def end_groups(had_distributed: bool, llm: Any = None) -> None:
+    """End an engine and the groups of torch.distributed that vLLM made, however far it came, and none but these: vLLM
+    itself ends all of torch.distributed (0.32).
 
     Args:
-        llm: the ``vllm.LLM``; the caller must drop its own reference.
         had_distributed: torch.distributed was initialised before the engine, and stays.
+        llm: the ``vllm.LLM``, which may have failed; its memory is free after `free_memory`.
     """
-    _end_groups(had_distributed, llm)
-    del llm
-    gc.unfreeze()  # vLLM froze what was alive when it started: its own model, too
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _end_groups(had_distributed: bool, llm: Any = None) -> None:
-    """End the groups of torch.distributed that vLLM made, however far it came, and none but these: vLLM itself ends all
-    of torch.distributed (0.32)."""
     from vllm.distributed import parallel_state
 
     destroy = dist.destroy_process_group
@@ -261,6 +231,13 @@ def _end_groups(had_distributed: bool, llm: Any = None) -> None:
         parallel_state.destroy_distributed_environment()
     finally:
         dist.destroy_process_group = destroy
+
+
+def free_memory() -> None:
+    """Of an engine that nobody refers to any more."""
+    gc.unfreeze()  # vLLM froze what was alive when it started: its own model, too
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm.client import KEY, Server, all_of, free_port
-from balcap.utils.loop import BackgroundLoop
+from balcap.rollout.base import KEY, EngineFailed
+from balcap.rollout.vllm.client import Server, all_of
+from balcap.utils.loop import process_loop
 from balcap.utils.redact import redact
 
 if TYPE_CHECKING:
@@ -37,11 +37,7 @@ def trained_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    trained = {
-        name: parameter.detach()
-        for name, parameter in policy.model.named_parameters()
-        if parameter.requires_grad
-    }
+    trained = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
     yield from revert_weight_conversion(policy.model, trained).items()
 
 
@@ -55,9 +51,7 @@ def weight_files(policy: Policy, root: str | None) -> Iterator[str]:
     """
     from safetensors.torch import save_file
 
-    with tempfile.TemporaryDirectory(
-        prefix="balcap-weights-", dir=root, ignore_cleanup_errors=True
-    ) as folder:
+    with tempfile.TemporaryDirectory(prefix="balcap-", dir=root, ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)  # servers may run under another name
         if policy.has_adapter:
             # Embeddings are never adapted here; to find that out by itself, peft would ask the hub.
@@ -95,13 +89,12 @@ class NCCLTransfer:
     vLLM's engine takes it for its ``VLLMWeightSyncClient`` and its ``WeightSource``; it runs in a thread of its own.
 
     Args:
-        servers: their ``workers`` counted; started with ``--weight-transfer-config '{"backend": "nccl"}'``.
-        loop: that requests to them run on.
-        address: of this machine, as the servers reach it.
+        servers: started with ``--weight-transfer-config '{"backend": "nccl"}'``.
+        address: of this machine, as the servers reach it; None for the one that vLLM finds (VLLM_HOST_IP).
     """
 
-    def __init__(self, servers: Sequence[Server], loop: BackgroundLoop, address: str) -> None:
-        self.servers, self.loop, self.address = servers, loop, address
+    def __init__(self, servers: Sequence[Server], address: str | None) -> None:
+        self.servers, self.address = servers, address
         self._engine: Any = None
 
     async def push(self, policy: Policy, version: str) -> None:
@@ -135,25 +128,23 @@ class NCCLTransfer:
                 torch.cuda.set_stream(torch.cuda.Stream())
             self._engine = self._engine or self._join()
             self._engine.send_weights()
+            self._end(None)
         except BaseException as error:
             self._end(error)
-        else:
-            self._end(None)
 
     def _end(self, error: BaseException | None) -> None:
-        if self._outcome.done():
-            return
-        if error is None:
-            self._outcome.set_result(None)
-        else:
+        """What `push` waits for; the first call counts."""
+        if not self._outcome.done():
             self._outcome.set_exception(error)
 
     def _join(self) -> Any:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+        from vllm.utils.network_utils import get_ip, get_open_port
 
-        size = 1 + sum(server.workers for server in self.servers)
-        info = NCCLTrainerInitInfo(self.address, free_port(), size, rank=0)
+        self.address = self.address or get_ip()
+        size = 1 + sum(server.about["workers"] for server in self.servers)
+        info = NCCLTrainerInitInfo(self.address, get_open_port(), size, rank=0)
         return WeightTransferTrainerFactory.trainer_init(info, client=self, source=self)
 
     # what vLLM calls
@@ -171,7 +162,7 @@ class NCCLTransfer:
         for server in self.servers:
             own = json.dumps(init_info | {"rank_offset": first})
             calls.append(server.rpc("balcap_join", init_info=own))
-            first += server.workers
+            first += server.about["workers"]
         self._run(calls)
 
     def start_weight_update(self) -> None:
@@ -186,7 +177,7 @@ class NCCLTransfer:
 
     def _run(self, calls: Sequence[Coroutine[Any, Any, Any]]) -> None:
         try:
-            self.loop.run(all_of(calls))
+            process_loop().run(all_of(calls))
         except BaseException as error:
             self._end(error)  # vLLM's engine would find out after the broadcast, which may never end
             raise

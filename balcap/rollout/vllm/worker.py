@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,21 +26,26 @@ logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ER
 class WeightSync:
     """Extension of a vLLM worker. While weights are loaded, or after that failed, it holds no version."""
 
+    if TYPE_CHECKING:  # what the worker has
+
+        def __getattr__(self, name: str) -> Any: ...
+
     _balcap_version: int | str | None = None
 
-    def balcap_version(self) -> int | str | None:
-        """Of the weights last loaded; None before the first."""
-        return self._balcap_version
+    @contextmanager
+    def _balcap_loads(self, version: int | str) -> Iterator[None]:
+        self._balcap_version = None
+        yield
+        self._balcap_version = version
 
     def balcap_about(self) -> dict[str, Any]:
-        """What this worker runs, and the version of its weights."""
-        worker: Any = self
-        config = worker.vllm_config
+        """What this worker runs, and the version of the weights last loaded; None before the first."""
+        config = self.vllm_config
         lora, transfer = config.lora_config, getattr(config, "weight_transfer_config", None)
         return {
             "model": config.model_config.model,
             "revision": config.model_config.revision,
-            "device": torch.device(worker.device).type,
+            "device": torch.device(self.device).type,
             "logprobs_mode": str(config.model_config.logprobs_mode),
             "mm_processor_kwargs": config.model_config.multimodal_config.mm_processor_kwargs,
             "max_model_len": config.model_config.max_model_len,
@@ -58,19 +64,15 @@ class WeightSync:
                 tensor (such as q, k and v of a layer) must come together: what is left out of it is lost.
             version: that the worker reports from now on.
         """
-        self._balcap_version = None
-        worker: Any = self
-        with torch.no_grad():
-            worker.reload_weights(weights_iterator=iter(weights), is_checkpoint_format=True)
-            _pack_tied_heads_again(worker.model_runner.model)
-        self._balcap_version = version
+        with self._balcap_loads(version), torch.no_grad():
+            self.reload_weights(weights_iterator=iter(weights), is_checkpoint_format=True)
+            _pack_tied_heads_again(self.model_runner.model)
 
     def balcap_load_folder(self, folder: str, version: str) -> None:
         """The same, with weights from ``model.safetensors`` in a folder."""
         from safetensors import safe_open
 
-        self._balcap_version = None
-        with safe_open(Path(folder) / "model.safetensors", framework="pt") as file:
+        with self._balcap_loads(version), safe_open(Path(folder) / "model.safetensors", "pt") as file:
             self.balcap_load(((name, file.get_tensor(name)) for name in file.keys()), version)  # noqa: SIM118
 
     def balcap_load_adapter(self, folder: str, version: int | str) -> None:
@@ -81,27 +83,22 @@ class WeightSync:
         """
         from vllm.lora.request import LoRARequest
 
-        self._balcap_version = None
-        worker: Any = self
-        worker.add_lora(LoRARequest("balcap", ADAPTER_ID, folder, load_inplace=True))
-        _check_all_adapted(worker.model_runner.lora_manager._adapter_manager)
-        self._balcap_version = version
+        with self._balcap_loads(version):
+            self.add_lora(LoRARequest("balcap", ADAPTER_ID, folder, load_inplace=True))
+            _check_all_adapted(self.model_runner.lora_manager._adapter_manager)
 
     def balcap_join(self, init_info: str) -> None:
         """Join the trainer's NCCL group (``--weight-transfer-config``), leaving any other."""
         self._balcap_version = None
-        worker: Any = self
-        worker.shutdown_weight_transfer_engine()
-        worker.init_weight_transfer_engine(json.loads(init_info))
+        self.shutdown_weight_transfer_engine()
+        self.init_weight_transfer_engine(json.loads(init_info))
 
     def balcap_receive(self, update_info: str, version: str) -> None:
         """Take the weights of the base model that the trainer sends through that group."""
-        self._balcap_version = None
-        worker: Any = self
-        worker.start_weight_update()
-        worker.update_weights(json.loads(update_info))
-        worker.finish_weight_update()
-        self._balcap_version = version
+        with self._balcap_loads(version):
+            self.start_weight_update()
+            self.update_weights(json.loads(update_info))
+            self.finish_weight_update()
 
 
 def _pack_tied_heads_again(model: Any) -> None:

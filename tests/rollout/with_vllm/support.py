@@ -39,7 +39,6 @@ class Shared:
         self.engine.attach(policy)
         with everything_trained(policy):
             self.engine.sync(policy, 0)
-        self.engine._calls = 0
         return self.engine
 
     def close(self) -> None:

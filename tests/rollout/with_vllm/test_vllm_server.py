@@ -13,7 +13,7 @@ pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vll
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm.client import Server
+from balcap.rollout.vllm.client import CHAT, Server
 from balcap.rollout.vllm.requests import chat_settings
 from balcap.rollout.vllm.server import VLLMServer
 from tests.rollout.test_hf_generate import check_ends
@@ -95,13 +95,13 @@ def test_two_servers_share_images_of_many_sizes(
     batch = batch_of([picture(w, h, seed=i) for i, (w, h) in enumerate(sizes)], ["Go", "What is this?"] * 4)
     engine = connect(policy)
     asked: list[str] = []
-    complete = Server.complete
+    ask = Server.ask
 
-    async def counted(server: Server, body: dict[str, Any]) -> dict[str, Any]:
-        asked.append(server.url)
-        return await complete(server, body)
+    async def counted(server: Server, path: str, body: Any = None) -> Any:
+        asked.extend([server.url] if path == CHAT else [])
+        return await ask(server, path, body)
 
-    monkeypatch.setattr(Server, "complete", counted)
+    monkeypatch.setattr(Server, "ask", counted)
     rollouts = draw(engine, policy, 2, batch)
     assert sorted(set(asked)) == sorted(engine.urls)
     assert len(asked) == 8
@@ -211,7 +211,7 @@ def test_the_servers_own_words_are_passed_on(
     engine = connect(policy, servers=1)
     monkeypatch.setattr(
         "balcap.rollout.vllm.server.chat_settings",
-        lambda *args: chat_settings(*args) | {"max_tokens": -1},
+        lambda *args: [one | {"max_tokens": -1} for one in chat_settings(*args)],
     )
     with pytest.raises(
         EngineFailed, match=r"/v1/chat/completions with HTTP 400: max_tokens must be at least 1"

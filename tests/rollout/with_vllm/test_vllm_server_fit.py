@@ -48,8 +48,8 @@ def steps(run: Path) -> list[dict[str, str]]:
 
 def held(server: VLLMProcess) -> int:
     """The version of the weights that the server reports."""
-    reply = httpx.post(f"{server.url}/collective_rpc", json={"method": "balcap_version"}, trust_env=False)
-    return int(reply.json()["results"][0].rpartition("-")[2])
+    reply = httpx.post(f"{server.url}/collective_rpc", json={"method": "balcap_about"}, trust_env=False)
+    return int(reply.json()["results"][0]["version"].rpartition("-")[2])
 
 
 def test_a_server_that_is_killed_ends_the_run_with_a_checkpoint_and_a_new_one_goes_on(

@@ -208,7 +208,6 @@ def test_captions_that_are_missing_are_noticed(connect: Connect, policy: Policy,
     answer = {"prompt_token_ids": [], "choices": []}
     for fake in fakes:
         fake.replies[CHAT] = (200, answer)
-    engine._calls = 1  # prompts are not compared
     with pytest.raises(EngineFailed, match=r"returned 0 captions .* asked for were 3"):
         draw(engine, policy)
 
@@ -216,19 +215,13 @@ def test_captions_that_are_missing_are_noticed(connect: Connect, policy: Policy,
 # ── the check of prompts ─────────────────────────────────────────────────────────────────────────────
 
 
-def test_another_prompt_is_caught_at_once_and_every_hundredth_call(
-    connect: Connect, policy: Policy, fakes: list[FakeServer]
-):
+def test_another_prompt_is_caught_on_every_call(connect: Connect, policy: Policy, fakes: list[FakeServer]):
     engine = connect()
     draw(engine, policy)
     for fake in fakes:
         fake.prompt_ids = {question: [*ids[:5], 0, *ids[6:]] for question, ids in fake.prompt_ids.items()}
-    draw(engine, policy)  # the second call compares nothing
-    engine._calls = 100
-    with pytest.raises(EngineFailed, match=r"sample 'img0\.png': vLLM's prompt differs .* from token 5 on"):
+    with pytest.raises(EngineFailed, match=r"sample 'img\d\.png': vLLM's prompt differs .* from token 5 on"):
         draw(engine, policy)
-    with pytest.raises(EngineFailed, match=r"sample 'img\d\.png'"):
-        draw(connect(), policy)
 
 
 # ── whose weights ────────────────────────────────────────────────────────────────────────────────────
@@ -297,7 +290,6 @@ def test_a_server_that_goes_in_the_middle_ends_the_call(
     with pytest.raises(EngineFailed, match=f"the vLLM server {fakes[1].url} is gone .*Start it again"):
         draw(engine, policy)
     assert time.monotonic() - start < 5
-    assert [server.busy for server in engine._servers] == [0, 0]
 
 
 def test_a_server_that_hangs_is_given_up_at_the_deadline(
@@ -415,8 +407,6 @@ def test_a_missing_key_names_its_variable(policy: Policy, monkeypatch: pytest.Mo
 def test_credentials_in_a_url_are_not_shown():
     server = Server("https://me:secret@host:8000/v1/")
     assert (server.url, server.name) == ("https://me:secret@host:8000", "https://host:8000")
-    assert (server.host, server.port) == ("host", 8000)
-    assert Server("https://host").port == 443
 
 
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────────

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,8 +68,7 @@ def test_every_worker_gets_the_trained_weights_and_no_others(
         for worker in workers(fakes):
             assert_holds(worker, policy)
             assert not any("visual" in name for name in worker.weights), "the tower is frozen"
-            assert worker.balcap_version() == engine._held
-            assert engine._held.endswith(f"-{version}")
+            assert worker._balcap_version == f"{engine._run_id}-{version}"
     for fake in fakes:
         for cache in ("prefix", "mm", "encoder"):
             assert len(fake.seen[f"/reset_{cache}_cache"]) == 3
@@ -111,10 +111,10 @@ def test_a_worker_that_cannot_use_the_weights_is_named_and_the_next_sync_works(
     broken.fails = "no parameter is called so"
     with pytest.raises(EngineFailed, match=rf"{fakes[0].url} answers .*balcap_load_folder.*no parameter is"):
         engine.sync(policy, 1)
-    assert broken.balcap_version() is None
+    assert broken._balcap_version is None
     broken.fails = None
     engine.sync(policy, 2)
-    assert {worker.balcap_version() for worker in workers(fakes)} == {engine._held}
+    assert {worker._balcap_version for worker in workers(fakes)} == {f"{engine._run_id}-2"}
 
 
 def test_a_worker_that_holds_another_version_after_a_sync_is_named(
@@ -122,7 +122,7 @@ def test_a_worker_that_holds_another_version_after_a_sync_is_named(
 ):
     engine.sync(policy, 0)
     lying = fakes[1].workers[0]
-    lying.balcap_load = lambda weights, version: None  # type: ignore[method-assign]
+    lying.balcap_load_folder = lambda folder, version: None  # type: ignore[method-assign]
     with pytest.raises(EngineFailed, match=rf"{fakes[1].url} does not hold the weights of version 1 "):
         engine.sync(policy, 1)
 
@@ -189,7 +189,7 @@ def test_nccl_is_taken_for_full_weights_between_gpus(
     device: str, backend: Any, started_for: str | None, lora: bool, taken: bool
 ):
     engine = VLLMServer(["http://a"], transfer_backend=backend)
-    engine._abouts = [{"device": "cuda", "weight_transfer": started_for}]
+    engine._servers = [SimpleNamespace(about={"device": "cuda", "weight_transfer": started_for})]  # type: ignore[list-item]
     policy: Any = type("P", (), {"device": torch.device(device), "has_adapter": lora})
     assert engine._uses_nccl(policy) is taken
 
@@ -217,7 +217,7 @@ def test_vllms_nccl_transfer_carries_the_trained_weights(
         engine.sync(policy, version)
         for worker in workers(fakes):
             assert_holds(worker, policy)
-            assert worker.balcap_version() == engine._held
+            assert worker._balcap_version == f"{engine._run_id}-{version}"
     joined = [worker.group for worker in workers(fakes)]
     # ranks: the trainer's is 0; a server adds its workers' own to the first of its ranks
     assert [group["rank_offset"] for group in joined] == [1, 1, 3]

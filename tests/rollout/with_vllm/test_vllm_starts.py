@@ -21,8 +21,8 @@ pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vll
 
 from balcap.policy import LoraSettings
 from balcap.rollout.base import EngineFailed
-from balcap.rollout.vllm.client import free_port
 from balcap.rollout.vllm.inprocess import VLLMInProcess
+from tests.rollout.with_vllm.server_fixtures import free_port
 from tests.rollout.with_vllm.support import Load, Shared, draw, likeliest, own_logps, update
 from tests.tiny_models import mixed_batch, own_logits
 
@@ -161,7 +161,7 @@ def test_the_trainers_own_process_group_is_used_and_kept(load: Load, shared: Sha
 
 def test_image_area_limits_of_the_config_reach_the_engine(load: Load, shared: Shared):
     policy = load(max_pixels=56**2)
-    rollouts = draw(shared.get(policy), policy, 2)  # compares the prompts of all images
+    rollouts = draw(shared.get(policy), policy, 2)
     torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=0)
     lengths = [
         [p["input_ids"].shape[1] for p in each.encode(rollouts.batch).items] for each in (policy, load())
