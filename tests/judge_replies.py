@@ -25,11 +25,16 @@ def task_of(messages: Messages) -> str:
     return messages[0]["content"].split("\n", 1)[0].removeprefix("Task: ").strip()
 
 
+def said(message: dict[str, Any]) -> str:
+    """The text of a message."""
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return "\n".join(part["text"] for part in parts if part["type"] == "text")
+
+
 def data_of(messages: Messages, tag: str) -> Any:
     """What stands in the fence `tag` of the user's message."""
-    content = next(message["content"] for message in messages if message["role"] == "user")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+    text = said(next(message for message in messages if message["role"] == "user"))
     return json.loads(text.split(f"<{tag}>\n")[1].split(f"\n</{tag}>")[0])
 
 

@@ -14,7 +14,7 @@ As a process, for measurements and for runs that are killed; its first line of o
 
 What can go wrong:
 
-    refused      400, 400_schema (response_format unknown), 401, 404, quota (429 that will not pass), no_schema
+    refused      400, 400_schema (response_format unknown), 401, 403, 404, quota (429 that will not pass), no_schema
                  (400_schema where the request asks for a schema, else right)
     busy, broken 429, 429_after (with Retry-After), 500, 503, html (a proxy's error page with status 200)
     transport    hang (no byte ever), drip (headers, then a byte every `drip_s`), reset (half a body, then RST)
@@ -62,14 +62,23 @@ from tests.judge_replies import (
 
 ROOT = Path(__file__).parents[1]
 
-_STATUS = {"400": 400, "401": 401, "404": 404, "429": 429, "429_after": 429, "500": 500, "503": 503}
+_STATUS = {
+    "400": 400,
+    "401": 401,
+    "403": 403,
+    "404": 404,
+    "429": 429,
+    "429_after": 429,
+    "500": 500,
+    "503": 503,
+}
 _BUSY = ("429", "429_after", "500", "503", "html")
 _TRANSPORT = ("hang", "drip", "reset")
 _CONTENT = ("truncated", "prose", "short", "unknown_id", "twice", "out_of_range", "refusal", "filter")
 # What may go well when it is asked again; `fault_share` draws from these.
 PASSING = (*_BUSY, *_TRANSPORT, *_CONTENT, "empty", "length")
 _RIGHT_IN_THE_END = (None, "prose", "hang", "drip")
-FAULTS = (*PASSING, "400", "400_schema", "401", "404", "quota", "no_schema")
+FAULTS = (*PASSING, "400", "400_schema", "401", "403", "404", "quota", "no_schema")
 
 
 # ---- the server

@@ -274,7 +274,7 @@ def judge_of_two_keys(planted: None, tmp_path: Path) -> Iterator[tuple[JudgeServ
     """A server whose errors quote the key, and arguments that make a fit ask it under two keys."""
     server = JudgeServer(answer, fault_share=0.3, faults=("400", "401", "429", "500", "503", "quota"))
     overlay = tmp_path / "judge.yaml"
-    there = {"api_base": server.url}
+    there = {"api_base": server.url, "api_key": "os.environ/OPENAI_API_KEY"}
     own = {"api_base": server.url, "api_key": "os.environ/MY_JUDGE_KEY"}
     judge = {
         "model": "openai/gpt-4o-mini",

@@ -38,6 +38,7 @@ class Store:
         application_id: tells our file from any other SQLite file.
         version: of the table.
         table: the statement that makes it in an empty file.
+        insert: the statement that writes a row.
 
     Raises:
         StoreError: if the file cannot be opened, or is something else.
@@ -47,12 +48,16 @@ class Store:
     application_id: ClassVar[int]
     version: ClassVar[int]
     table: ClassVar[str]
+    insert: ClassVar[str]
 
     def __init__(self, path: str | Path | None):
         self.path = None if path is None else node_path(path)
         self._connection = None if self.path is None else self.connect(self.path)
         self._lock = threading.Lock()
         self._warned = False
+        self._waiting: list[tuple[Any, ...]] = []
+        """Rows that could not be written yet."""
+        self._retry_at = 0.0
 
     @classmethod
     def connect(cls, path: Path) -> sqlite3.Connection:
@@ -109,21 +114,41 @@ class Store:
             raise sqlite3.DatabaseError(f"it has format {version}, this version reads format {cls.version}")
         connection.execute("PRAGMA synchronous = NORMAL")
 
+    def _write(self, row: tuple[Any, ...] | None = None) -> None:
+        """Write a row, and those that failed before it: a file that is locked for long costs none of them."""
+        if self._connection is None:
+            return
+        self._waiting += [] if row is None else [row]
+        if self._waiting and (row is None or time.monotonic() >= self._retry_at):
+            if self._run("write", self.insert, self._waiting, many=True) is None:
+                self._retry_at = time.monotonic() + BUSY_S
+            else:
+                self._waiting.clear()
+
     def close(self) -> None:
-        """Close the file; safe to call twice."""
+        """Write what waits, and close the file; safe to call twice."""
+        self._write()
+        if self._waiting:
+            logger.warning(
+                "model.judge.%s: %d rows are not in %s", self.setting, len(self._waiting), self.path
+            )
         with self._lock:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
 
-    def _run(self, verb: str, sql: str, values: Sequence[Any]) -> list[Any] | None:
-        """The rows that a statement gives; None without a file, or after a failure, which is a warning, once."""
+    def _run(self, verb: str, sql: str, values: Sequence[Any], many: bool = False) -> list[Any] | None:
+        """The rows that a statement gives; None without a file, or after a failure, which is a warning, once.
+
+        With `many`, `values` are those of several runs of the statement.
+        """
         with self._lock:
             if self._connection is None:
                 return None
             try:
                 with self._connection:
-                    return self._connection.execute(sql, values).fetchall()
+                    run = self._connection.executemany if many else self._connection.execute
+                    return run(sql, values).fetchall()
             except sqlite3.Error as error:
                 self._failed(verb, error)
                 return None
@@ -142,6 +167,7 @@ class JudgmentCache(Store):
         "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, task TEXT NOT NULL, model TEXT NOT NULL,"
         " answer TEXT NOT NULL, at REAL NOT NULL DEFAULT 0) WITHOUT ROWID"
     )
+    insert = "INSERT OR REPLACE INTO answers (key, task, model, answer, at) VALUES (?, ?, ?, ?, ?)"
 
     def get_many(self, keys: Sequence[str]) -> dict[str, str]:
         """Those of `keys` that are there, with their answers' JSON.
@@ -150,16 +176,12 @@ class JudgmentCache(Store):
             StoreError: if the file turns out to be damaged.
         """
         query = "SELECT key, answer FROM answers WHERE key IN (SELECT value FROM json_each(?))"
-        return dict(self._run("read", query, [json.dumps(keys)]) or ())
+        waiting = {key: answer for key, _, _, answer, _ in self._waiting if key in keys}
+        return waiting | dict(self._run("read", query, [json.dumps(keys)]) or ())
 
     def put(self, key: str, task: str, model: str, answer: str) -> None:
         """Keep `answer`, a JSON text, under `key`; `task` and `model` are for people who look inside."""
-        row = (key, task, model, answer, time.time())
-        self._run(
-            "write",
-            "INSERT OR REPLACE INTO answers (key, task, model, answer, at) VALUES (?, ?, ?, ?, ?)",
-            row,
-        )
+        self._write((key, task, model, answer, time.time()))
 
     def _failed(self, verb: str, error: sqlite3.Error) -> None:
         if verb == "read" and not isinstance(error, sqlite3.OperationalError):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from balcap.judge.errors import FailureKind, InvalidAnswer
+from balcap.judge.http import ANSWERS, AnswerTooLarge, new_session
 from balcap.judge.images import ImageError, as_sent
 from balcap.judge.prompt import Question, Route, extract_json, response_format
 from balcap.judge.task import Message
@@ -26,7 +27,7 @@ from balcap.utils.redact import redact, resolve
 
 # Set here, or a matter of how a question is asked; in `params` they would be silently overruled.
 RESERVED = {
-    "model", "messages", "response_format", "stream", "n", "timeout", "drop_params", "num_retries", "max_retries",
+    "model", "messages", "response_format", "n", "timeout", "drop_params", "num_retries", "max_retries",
     "fallbacks", "caching", "rpm", "tpm", "max_parallel_requests",
 }  # fmt: skip
 COOLDOWN_S = 5.0
@@ -160,7 +161,8 @@ class Client:
     providers: Mapping[str, str]
     prices: Mapping[str, Price]
     _routers: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict, init=False)
-    _schema_refused: set[str] = field(default_factory=set, init=False)
+    _refused: dict[str, set[str]] = field(default_factory=dict, init=False)
+    """Route -> what its server does not take: ``schema``, ``system``."""
 
     async def call(
         self, question: Question, route: Route, messages: Sequence[Message], timeout_s: float
@@ -175,34 +177,42 @@ class Client:
         Raises:
             CallFailed: whatever went wrong.
         """
+        refused, chat, answers = self._refused.setdefault(route.name, set()), list[Message](), list[int]()
+        ANSWERS.set(answers)
         try:
             router, settings = self._router(route)
-            if (
-                route.name not in self._schema_refused
-            ):  # litellm drops it where a model is known not to take it
+            if "schema" not in refused:  # litellm drops it where a model is known not to take it
                 form = response_format(question.task.name, question.task.schema)
                 settings = settings | {"response_format": form}
             # Decoding and encoding a picture takes long enough to hold up everybody else's answers.
-            chat = await asyncio.to_thread(as_sent, messages, question.images)
+            chat = await asyncio.to_thread(as_sent, messages, question.images, "system" not in refused)
             async with asyncio.timeout(timeout_s):
                 response = await router.acompletion(route.name, chat, timeout=timeout_s, **settings)
+                if hasattr(response, "__aiter__"):  # params.stream: true
+                    chunks = [chunk async for chunk in response]
+                    response = import_litellm().stream_chunk_builder(chunks, messages=chat)
         except ImageError as error:
             raise CallFailed("image", str(error), sent=False) from None
         except TimeoutError:
-            raise CallFailed("timeout", f"no answer of {route.model} within {timeout_s:g} s") from None
+            raise CallFailed("timeout", f"no answer of {route.model} within {timeout_s:.3g} s") from None
         except Exception as error:  # providers, also our users' own, raise whatever they like
-            if route.name not in self._schema_refused and _refuses_schema(error):
-                # Not every OpenAI-compatible server knows schemas. The prompt states the form as well.
-                self._schema_refused.add(route.name)
+            what = _refuses(error)
+            if what and what not in refused:
+                # Not every server knows schemas (the prompt states the form as well), nor every chat template a system.
+                refused.add(what)
                 return await self.call(question, route, messages, timeout_s)
-            raise _failure(route, error) from None
-        return self._read(route, response)
+            failed = _failure(route, error)
+            if 200 in answers:  # it is billed, whatever it was
+                failed.reply = self._reply(route, None, "", chat)
+            raise failed from None
+        return self._read(route, response, chat)
 
     def connect(self) -> None:
         """Import litellm and register our providers; the first time it takes seconds."""
         if self not in _CONNECTED:
             register_providers(self.providers)
             if not _CONNECTED:
+                import_litellm().aclient_session = new_session()
                 atexit.register(_close_at_exit)  # before the loop, which began earlier, ends
             _CONNECTED.add(self)
 
@@ -236,17 +246,18 @@ class Client:
                 routing_strategy="usage-based-routing-v2" if limited else "simple-shuffle",
             )
             settings = {"drop_params": True, "max_retries": 0, "num_retries": 0}
+            settings["stream"] = bool(route.params.get("stream"))
             # Callbacks keep limits and cooldowns. Where there is no choice they are a third of the time.
             settings["no-log"] = alone and not limited
             self._routers[route.name] = router, settings
         return self._routers[route.name]
 
-    def _read(self, route: Route, response: Any) -> Reply:
+    def _read(self, route: Route, response: Any, chat: list[Message]) -> Reply:
         """The answer with what it used; raises `CallFailed`."""
-        if not response.choices:
-            raise invalid(route, "it holds no choice", self._reply(route, response, ""))
+        if not getattr(response, "choices", None):
+            raise invalid(route, "it holds no choice", self._reply(route, response, "", chat))
         message, finish = response.choices[0].message, response.choices[0].finish_reason
-        reply = self._reply(route, response, message.content or "")
+        reply = self._reply(route, response, _written(message), chat)
         fields = getattr(message, "provider_specific_fields", None) or {}
         if getattr(message, "refusal", None) or fields.get("refusal"):
             raise CallFailed("refused", f"{route.model} refused to answer", reply=reply)
@@ -262,23 +273,49 @@ class Client:
             raise invalid(route, "it is empty", reply)
         return reply
 
-    def _reply(self, route: Route, response: Any, text: str) -> Reply:
+    def _reply(self, route: Route, response: Any, text: str, chat: list[Message]) -> Reply:
+        """What an answer used: as the provider says, or as we count where it says nothing that can be."""
         usage = getattr(response, "usage", None)
         details = getattr(usage, "prompt_tokens_details", None)
         counted = (usage, "prompt_tokens"), (usage, "completion_tokens"), (details, "cached_tokens")
         tokens_in, tokens_out, cached = (getattr(holder, name, 0) or 0 for holder, name in counted)
         hidden = getattr(response, "_hidden_params", None) or {}
         model = hidden.get("litellm_model_name") or route.model
-        usd = hidden.get("response_cost")
-        if price := self.prices.get(model) or self.prices.get(route.model):
+        own = model.partition("/")[0] in self.providers
+        usd, price = hidden.get("response_cost"), self.prices.get(model) or self.prices.get(route.model)
+        if not (tokens_in > 0 and tokens_out >= 0 and 0 <= cached <= tokens_in) and not own:
+            tokens_in, tokens_out, cached = _count(model, chat), _count(model, text), 0
+            price = price or listed_price(model)
+            usd = None
+        if price:
             usd = price.usd(tokens_in, tokens_out, cached)
-        elif not usd and model.partition("/")[0] not in self.providers and listed_price(model) is None:
+        elif not usd and not own and listed_price(model) is None:
             usd = None  # litellm says 0 for models that it does not know
         return Reply(text, tokens_in, tokens_out, cached, usd)
 
 
+def _written(message: Any) -> str:
+    """The text of an answer: its content, or the arguments of the one tool that is called in its place, or what a server
+    that knows no better calls reasoning."""
+    content = message.content
+    if isinstance(content, list):
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    calls = getattr(message, "tool_calls", None) or []
+    arguments = calls[0].function.arguments if len(calls) == 1 else ""
+    return content or arguments or getattr(message, "reasoning_content", None) or ""
+
+
+def _count(model: str, of: list[Message] | str) -> int:
+    """Tokens of a chat or a text, by litellm's tokenizer for the model."""
+    chat = [{"role": "assistant", "content": of}] if isinstance(of, str) else of
+    return import_litellm().token_counter(model, messages=chat, use_default_image_token_count=True)
+
+
 async def _close_connections() -> None:
     litellm = import_litellm()
+    session, litellm.aclient_session = litellm.aclient_session, None
+    if session is not None:
+        await session.aclose()
     await litellm.close_litellm_async_clients()
     litellm.in_memory_llm_clients_cache.flush_cache()
 
@@ -360,20 +397,31 @@ def listed_price(model: str) -> Price | None:
 
 def _deployed(route: Route, place: Deployment) -> dict[str, Any]:
     params = resolve({"model": place.model, **route.params, **(place.params or {})})
-    if params.get("api_base") and not params.get("api_key") and missing_keys(place.model):
-        params["api_key"] = "none"  # a server of one's own rarely asks for a key, but the clients insist
+    if (params.get("api_base") or params.get("base_url")) and not params.get("api_key"):
+        # The environment's key is the provider's: another host gets it only where the config says so. The clients insist
+        # on one, even for a server that asks for none.
+        params["api_key"] = "none"
     return params | {"rpm": place.rpm, "tpm": place.tpm, "max_parallel_requests": place.max_parallel}
 
 
-def _refuses_schema(error: Exception) -> bool:
+def _refuses(error: Exception) -> str:
+    """What a server does not take, ``schema`` or ``system``; empty for any other error."""
     text = str(error).lower()
-    refused = any(word in text for word in ("response_format", "json_schema", "structured output"))
-    return refused and isinstance(error, import_litellm().exceptions.BadRequestError)
+    if not isinstance(error, import_litellm().exceptions.BadRequestError):
+        return ""
+    if any(word in text for word in ("response_format", "json_schema", "structured output")):
+        return "schema"
+    return "system" if "system" in text and ("role" in text or "message" in text or "prompt" in text) else ""
 
 
 def _failure(route: Route, error: Exception) -> CallFailed:
     """What an exception of litellm means for us, free of secrets."""
     exceptions, router = import_litellm().exceptions, import_litellm().types.router
+    too_large: BaseException | None = error
+    while too_large is not None and not isinstance(too_large, AnswerTooLarge):
+        too_large = too_large.__cause__ or too_large.__context__
+    if too_large is not None:
+        return invalid(route, str(too_large), Reply())
     text = str(error).partition(" LiteLLM: model group")[0].partition("\nLiteLLM: model group")[0]
     text = text.removeprefix(f"litellm.{type(error).__name__}: ")
     reason = redact(f"{route.model}: {type(error).__name__}: {text}")
@@ -382,7 +430,8 @@ def _failure(route: Route, error: Exception) -> CallFailed:
         after = getattr(error, "cooldown_time", 1.0)  # where all deployments cool down
         return CallFailed("limited", reason, min(after, COOLDOWN_S), sent=False)
     body, status = getattr(error, "body", None), getattr(error, "status_code", None)
-    if isinstance(body, dict) and body.get("code") == "insufficient_quota":  # comes as a rate limit
+    no_quota = isinstance(body, dict) and body.get("code") == "insufficient_quota"  # comes as a rate limit
+    if no_quota or status == 403:
         return CallFailed("denied", reason)
     for name, kind in _FAILURES.items():
         if isinstance(error, getattr(exceptions, name)):

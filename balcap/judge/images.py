@@ -76,8 +76,12 @@ def image_url(image: bytes, policy: ImagePolicy) -> str:
     raise ImageError(f"no version of the image is within {policy.max_mb:g} MB: raise images.max_mb")
 
 
-def as_sent(messages: Sequence[dict[str, Any]], images: ImagePolicy) -> list[dict[str, Any]]:
-    """The chat as a provider takes it: images as ``data:`` URLs under the policy.
+def as_sent(
+    messages: Sequence[dict[str, Any]], images: ImagePolicy, system: bool = True
+) -> list[dict[str, Any]]:
+    """The chat as a provider takes it: images as ``data:`` URLs under the policy, text without an image as a string.
+
+    Without `system`, its message is the beginning of the user's.
 
     Raises:
         ImageError: if an image cannot be decoded, or not be made to fit.
@@ -89,10 +93,15 @@ def as_sent(messages: Sequence[dict[str, Any]], images: ImagePolicy) -> list[dic
         url = {"url": image_url(given["image"], images)}
         return {"type": "image_url", "image_url": url | ({"detail": images.detail} if images.detail else {})}
 
-    chat = []
+    chat: list[dict[str, Any]] = []
     for message in messages:
-        content = message["content"]
-        chat.append({**message, "content": content if isinstance(content, str) else list(map(part, content))})
+        parts = message["content"]
+        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+        if chat and chat[-1]["role"] == "system" and not system:
+            parts = [{"type": "text", "text": f"{chat.pop()['content']}\n\n"}, *parts]
+        content = list(map(part, parts))
+        only_text = all(one["type"] == "text" for one in content)
+        chat.append({**message, "content": "".join(one["text"] for one in content) if only_text else content})
     return chat
 
 

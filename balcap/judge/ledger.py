@@ -63,12 +63,13 @@ class Ledger(Store):
         " tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL, tokens_cached INTEGER NOT NULL, usd REAL,"
         " latency_s REAL NOT NULL, pid INTEGER NOT NULL)"
     )
+    insert = f"INSERT INTO calls VALUES (NULL{', ?' * 12})"
 
     def __init__(self, path: str | Path | None, stats: JudgeStats | None = None):
         super().__init__(path)
         self.stats = stats or JudgeStats()
         self._last_row = 0
-        self._read_usd = self._unwritten_usd = 0.0
+        self._read_usd = 0.0
 
     def add(
         self,
@@ -100,19 +101,20 @@ class Ledger(Store):
         stats.cost_usd += usd
         stats.unpriced_calls += reply.usd is None
         used = (reply.tokens_in, reply.tokens_out, reply.tokens_cached, reply.usd)
-        row = (at, task, model, items, attempt, outcome, *used, latency_s, os.getpid())
-        if self._run("write", f"INSERT INTO calls VALUES (NULL{', ?' * len(row)})", row) is None:
-            self._unwritten_usd += usd
+        self._write((at, task, model, items, attempt, outcome, *used, latency_s, os.getpid()))
 
     def spent(self) -> float:
         """US dollars of all processes that wrote this file, now and in earlier runs."""
+        if self.path is None:
+            return self.stats.cost_usd
         query = "SELECT total(usd), max(id) FROM calls WHERE id > ?"
         for usd, last_row in self._run("read", query, [self._last_row]) or ():
             self._read_usd += usd
             self._last_row = last_row or self._last_row
-        return self._read_usd + self._unwritten_usd
+        return self._read_usd + sum(row[9] or 0.0 for row in self._waiting)
 
     def close(self) -> None:
         """Close the file; safe to call twice."""
+        self._write()
         self.spent()
         super().close()

@@ -186,31 +186,51 @@ def in_order(items: Sequence[Any], count: int, what: str) -> list[Any]:
 _LONGEST = 400_000  # characters; more is a model that does not stop
 
 
+_THOUGHTS = re.compile(r"</think(?:ing)?>|</thought>|assistantfinal")
+_LAX = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
+_COMMAS = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', re.DOTALL)
+
+
 def extract_json(text: str) -> dict[str, Any]:
-    """The JSON object in `text`, alone or within prose, code fences or after ``</think>``.
+    """The JSON object in `text`, alone, within prose or code fences, or after its thoughts; comments and commas before
+    a closing bracket are no harm.
 
     Raises:
         InvalidAnswer: if there is no complete object, or more than one.
     """
     if not text.lstrip().startswith("{"):  # else the words may be a caption's
-        text = text.split("</think>", 1)[-1]
+        text = _THOUGHTS.split(text, maxsplit=1)[-1]
     if len(text) > _LONGEST:
         raise InvalidAnswer(f"the answer is {len(text)} characters long")
-    decoder = json.JSONDecoder()
     objects: list[dict[str, Any]] = []
     position = text.find("{")
     while position >= 0:
         try:
-            value, end = decoder.raw_decode(text, position)
+            value, text = _decode(text[position:], lax=not objects)
         except json.JSONDecodeError:
-            end = position + 1  # prose; or a broken object, whose inner objects then fail the schema
+            text = text[position + 1 :]  # prose; or a broken object, whose inner objects then fail the schema
         except (ValueError, RecursionError):
             raise InvalidAnswer("the JSON of the answer is too large or nested too deeply") from None
         else:
-            objects.append(value)
-        position = text.find("{", end)
+            if value not in objects:
+                objects.append(value)
+        position = text.find("{")
     if not objects:
         raise InvalidAnswer("the answer holds no complete JSON object")
     if len(objects) > 1:
         raise InvalidAnswer(f"the answer holds {len(objects)} JSON objects, one was asked for")
     return objects[0]
+
+
+def _decode(text: str, lax: bool) -> tuple[Any, str]:
+    """The object that the text begins with, and what follows it."""
+    decoder = json.JSONDecoder()
+    try:
+        value, end = decoder.raw_decode(text)
+    except json.JSONDecodeError:
+        if not lax:
+            raise
+        for pattern in (_LAX, _COMMAS):
+            text = pattern.sub(lambda match: match[1] or "", text)
+        value, end = decoder.raw_decode(text)
+    return value, text[end:]

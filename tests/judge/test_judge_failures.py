@@ -10,6 +10,7 @@ from balcap.judge import Judge, JudgeFailure, Rating, Verdict, client, retry
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
 from balcap.types import CaptionBatch, Rollouts
 from tests.judge_questions import match, rate, verify
+from tests.judge_replies import said
 
 
 def rollouts(captions: list[list[str]], image: bytes, reference: str = "A cat. A mat") -> Rollouts:
@@ -120,8 +121,8 @@ class Failing(JudgeServer):
     async def _answer(self, request):
         body = await request.json()
         task = body["messages"][0]["content"].splitlines()[0].removeprefix("Task: ")
-        said = body["messages"][1]["content"][-1]["text"]
-        self.always = "400" if task in self.broken and self.word in said else None
+        text = said(body["messages"][1])
+        self.always = "400" if task in self.broken and self.word in text else None
         return await super()._answer(request)
 
 

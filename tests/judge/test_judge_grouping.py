@@ -14,6 +14,7 @@ from test_judge_failures import rollouts
 from balcap.judge import Decompose, JudgeFailure, Rate, Verdict, Verify
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
 from tests.judge_questions import decompose, verify
+from tests.judge_replies import said
 
 CAPTIONS = ["A cat. not a dog", "A cat. A mat. calm", "A mat", "A hat. A cat. not a dog"]
 
@@ -105,7 +106,7 @@ def test_what_is_shared_stands_first(make_judge, server, png):
     server.requests.clear()
     suite().gather(judge, rollouts([["A cat", "A hat"]], png))
     texts = [
-        body["messages"][1]["content"][0]["text"]
+        said(body["messages"][1])
         for body, task in zip(server.requests, tasks(server), strict=True)
         if task == "match"
     ]

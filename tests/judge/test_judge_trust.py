@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from balcap.judge import Decompose, Match, Rate, Rating, Verdict, Verify
 from balcap.judge.prompt import fence
 from tests.judge_questions import decompose, match, rate, verify
+from tests.judge_replies import said as text_of
 from tests.support import ROOT
 
 # Special tokens, and the strings that chat templates write between turns.
@@ -256,4 +257,4 @@ def test_neighbours_in_one_call_are_judged_as_if_alone(
     for body in server.requests:
         roles = [message["role"] for message in body["messages"]]
         assert roles == ["system", "user"]
-        assert not [t for t in TOKENS if t in body["messages"][1]["content"][-1]["text"]]
+        assert not [t for t in TOKENS if t in text_of(body["messages"][1])]
