@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from balcap.trainer.update import UpdatesDiverged
 from examples.shapes.oracle import answer
 from tests.judge.judge_fakes import JudgeServer
 from tests.support import ROOT, metrics
@@ -38,9 +37,9 @@ def _spoil(world: Path, out: Path) -> set[str]:
         {"id": "3", "image": "shapes/text.png", "conversations": [ask, say]},
         {"id": "4", "image": "shapes/bomb.png", "conversations": [ask, say]},
         {"id": "5", "image": "shapes/no-caption.png", "conversations": [ask, {"from": "gpt", "value": "  "}]},
-        {"id": "6", "image": "shapes/no-placeholder.png", "conversations": [{**ask, "value": "What?"}, say]},
+        {"id": "6", "image": "shapes/long.png", "conversations": [{**ask, "value": "What?" * 3000}, say]},
         {"id": "7", "image": "../outside.png", "conversations": [ask, say]},
-        {"id": "8", "image": rows[1]["image"], "conversations": [ask, say]},
+        {"id": "8", "image": ["shapes/one.png", "shapes/two.png"], "conversations": [ask, say]},
         {"id": "9", "conversations": [ask, say]},
         {"id": "10", "image": "shapes/folder.png", "conversations": [ask, say]},
         {"id": "11", "image": "shapes/odd.png", "conversations": "neither list nor text"},
@@ -54,8 +53,8 @@ def _spoil(world: Path, out: Path) -> set[str]:
     text = json.dumps(mixed, ensure_ascii=False).encode().replace("\ufffd".encode(), b"\xe9")
     (out / "shapes.json").write_bytes(text)
     return {
-        "missing_file", "truncated_image", "not_an_image", "decompression_bomb", "no_caption", "no_image_placeholder",
-        "outside_image_root", "duplicate_image", "no_image_field", "unreadable_file", "malformed_row", "not_utf8",
+        "missing_file", "truncated_image", "not_an_image", "decompression_bomb", "no_caption", "text_too_long",
+        "outside_image_root", "several_images", "no_image_field", "unreadable_file", "malformed_row", "not_utf8",
     }  # fmt: skip
 
 
@@ -133,7 +132,7 @@ def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(
         return type(part)(part.loss * torch.nan, part.tokens, part.clipped, part.kl)
 
     monkeypatch.setattr(room, "policy_loss", poisoned)
-    with pytest.raises(UpdatesDiverged, match=r"model\.optimizer"):
+    with pytest.raises(SystemExit, match=r"model\.optimizer"):
         cli(fit_arguments(**{"trainer.max_steps": 9, "model.max_skipped_updates": 2}))
     assert len(calls) == 3
     rows = [row for row in metrics(tmp_path / "run") if row["train/loss"]]

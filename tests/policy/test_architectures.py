@@ -20,7 +20,7 @@ from balcap.rollout import HFGenerate, Sampling
 from balcap.types import Rollouts
 from tests.support import metrics
 from tests.tiny_families import FAMILIES
-from tests.tiny_models import Alone, mixed_batch, rollouts_of
+from tests.tiny_models import Alone, mixed_batch, rollouts_of, tiny_tokenizer
 
 ROWS = [0, 1, 2]
 WORKING = [name for name in FAMILIES if name != "paligemma"]
@@ -119,14 +119,12 @@ def test_a_model_without_a_chat_template_is_refused(folder_of: Callable[[str], P
 def test_a_language_model_is_refused(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = FAMILIES["llava"](tmp_path)
-    for file in (*folder.glob("*processor*"), *folder.glob("*.safetensors")):
-        file.unlink()
-    LlamaForCausalLM(LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1)).save_pretrained(
-        folder
-    )
+    tokenizer = tiny_tokenizer(("<s>", "</s>"), "<s>", eos_token="</s>")
+    tokenizer.save_pretrained(tmp_path)
+    config = LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=len(tokenizer))
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(PolicyError, match=r"^model\.policy\.model: .* has no image processor"):
-        Policy.load(PolicyConfig(str(folder)), False)
+        Policy.load(PolicyConfig(str(tmp_path)), False)
 
 
 @pytest.mark.parametrize(
