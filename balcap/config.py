@@ -33,6 +33,8 @@ def model_problems(model: BalCapModule) -> list[str]:
         problems.append(
             f"model.num_captions: a group of {model.num_captions} has no spread to normalise; use 2 or more"
         )
+    if not 0 <= model.predict_temperature < math.inf:
+        problems.append(f"model.predict_temperature: {model.predict_temperature} must be at least 0")
     if model.val_captions < 1:
         problems.append(f"model.val_captions: {model.val_captions} must be at least 1")
     return problems

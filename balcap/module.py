@@ -49,6 +49,7 @@ class BalCapModule(L.LightningModule):
         lag: 0 updates on the captions that it has just sampled; 1 on those of the step before, so that judging
             goes on while the device works. They are then one update old.
         val_captions: captions per image in validation.
+        predict_temperature: of the captions of ``predict``, at least 0; 0 takes the likeliest tokens.
         optimizer: over the trainable parameters.
         scheduler: of the learning rate, stepped after each optimizer step; null keeps it constant.
         seed: captions of step n on rank r are drawn from (seed, n, r), so that a resumed run draws the same.
@@ -68,6 +69,7 @@ class BalCapModule(L.LightningModule):
         advantage_transforms: list[AdvantageTransform] | None = None,
         lag: Literal[0, 1] = 0,
         val_captions: int = 1,
+        predict_temperature: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
@@ -78,6 +80,7 @@ class BalCapModule(L.LightningModule):
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen rest
         self.policy_config, self.judge, self.rewards = policy, judge, RewardSuite(rewards)
         self.weights, self.num_captions, self.val_captions = weights, num_captions, val_captions
+        self.predict_temperature = predict_temperature
         self.update_settings = UpdateSettings(**update)
         self.reward_transforms = [LengthMask()] if reward_transforms is None else reward_transforms
         self.advantage, self.advantage_transforms = advantage or CGDPO(), advantage_transforms or []
@@ -218,10 +221,9 @@ class BalCapModule(L.LightningModule):
 
     def predict_step(self, batch: CaptionBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One caption per image."""
-        rollouts = self.pipeline.sample(batch, 1, PREDICT, batch_idx)
-        rows = zip(
-            batch.sample_ids, batch.prompts, rollouts.captions, rollouts.truncated[:, 0].tolist(), strict=True
-        )
+        rollouts = self.pipeline.sample(batch, 1, PREDICT, batch_idx, self.predict_temperature)
+        batch, cut = rollouts.batch, rollouts.truncated[:, 0].tolist()
+        rows = zip(batch.sample_ids, batch.prompts, rollouts.captions, cut, strict=True)
         return [
             {"image": sample_id, "prompt": prompt, "caption": captions[0], "truncated": truncated}
             for sample_id, prompt, captions, truncated in rows

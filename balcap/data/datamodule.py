@@ -266,6 +266,13 @@ class CaptionDataModule(lightning.LightningDataModule):
             counts["folder_not_on_disk"] = sum(self.left_out.values())
         return counts
 
+    def leave_out(self, sample_id: str, cause: str, detail: str) -> None:
+        """List an image that turned out to be of no use after it was read."""
+        rows = self._predict_source[0] if self.settings.predict_from else self.table
+        BadRowLog(self.settings.run_dir).add(
+            rows.column("sample_id").index(sample_id), sample_id, cause, detail
+        )
+
     # ---- shared
 
     @property

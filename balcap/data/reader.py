@@ -6,6 +6,8 @@ downloaded data set must not be able to name a file that its owner did not mean 
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import re
 import stat
@@ -28,6 +30,9 @@ from balcap.types import CaptionBatch, Cursor
 
 DEFAULT_PROMPT = "Describe this image in detail."
 """For images that come without a question."""
+
+LARGE = 16_000_000
+"""Pixels. Processors scale larger images down, and so do judges (`balcap.judge.images`)."""
 
 MAX_BYTES = 400_000_000
 """A file beyond this is not read: an image of 100 million pixels is no larger, whatever its format."""
@@ -68,7 +73,7 @@ class ImageFolder:
             raise BadImage("missing_file", f"{path} does not exist") from error
         except OSError as error:
             raise BadImage("unreadable_file", f"{path}: {error.strerror}") from error
-        return data, decode_image(data, self.max_pixels)
+        return within_large(data, decode_image(data, self.max_pixels))
 
     def locate(self, name: str) -> Path:
         """The real path of the file, all links followed.
@@ -96,6 +101,18 @@ class ImageFolder:
                 raise BadImage("outside_image_root", detail)
             return real
         raise BadImage("missing_file", f"{self.root / name} does not exist")
+
+
+def within_large(data: bytes, image: Image.Image) -> tuple[bytes, Image.Image]:
+    """File and image, or both anew with `LARGE` pixels where there are more: a policy and a judge that see no more of it
+    need not decode it twice."""
+    if image.width * image.height <= LARGE:
+        return data, image
+    scale = math.sqrt(LARGE / (image.width * image.height))
+    image.thumbnail((max(1, int(image.width * scale)), max(1, int(image.height * scale))), reducing_gap=2.0)
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue(), image
 
 
 def spellings(name: str) -> list[str]:

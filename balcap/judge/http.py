@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from contextvars import ContextVar
+from typing import Any
 
 import httpx
 
@@ -49,11 +50,12 @@ def without_bad_usage(body: bytes) -> bytes:
         return body
     if isinstance(usage, dict):
         details = usage.get("prompt_tokens_details") or {}
-        counts = [
+        given = (
             usage.get("prompt_tokens"),
             usage.get("completion_tokens"),
             details.get("cached_tokens") or 0,
-        ]
+        )
+        counts: list[Any] = list(given)
         if all(type(count) is int and count >= 0 for count in counts) and counts[2] <= counts[0]:
             return body
     return json.dumps({key: value for key, value in answer.items() if key != "usage"}).encode()

@@ -28,7 +28,8 @@ class Sampling:
     """How captions are drawn.
 
     Args:
-        temperature: > 0. The policy is trained as the distribution at this temperature.
+        temperature: > 0 in training: the policy is trained as the distribution at this temperature. 0 takes the
+            likeliest token.
         top_p: in (0, 1]. Below 1 the tails are cut while sampling only.
         max_tokens: longest caption; a longer one is cut and flagged.
     """

@@ -98,12 +98,11 @@ def _turn(policy: Policy, prompts: Prompts, rows: list[int], sampling: Sampling)
     from transformers import GenerationConfig, LogitsProcessorList
 
     inputs = prompts.inputs(rows, 1, policy.device)
-    recorder = _Recorder(policy.encoder.banned_token_ids, sampling.temperature)
+    recorder = _Recorder(policy.encoder.banned_token_ids, sampling.temperature or 1.0)
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}  # HF's default is 50
     config = GenerationConfig(
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=0,  # HF's default is 50
+        do_sample=sampling.temperature > 0,
+        **(drawn if sampling.temperature > 0 else {}),
         max_new_tokens=sampling.max_tokens,
         eos_token_id=stop_token_ids(policy),
         pad_token_id=policy.encoder.tokenizer.pad_token_id,

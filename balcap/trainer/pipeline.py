@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,7 @@ from balcap.rollout.base import OnGroupDone
 from balcap.trainer.distributed import gather_objects, stop_together
 from balcap.trainer.timeline import Timeline
 from balcap.types import CaptionBatch, Rollouts
+from balcap.utils.errors import UserError
 from balcap.utils.seeding import seeded
 
 if TYPE_CHECKING:
@@ -147,9 +148,10 @@ class RolloutPipeline:
         if len(self.in_flight) >= self._batches_left(updates_per_rollout):
             return False
         number = self.trainer.global_step + updates_per_rollout * len(self.in_flight)
-        in_flight = InFlightBatch(self.suite, self.judge, batch)
         with self.timeline.span("rollout"), self.seeded(TRAIN, number):
-            in_flight.prompts, resumed = self.policy.encode(batch), self._resume_rollouts(batch)
+            batch, prompts = self._encode(batch, fill=True)
+            in_flight = InFlightBatch(self.suite, self.judge, batch)
+            in_flight.prompts, resumed = prompts, self._resume_rollouts(batch)
             for row, captions in enumerate(resumed.captions if resumed else ()):
                 in_flight.start(row, captions)
             in_flight.rollouts = self._generate(
@@ -158,10 +160,45 @@ class RolloutPipeline:
         self.in_flight.append(in_flight)
         return True
 
-    def sample(self, batch: CaptionBatch, num_captions: int, stage: int, number: int) -> Rollouts:
-        """Captions outside training; the same draw for the same stage and number."""
+    def sample(
+        self,
+        batch: CaptionBatch,
+        num_captions: int,
+        stage: int,
+        number: int,
+        temperature: float | None = None,
+    ) -> Rollouts:
+        """Captions outside training, at a temperature of their own; the same draw for the same stage and number."""
+        sampling = self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
         with self.seeded(stage, number):
-            return self._generate(batch, self.policy.encode(batch), num_captions)
+            return self._generate(*self._encode(batch, fill=False), num_captions, sampling=sampling)
+
+    def _encode(self, batch: CaptionBatch, fill: bool) -> tuple[CaptionBatch, Prompts]:
+        """The batch with its prompts, without images that the model's processor or template refuses: they are listed as
+        bad rows. With `fill`, others of the batch take their places, so that every rank has as many.
+
+        Raises:
+            UserError: it refuses all of them.
+        """
+        try:
+            return batch, self.policy.encode(batch)
+        except Exception:  # processors raise whatever they like
+            good, refused = [], ""
+        for row, sample_id in enumerate(batch.sample_ids):
+            try:
+                self.policy.encode(batch.select([row]))
+                good.append(row)
+            except Exception as error:
+                refused = f"{sample_id}: {type(error).__name__}: {error}"
+                log.warning("skipped: the model's processor refuses %s", refused)
+                if (data := getattr(self.trainer, "datamodule", None)) is not None:
+                    data.leave_out(sample_id, "refused_by_processor", refused)
+        if not good:
+            raise UserError(
+                f"model.policy: the model's processor refuses all images of a batch, such as {refused}"
+            )
+        rows = [row if row in good else good[row % len(good)] for row in range(len(batch))] if fill else good
+        return batch.select(rows), self.policy.encode(batch.select(rows))
 
     def sync(self) -> None:
         """Give the engine, which has sampled, the policy's weights."""
@@ -175,6 +212,7 @@ class RolloutPipeline:
         num_captions: int,
         on_group_done: OnGroupDone | None = None,
         resumed: Rollouts | None = None,
+        sampling: Sampling | None = None,
     ) -> Rollouts:
         """Captions from the engine, which starts with the first, unless there are some already."""
         if not self._attached:
@@ -184,7 +222,8 @@ class RolloutPipeline:
             self._attached = True
         with self._failing_together():
             if resumed is None:
-                return self.engine.generate(batch, prompts, num_captions, self.sampling, on_group_done)
+                sampling = sampling or self.sampling
+                return self.engine.generate(batch, prompts, num_captions, sampling, on_group_done)
         return resumed
 
     @contextmanager

@@ -102,19 +102,20 @@ def test_a_wrong_count_names_the_sample(load: Load, family: str):
         policy.encode(batch_of([picture(56, 56)], ["Go"]))
 
 
-def test_a_question_with_a_placeholder_names_its_sample(load: Load, family: str):
+def test_special_tokens_in_a_question_are_data(load: Load, family: str):
+    """Of this family they are spelled apart; of others they are words like any other."""
     policy = load()
-    for token in PLACEHOLDERS[family]:
-        batch = batch_of([picture(60, 60)] * 2, ["What is this?", f"What is {token} this?"])
-        with pytest.raises(PlaceholderMismatch) as caught:
-            policy.encode(batch)
-        assert "'img1.png'" in str(caught.value)
-        assert token in str(caught.value)
-    stranger = {"qwen": "<image>", "llava": "<|image_pad|>"}[family]  # words like any other to this tokenizer
-    assert (
-        len(policy.encode(batch_of([picture(60, 60)], [f"What is {stranger}, an image or a video?"])).items)
-        == 1
-    )
+    tokenizer, encoder = policy.encoder.tokenizer, policy.encoder
+    special = set(tokenizer.all_special_ids) | set(encoder.banned_token_ids)
+
+    def specials(question: str) -> list[int]:
+        (item,) = policy.encode(batch_of([picture(60, 60)], [question])).items
+        return [i for i in item["input_ids"][0].tolist() if i in special]
+
+    plain = specials("What is this?")
+    for token in (*tokenizer.all_special_tokens, *PLACEHOLDERS[family], "<image>", "<|im_end|>", "[INST]"):
+        assert specials(f"What is {token} this?") == plain, token
+    assert encoder.plain("<" * 3 + "|a cat|> <image") == "<<<|a cat|> <image"
 
 
 def test_a_caption_with_a_placeholder_names_its_sample(load: Load, family: str):

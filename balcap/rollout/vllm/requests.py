@@ -43,7 +43,7 @@ def sampling_settings(
     Raises:
         EngineFailed: vLLM cannot sample at this temperature.
     """
-    if not COLDEST <= sampling.temperature <= HOTTEST:
+    if sampling.temperature != 0 and not COLDEST <= sampling.temperature <= HOTTEST:
         raise EngineFailed(
             f"model.sampling.temperature: vLLM samples between {COLDEST} and {HOTTEST}, not at "
             f"{sampling.temperature}; change it, or sample with balcap.rollout.HFGenerate"

@@ -173,7 +173,7 @@ class VLLMServer(RolloutEngine):
 
         async def ask(row: int) -> Drawn:
             async with slots:
-                image, prompt = batch.images[row], batch.prompts[row]
+                image, prompt = batch.images[row], policy.encoder.plain(batch.prompts[row])
                 request = await asyncio.to_thread(chat_request, settings[row], image, prompt)
                 server = min(turn, key=lambda server: waiting[server.name])
                 waiting[server.name] += 1
@@ -207,7 +207,7 @@ class VLLMServer(RolloutEngine):
         mode = logprobs_mode(sampling.temperature)
         for server in self._servers:
             name, own = f"the vLLM server {server.name}", server.about["logprobs_mode"]
-            if own != mode:
+            if own != mode and sampling.temperature > 0:  # nobody learns from greedy captions
                 raise EngineFailed(
                     f"{name} was started with --logprobs-mode {own}; with model.sampling.temperature: "
                     f"{sampling.temperature} it must be {mode}"

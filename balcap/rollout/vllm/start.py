@@ -41,7 +41,7 @@ def logprobs_mode(temperature: float) -> str:
     ``raw_logprobs`` are before temperature, bans and top-p: exact at temperature 1. ``processed_logprobs`` are after
     all three: banned tokens have no share in them, and with top-p below 1 neither have the tails.
     """
-    return "raw_logprobs" if temperature == 1 else "processed_logprobs"
+    return "raw_logprobs" if temperature in (0, 1) else "processed_logprobs"
 
 
 def mm_processor_kwargs(processor: Any) -> dict[str, Any]:
