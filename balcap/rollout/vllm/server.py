@@ -62,10 +62,13 @@ class VLLMServer(RolloutEngine):
 
     def __post_init__(self) -> None:
         bad = [url for url in self.urls if not url.startswith(("http://", "https://"))]
+        credentials = any("@" in url.split("/")[2:3][0] for url in self.urls if url not in bad)
         once = 0 < len(self.urls) == len(set(self.urls))
         sound = {
             f"urls: {self.urls} must name at least one server, and each once": once,
             f"urls: {bad} must begin with http:// or https://": not bad,
+            "urls: a user and password in a URL end up in files and messages; servers take a key, which stands in "
+            "the environment and is named by api_key_env": not credentials,
             f"deadline_s: {self.deadline_s} must be above 0": self.deadline_s > 0,
             f"start_timeout_s: {self.start_timeout_s} must be above 0": self.start_timeout_s > 0,
             f"concurrency: {self.concurrency} must be above 0": self.concurrency > 0,
