@@ -7,7 +7,7 @@ import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ActionConfigFile
@@ -25,6 +25,7 @@ from balcap.config import ConfigError, model_problems, trainer_problems  # noqa:
 from balcap.data import CaptionDataModule  # noqa: E402
 from balcap.judge import BudgetSpent  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
+from balcap.trainer.checkpoint import CheckpointError, find_checkpoint  # noqa: E402
 from balcap.utils.errors import RunStopped, UserError  # noqa: E402
 from callbacks.caption_writer import CaptionWriter  # noqa: E402
 from callbacks.checkpoint import RunCheckpoint  # noqa: E402
@@ -90,6 +91,12 @@ class BalCapCLI(LightningCLI):
         parser.add_argument(
             "--run_dir", type=str, default="runs/latest", help="Folder for all outputs of the run."
         )
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto", None],
+            default=None,
+            help="fit: auto goes on from the run folder's last checkpoint where there is one, and else starts.",
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutLog, "rollout_log")
         parser.add_lightning_class_args(CaptionProgressBar, "progress")
@@ -114,17 +121,34 @@ class BalCapCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read hyperparameters from the whole checkpoint here; ours hold none."""
+
     def before_instantiate_classes(self) -> None:
         _quieten()
+        self.checkpoint: Path | None = None
         options = self.config[self.subcommand]
-        metrics = Path(options.run_dir) / "metrics.csv"
-        if self.subcommand == "fit" and not options.ckpt_path and metrics.exists():
-            raise ConfigError(
-                [
-                    f"run_dir: {options.run_dir} holds a run already; continue it with --ckpt_path last, "
-                    "or choose another folder with --run_dir"
-                ]
-            )
+        self._run_problems = [] if self.subcommand == "estimate" else self._find_checkpoint(options)
+
+    def _find_checkpoint(self, options: Any) -> list[str]:
+        """Sets `checkpoint`; what is wrong with where the run goes on from, or begins."""
+        name, run_dir, fits = options.ckpt_path, options.run_dir, self.subcommand == "fit"
+        if options.resume and (name or not fits):
+            return ["resume: it is for fit, and takes the place of ckpt_path; remove it"]
+        try:
+            if name or options.resume:
+                self.checkpoint = find_checkpoint(name or "last", run_dir)
+        except CheckpointError as error:
+            return [f"ckpt_path: {error}"]
+        if name and self.checkpoint is None:
+            instead = "start with --resume auto, which needs none" if fits else "name a checkpoint's file"
+            return [f"ckpt_path: there is no checkpoint in {run_dir}/checkpoints; {instead}"]
+        if fits and not (name or options.resume) and (Path(run_dir) / "metrics.csv").exists():
+            return [
+                f"run_dir: {run_dir} holds a run already; continue it with --ckpt_path last (--resume auto where "
+                "it may have no checkpoint yet), or choose another folder with --run_dir"
+            ]
+        return []
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         from lightning.pytorch.loggers import TensorBoardLogger
@@ -135,7 +159,7 @@ class BalCapCLI(LightningCLI):
         if self.subcommand == "estimate":
             kwargs |= HERE
         elif options.trainer.logger is None:
-            keep = self.subcommand != "fit" or bool(options.ckpt_path)
+            keep = self.subcommand != "fit" or self.checkpoint is not None
             kwargs["logger"] = [
                 RunCSVLogger(options.run_dir, keep=keep),
                 TensorBoardLogger(options.run_dir, name="tensorboard", version=""),
@@ -144,8 +168,7 @@ class BalCapCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:  # no such device here, for one
             raise ConfigError([*self._problems(), f"trainer: {error}"]) from None
-        problems = trainer_problems(trainer, str(self.subcommand), options.get("ckpt_path"))
-        if problems := [*self._problems(), *problems]:
+        if problems := [*self._problems(), *trainer_problems(trainer, str(self.subcommand))]:
             raise ConfigError(problems)
         return trainer
 
@@ -154,7 +177,8 @@ class BalCapCLI(LightningCLI):
         assert isinstance(self.datamodule, CaptionDataModule)
         if self.subcommand == "estimate":
             return estimate_problems(self.model, self.datamodule)
-        return [*model_problems(self.model), *self.datamodule.problems(str(self.subcommand))]
+        problems = [*model_problems(self.model), *self.datamodule.problems(str(self.subcommand))]
+        return self._run_problems + problems
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -180,6 +204,7 @@ class BalCapCLI(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "estimate":
             return kwargs | {"launch": self.config[subcommand].trainer}
+        kwargs["ckpt_path"] = self.checkpoint and str(self.checkpoint)
         kwargs["weights_only"] = True  # a checkpoint is data: it must not run code when it is read
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # they are on disk already

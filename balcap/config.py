@@ -6,7 +6,6 @@ Every group of settings checks itself (``problems()``); what concerns several gr
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def _reward_problems(model: BalCapModule) -> list[str]:
     return problems
 
 
-def trainer_problems(trainer: Trainer, subcommand: str, ckpt_path: str | None) -> list[str]:
+def trainer_problems(trainer: Trainer, subcommand: str) -> list[str]:
     """What the trainer's own settings leave impossible."""
     problems = []
     endless = trainer.max_steps == -1 and trainer.max_epochs in (-1, None)
@@ -70,6 +69,4 @@ def trainer_problems(trainer: Trainer, subcommand: str, ckpt_path: str | None) -
             f"trainer.strategy: {type(trainer.strategy).__name__} is not supported yet; use ddp, with "
             "model.policy.lora where the weights do not fit twice"
         )
-    if ckpt_path and ckpt_path not in ("last", "best", "hpc", "registry") and not os.path.exists(ckpt_path):
-        problems.append(f"ckpt_path: {ckpt_path} does not exist")
     return problems

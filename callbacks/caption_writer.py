@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,4 +68,4 @@ def _drop_torn_line(file: Path) -> None:
     """Remove what a kill has left of a last line, so that every line of the file is whole."""
     data = file.read_bytes() if file.exists() else b""
     if data and not data.endswith(b"\n"):
-        file.write_bytes(data[: data.rfind(b"\n") + 1])
+        os.truncate(file, data.rfind(b"\n") + 1)
