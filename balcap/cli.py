@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import signal
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile
@@ -18,6 +23,7 @@ import_torchmetrics_lightly()  # before Lightning, which imports torchmetrics
 
 from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException  # noqa: E402
 
 from balcap.commands.estimate import HERE, BalCapTrainer, estimate_problems  # noqa: E402
@@ -25,14 +31,16 @@ from balcap.config import ConfigError, model_problems, trainer_problems  # noqa:
 from balcap.data import CaptionDataModule  # noqa: E402
 from balcap.judge import BudgetSpent  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
-from balcap.trainer.checkpoint import CheckpointError, find_checkpoint  # noqa: E402
+from balcap.trainer.checkpoint import CheckpointError, find_checkpoint, read_checkpoint  # noqa: E402
 from balcap.utils.errors import RunStopped, UserError  # noqa: E402
+from balcap.utils.run_folder import holds_fit, in_use, write_problem  # noqa: E402
 from callbacks.caption_writer import CaptionWriter  # noqa: E402
 from callbacks.checkpoint import RunCheckpoint  # noqa: E402
 from callbacks.curves import RunCurves  # noqa: E402
 from callbacks.export import ExportPolicy  # noqa: E402
 from callbacks.progress import CaptionProgressBar  # noqa: E402
 from callbacks.rollout_log import RolloutLog  # noqa: E402
+from callbacks.run_config import SaveRunConfig  # noqa: E402
 from callbacks.trace import ChromeTrace  # noqa: E402
 from callbacks.validate_ends import ValidateAtEnds  # noqa: E402
 
@@ -48,6 +56,22 @@ class ConfigFile(ActionConfigFile):
         super().__call__(parser, namespace, values, option_string)
 
 
+class RunParser(LightningArgumentParser):
+    """A parser whose errors are about the mistake, not about all settings."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser: Any = getattr(ex, "subcommand_parser", None) or self
+        names = [action.dest for action in parser._actions]
+        near = [
+            f"Is it {found[0]}?"
+            for name in re.findall(r"(?:--|option ')([\w.]+)", message, re.IGNORECASE)
+            if name not in names and (found := difflib.get_close_matches(name, names, n=1, cutoff=0.7))
+        ]
+        print(f"Error: {' '.join([message, *near])}", file=sys.stderr)
+        print(f"All settings: {parser.prog.replace(' [options]', '')} --help", file=sys.stderr)
+        self.exit(2)
+
+
 class BalCapCLI(LightningCLI):
     """``fit``, ``estimate``, ``validate`` and ``predict``, with all outputs of a run in ``run_dir``."""
 
@@ -58,8 +82,9 @@ class BalCapCLI(LightningCLI):
             trainer_class=BalCapTrainer,
             args=args,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveRunConfig,
             auto_configure_optimizers=False,
+            parser_class=RunParser,
             parser_kwargs={
                 "description": "Train image captioners with balanced rewards (arXiv 2605.07394). There are also the "
                 "commands recaption, serve, ledger and cache, each with its own --help."
@@ -129,6 +154,7 @@ class BalCapCLI(LightningCLI):
         self.checkpoint: Path | None = None
         options = self.config[self.subcommand]
         self._run_problems = [] if self.subcommand == "estimate" else self._find_checkpoint(options)
+        self.save_config_kwargs = {"checkpoint": self.checkpoint}
 
     def _find_checkpoint(self, options: Any) -> list[str]:
         """Sets `checkpoint`; what is wrong with where the run goes on from, or begins."""
@@ -143,12 +169,30 @@ class BalCapCLI(LightningCLI):
         if name and self.checkpoint is None:
             instead = "start with --resume auto, which needs none" if fits else "name a checkpoint's file"
             return [f"ckpt_path: there is no checkpoint in {run_dir}/checkpoints; {instead}"]
-        if fits and not (name or options.resume) and (Path(run_dir) / "metrics.csv").exists():
-            return [
-                f"run_dir: {run_dir} holds a run already; continue it with --ckpt_path last (--resume auto where "
-                "it may have no checkpoint yet), or choose another folder with --run_dir"
-            ]
+        if why := write_problem(run_dir):
+            return [f"run_dir: {run_dir} cannot be made or written: {why}"]
+        if _is_first_rank() and self.subcommand != "predict" and holds_fit(run_dir):
+            other = "choose another folder with --run_dir"
+            if not fits:
+                return [f"run_dir: {run_dir} holds a training run; {other}"]
+            if not (name or options.resume):
+                return [
+                    f"run_dir: {run_dir} holds a run already; continue it with --ckpt_path last (--resume auto "
+                    f"where it may have no checkpoint yet), or {other}"
+                ]
+            mine = Path(run_dir).resolve() in self.checkpoint.resolve().parents if self.checkpoint else True
+            if not mine:
+                return [f"run_dir: {run_dir} holds a run already, not that of {self.checkpoint}; {other}"]
         return []
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # of a class on its own settings; the parser wraps it
+            cause: BaseException = error
+            while isinstance(cause.__cause__, ValueError):
+                cause = cause.__cause__
+            raise ConfigError([*self._run_problems, str(cause)]) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         from lightning.pytorch.loggers import TensorBoardLogger
@@ -159,16 +203,18 @@ class BalCapCLI(LightningCLI):
         if self.subcommand == "estimate":
             kwargs |= HERE
         elif options.trainer.logger is None:
-            keep = self.subcommand != "fit" or self.checkpoint is not None
+            fits = self.subcommand == "fit"
             kwargs["logger"] = [
-                RunCSVLogger(options.run_dir, keep=keep),
+                RunCSVLogger(options.run_dir, keep=self.checkpoint is not None and fits, append=not fits),
                 TensorBoardLogger(options.run_dir, name="tensorboard", version=""),
             ]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:  # no such device here, for one
             raise ConfigError([*self._problems(), f"trainer: {error}"]) from None
-        if problems := [*self._problems(), *trainer_problems(trainer, str(self.subcommand))]:
+        assert isinstance(self.model, BalCapModule)
+        problems = trainer_problems(trainer, self.model, str(self.subcommand))
+        if problems := [*self._problems(), *problems]:
             raise ConfigError(problems)
         return trainer
 
@@ -178,11 +224,33 @@ class BalCapCLI(LightningCLI):
         if self.subcommand == "estimate":
             return estimate_problems(self.model, self.datamodule)
         problems = [*model_problems(self.model), *self.datamodule.problems(str(self.subcommand))]
+        if self.subcommand == "predict":
+            captions = self._get(self.config_init, "captions")
+            captions.settings = self._caption_settings(self.model, self.datamodule)
+            problems += captions.problems()
         return self._run_problems + problems
 
+    def _caption_settings(self, model: BalCapModule, data: CaptionDataModule) -> dict[str, Any]:
+        """What captions depend on, but for the images: those of one file are all alike in it."""
+        folder = Path(model.policy_config.model).expanduser()
+        checkpoint = self.checkpoint and [
+            str(self.checkpoint.resolve()),
+            read_checkpoint(self.checkpoint)["global_step"],
+        ]
+        return {
+            **{f"model.policy.{name}": value for name, value in asdict(model.policy_config).items()},
+            "model.policy.model": str(folder.resolve()) if folder.is_dir() else model.policy_config.model,
+            **{f"model.sampling.{name}": value for name, value in asdict(model.pipeline.sampling).items()},
+            "seed_everything": model.pipeline.seed,
+            "data.prompts": data.settings.prompts,
+            "ckpt_path": checkpoint,
+        }
+
     def _run_subcommand(self, subcommand: str) -> None:
+        mine = subcommand != "estimate" and _is_first_rank()
         try:
-            super()._run_subcommand(subcommand)
+            with in_use(self.config[subcommand].run_dir) if mine else nullcontext():
+                super()._run_subcommand(subcommand)
         except SIGTERMException:
             # Its own exit status would be 0, and a scheduler would call the run finished.
             raise SystemExit(128 + signal.SIGTERM) from None
@@ -216,6 +284,11 @@ def _below(name: str) -> Callable[[str], str]:
         return str(Path(run_dir) / name)
 
     return path
+
+
+def _is_first_rank() -> bool:
+    """Of the processes of a run, as far as the environment tells before there is a trainer."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _quieten() -> None:

@@ -19,7 +19,7 @@ from balcap.policy import PolicyConfig
 from balcap.rewards import Reward, RewardSuite
 from balcap.rollout import RolloutEngine, Sampling
 from balcap.trainer import metrics
-from balcap.trainer.checkpoint import check_trained, keep_trained
+from balcap.trainer.checkpoint import apply_settings, check_trained, keep_trained, optimizer_settings
 from balcap.trainer.distributed import gather
 from balcap.trainer.loggers import log_metrics, warn_of_missing
 from balcap.trainer.pipeline import PREDICT, TRAIN, VALIDATE, InFlightBatch, RolloutPipeline
@@ -89,6 +89,8 @@ class BalCapModule(L.LightningModule):
         )
         self.loop: OptimizerLoop | None = None
         self._skipped = 0  # updates of the run that is continued
+        self._optimizer_settings: dict[str, Any] = {}
+        self._resumed_settings: dict[str, Any] | None = None
 
     def configure_model(self) -> None:
         """Load the weights: here, so that nothing heavy happens before the settings are checked."""
@@ -105,11 +107,9 @@ class BalCapModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_factory([p for p in self.policy.parameters() if p.requires_grad])
-        return (
-            optimizer
-            if self.scheduler_factory is None
-            else ([optimizer], [self.scheduler_factory(optimizer)])
-        )
+        scheduler = None if self.scheduler_factory is None else self.scheduler_factory(optimizer)
+        self._optimizer_settings = optimizer_settings(optimizer, scheduler)
+        return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     def setup(self, stage: str) -> None:
         names, estimator = ", ".join(self.rewards.names), type(self.advantage).__name__
@@ -118,6 +118,14 @@ class BalCapModule(L.LightningModule):
         if judge and judge.cache is not None and stage != "predict":
             answers, size = describe(judge.cache)
             rank_zero_info(f"judge cache: {judge.cache}, {answers:,} answers, {size / 1e6:,.1f} MB")
+
+    def on_train_start(self) -> None:
+        """The state of the optimizer has been loaded by now, with the settings that it had then."""
+        then, self._resumed_settings = self._resumed_settings, None
+        if then is not None:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            if changes := apply_settings(optimizer, self._optimizer_settings, then):
+                rank_zero_info(f"model.optimizer: from here on {', '.join(changes)}")
 
     # ── training ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -262,13 +270,17 @@ class BalCapModule(L.LightningModule):
         """Only what is trained: the frozen rest is in the base model, where it came from."""
         keep_trained(checkpoint, self)
         skipped = self._skipped if self.loop is None else self.loop.skipped
-        checkpoint["balcap"] = {"skipped_total": skipped, **self.pipeline.state_dict()}
+        checkpoint["balcap"] = {
+            "skipped_total": skipped,
+            "optimizer": self._optimizer_settings,
+            **self.pipeline.state_dict(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
         check_trained(checkpoint, self)
         own = checkpoint.get("balcap", {})
-        self._skipped = own.get("skipped_total", 0)
+        self._skipped, self._resumed_settings = own.get("skipped_total", 0), own.get("optimizer")
         self.pipeline.load_state_dict(own)
 
     def teardown(self, stage: str) -> None:

@@ -37,12 +37,21 @@ class RunCheckpoint(ModelCheckpoint):
             monitor="step",
             mode="max",
             save_last=True,
-            save_top_k=keep,
-            every_n_train_steps=every_n_train_steps,
+            save_top_k=max(-1, keep),
+            every_n_train_steps=max(1, every_n_train_steps),
             enable_version_counter=False,
         )
+        self._given = {"every_n_train_steps": (every_n_train_steps, 1), "keep": (keep, -1)}
         self._interrupted = self._agreed = False
         self._handler_before: Any = None
+
+    def problems(self) -> list[str]:
+        """What is out of range, each with the key to change."""
+        return [
+            f"checkpoint.{name}: {value} must be at least {least}"
+            for name, (value, least) in self._given.items()
+            if value < least
+        ]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

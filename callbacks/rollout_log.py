@@ -40,10 +40,18 @@ class RolloutLog(Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, max_images: int = 4, dirpath: str | None = None) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps: must be at least 1, got {every_n_steps}")
         self.every_n_steps, self.max_images, self.dirpath = every_n_steps, max_images, dirpath
         self._shown = 0
+
+    def problems(self) -> list[str]:
+        """What is out of range, each with the key to change."""
+        least = {"every_n_steps": 1, "max_images": 0}
+        values = [(name, getattr(self, name), low) for name, low in least.items()]
+        return [
+            f"rollout_log.{name}: {value} must be at least {low}"
+            for name, value, low in values
+            if value < low
+        ]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

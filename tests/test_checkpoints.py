@@ -8,11 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from balcap.config import ConfigError
-from balcap.trainer.checkpoint import AtomicCheckpointIO, CheckpointError, find_checkpoint
+from balcap.trainer.checkpoint import (
+    AtomicCheckpointIO,
+    CheckpointError,
+    apply_settings,
+    find_checkpoint,
+    optimizer_settings,
+)
 from balcap.utils.errors import UserError
 from callbacks.checkpoint import RunCheckpoint
+from tests.support import metrics
 
 STATE = {"state_dict": {"w": torch.arange(4096.0)}, "global_step": 3, "balcap": {}}
 
@@ -114,3 +122,54 @@ def test_a_checkpoint_io_of_the_user_stays() -> None:
         trainer = Trainer(plugins=plugins, accelerator="cpu", logger=False, enable_checkpointing=False)
         RunCheckpoint(dirpath="unused").setup(trainer, LightningModule(), "validate")
         assert type(trainer.strategy.checkpoint_io) is expected
+
+
+def _optimizer(kind: type = torch.optim.AdamW, **options: float) -> torch.optim.Optimizer:
+    return kind([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+def test_a_changed_setting_of_the_optimizer_counts_after_its_state_is_loaded() -> None:
+    then = optimizer_settings(_optimizer(lr=0.1, weight_decay=0.5), None)
+    optimizer = _optimizer(lr=0.2, weight_decay=0.5)
+    now = optimizer_settings(optimizer, None)
+    optimizer.load_state_dict(_optimizer(lr=0.1, weight_decay=0.5).state_dict())
+    assert apply_settings(optimizer, now, then) == ["lr 0.1 -> 0.2"]
+    assert optimizer.param_groups[0]["lr"] == 0.2
+    assert apply_settings(optimizer, now, now) == []
+
+
+def test_another_optimizer_or_schedule_is_refused() -> None:
+    def settings(step_size: int | None, lr: float = 0.1, kind: type = torch.optim.AdamW) -> dict:
+        optimizer = _optimizer(kind, lr=lr)
+        schedule = step_size and torch.optim.lr_scheduler.StepLR(optimizer, step_size)
+        return optimizer_settings(optimizer, schedule)
+
+    optimizer = _optimizer(lr=0.1)
+    for then, now in (
+        (settings(None), settings(3)),
+        (settings(3), settings(None)),
+        (settings(3), settings(4)),
+        (settings(3, lr=0.1), settings(3, lr=0.2)),
+        (settings(None), settings(None, kind=torch.optim.SGD)),
+    ):
+        with pytest.raises(CheckpointError, match=r"model\.(scheduler|optimizer)"):
+            apply_settings(optimizer, now, then)
+    assert apply_settings(optimizer, settings(3), settings(3)) == []
+
+
+def test_a_run_that_goes_on_with_other_settings_says_so_and_does_so(
+    fit_arguments, cli, tmp_path: Path, caplog
+) -> None:
+    options = {"data.val_size": 0, "model.num_captions": 2, "model.sampling.max_tokens": 4}
+    cli(fit_arguments(**options, **{"trainer.max_steps": 1}))
+    run, lr = tmp_path / "run", "model.optimizer.init_args.lr"
+    caplog.set_level("INFO")
+    cli([*fit_arguments(**options, **{lr: 1e-6, "model.weights.recall": 0.5}), "--ckpt_path", "last"])
+    assert [float(row["train/lr"]) for row in metrics(run)] == pytest.approx([2e-4, 1e-6], rel=1e-4)
+    text = caplog.text
+    assert "model.optimizer: from here on lr 0.0002 -> 1e-06" in text
+    assert "settings changed at step 1:" in text
+    assert f"{lr} 0.0002 -> 1e-06" in text
+    assert "model.weights.recall 1.0 -> 0.5" in text
+    configs = [yaml.safe_load((run / n).read_text()) for n in ("config.until-step-1.yaml", "config.yaml")]
+    assert [config["model"]["optimizer"]["init_args"]["lr"] for config in configs] == [2e-4, 1e-6]

@@ -16,6 +16,9 @@ from balcap.cli import BalCapCLI, ConfigError
 from tests.support import ROOT, metrics
 
 CONFIGS = sorted(p for p in ROOT.glob("configs/*.yaml") if not p.stem.startswith("recaption"))
+SCALED = (
+    "{class_path: lightning.pytorch.plugins.MixedPrecision, init_args: {precision: 16-mixed, device: cpu}}"
+)
 OVERLAYS = sorted(ROOT.glob("configs/judge/*.yaml"))
 
 
@@ -133,12 +136,64 @@ def test_all_problems_are_reported_together_each_with_its_key(fit_arguments, cli
         ({"data.batch_size": 0}, "data.batch_size"),
         ({"trainer.max_steps": -1}, "trainer.max_steps"),
         ({"ckpt_path": "/no/such.ckpt"}, "ckpt_path"),
+        ({"trainer.max_steps": 0}, "trainer.max_steps"),
+        ({"trainer.limit_train_batches": 0}, "trainer.limit_train_batches"),
+        ({"trainer.val_check_interval": 0}, "trainer.val_check_interval"),
+        ({"trainer.accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches"),
+        ({"trainer.gradient_clip_val": 1.0}, "trainer.gradient_clip_val"),
+        ({"trainer.precision": "16-true"}, "trainer.precision"),
+        ({"trainer.plugins": SCALED}, "trainer.precision"),  # what 16-mixed makes on a GPU
+        ({"model.policy.dtype": "float16"}, "model.policy.dtype"),
         ({"trainer.accelerator": "gpu"}, "trainer:"),
     ],
 )
 def test_a_contradiction_names_its_key(fit_arguments, cli, options: dict, key: str) -> None:
     if key == "trainer:" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError) as refused:
+        cli(fit_arguments(**options))
+    assert [p for p in refused.value.problems if p.startswith(key)], refused.value.problems
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model.num_captoins", "3"], "Is it model.num_captions?"),
+        (["--run_dri=x"], "Is it run_dir?"),
+        (["--config", "{model: {sampling: {max_tokns: 3}}}"], "Is it model.sampling.max_tokens?"),
+        (["--model.num_captions", "many"], "model.num_captions"),
+        (
+            ["--model.advantage=balcap.algorithms.GRPO", "--model.advantage.eps=0"],
+            "advantage.init_args.eps: 0.0",
+        ),
+    ],
+)
+def test_a_mistake_is_said_first_and_without_all_settings(
+    fit_arguments, cli, capfd, flags: list[str], expected: str
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        cli([*fit_arguments(), *flags])
+    text = str(refused.value) + capfd.readouterr().err
+    assert expected in text
+    assert len(text.splitlines()) < 12
+    if refused.value.code == 2:
+        assert text.splitlines()[0].startswith("2Error: ")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"model.rewards": "[]"}, "model.rewards"),
+        (
+            {"model.engine": "{class_path: balcap.rollout.HFGenerate, init_args: {max_sequences: 0}}"},
+            "model.engine",
+        ),
+        ({"checkpoint.every_n_train_steps": 0, "trace.steps": -1}, "checkpoint.every_n_train_steps"),
+        ({"model.optimizer.lr": "-1"}, "model.optimizer"),
+    ],
+)
+def test_what_a_class_refuses_is_a_problem_of_the_config(fit_arguments, cli, options: dict, key: str) -> None:
     with pytest.raises(ConfigError) as refused:
         cli(fit_arguments(**options))
     assert [p for p in refused.value.problems if p.startswith(key)], refused.value.problems

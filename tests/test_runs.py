@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from balcap.trainer.update import UpdatesDiverged
+from balcap.config import ConfigError
 from examples.shapes.oracle import answer
 from tests.judge.judge_fakes import JudgeServer
 from tests.support import ROOT, metrics
@@ -133,7 +133,7 @@ def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(
         return type(part)(part.loss * torch.nan, part.tokens, part.clipped, part.kl)
 
     monkeypatch.setattr(room, "policy_loss", poisoned)
-    with pytest.raises(UpdatesDiverged, match=r"model\.optimizer"):
+    with pytest.raises(SystemExit, match=r"model\.optimizer"):
         cli(fit_arguments(**{"trainer.max_steps": 9, "model.max_skipped_updates": 2}))
     assert len(calls) == 3
     rows = [row for row in metrics(tmp_path / "run") if row["train/loss"]]
@@ -207,6 +207,10 @@ def test_predict_goes_on_where_it_stopped(fit_arguments, cli, world: Path, tmp_p
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert [json.dumps(row) for row in again[:2]] == [json.dumps(row) for row in rows[:2]]
     assert sorted(row["image"] for row in again) == sorted(row["image"] for row in rows)
+    with pytest.raises(ConfigError) as refused:
+        cli([*args, "--model.sampling.max_tokens", "7", "--model.policy.dtype", "bfloat16"])
+    keys = [problem.split(":")[0] for problem in refused.value.problems]
+    assert keys == ["model.policy.dtype", "model.sampling.max_tokens"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ counts tokens.
 from __future__ import annotations
 
 import sys
+from math import inf
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ class BalCapTrainer(Trainer):
             "image_tokens": image_tokens, "reasoning_tokens": reasoning_tokens,
         }  # fmt: skip
         given = [(name, value) for name, value in flags.items() if value is not None]
-        wrong = [(name, value) for name, value in given if value < _LOWEST.get(name, 0)]
+        wrong = [(name, value) for name, value in given if not _LOWEST.get(name, 0) <= value < inf]
         if wrong or overlap > 1:
             (name, value), *_ = wrong or [("overlap", overlap)]
             raise SystemExit(f"Cannot estimate: --{name} {value} is out of range")

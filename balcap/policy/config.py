@@ -45,6 +45,8 @@ class LoraSettings:
                 problems.append(f"target_modules: {targets!r} is no regular expression: {error}")
         if self.r < 1:
             problems.append(f"r: {self.r} is no rank; use 1 or more")
+        if self.alpha < 1:
+            problems.append(f"alpha: {self.alpha} would scale the adapter away; use 1 or more")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout: {self.dropout} is outside [0, 1)")
         return problems
@@ -57,8 +59,9 @@ class PolicyConfig:
     Args:
         model: HF hub id or folder of an image-text-to-text model (Qwen2.5-VL, LLaVA-1.5, ...).
         revision: branch, tag or commit on the hub.
-        dtype: of the weights. Full tuning with small learning rates wants float32 weights together with
-            `trainer.precision: bf16-mixed`: bfloat16 weights round such updates away.
+        dtype: of the weights; float16 for validate and predict alone, since gradients underflow in it. Full tuning
+            with small learning rates wants float32 weights together with `trainer.precision: bf16-mixed`: bfloat16
+            weights round such updates away.
         lora: adapter to train instead of the weights; null tunes fully.
         load_in_4bit: base weights in NF4 with double quantisation (bitsandbytes); needs `lora`.
         freeze_vision: train the language model only. The tower and its projector stay as they are.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -31,7 +32,7 @@ class Sampling:
     def problems(self, key: str = "model.sampling") -> Sequence[str]:
         """What is out of range, each with the key to change."""
         problems = []
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             problems.append(
                 f"{key}.temperature: {self.temperature} must be above 0; exploration needs sampling"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.optim import Optimizer
 
 from balcap.utils.errors import UserError
 from balcap.utils.files import atomic_write
@@ -90,6 +92,41 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not {"state_dict", "global_step", "balcap"} <= checkpoint.keys():
         raise CheckpointError(f"{path} is no checkpoint of a BalCapRL run")
     return checkpoint
+
+
+def optimizer_settings(optimizer: Optimizer, scheduler: Any | None) -> dict[str, Any]:
+    """What a config says of an optimizer and a schedule that have not stepped yet, as plain data."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    schedule = None if scheduler is None else {"class": type(scheduler).__name__, **scheduler.state_dict()}
+    return deepcopy({"class": type(optimizer).__name__, "groups": groups, "schedule": schedule})
+
+
+def apply_settings(optimizer: Optimizer, now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    """Let changed settings of an optimizer count, whose state was loaded with the settings of then.
+
+    Args:
+        optimizer: of the run that goes on; its groups are changed.
+        now: `optimizer_settings` of this run.
+        then: of the run whose state was loaded.
+
+    Returns:
+        The changes, such as ``lr 0.1 -> 0.2``.
+
+    Raises:
+        CheckpointError: another optimizer, or another schedule: its state would override the new settings.
+    """
+    for name, key in (("class", "model.optimizer"), ("schedule", "model.scheduler or the learning rate")):
+        if now[name] != then[name]:
+            raise CheckpointError(
+                f"{key}: a run goes on with the one that it began with ({then[name]}, is {now[name]}). Restore it, "
+                "or start a new run from the exported weights"
+            )
+    changes = []
+    for group, new, old in zip(optimizer.param_groups, now["groups"], then["groups"], strict=True):
+        changed = {name: value for name, value in new.items() if value != old.get(name)}
+        group.update(changed)
+        changes += [f"{name} {old.get(name)} -> {value}" for name, value in changed.items()]
+    return changes
 
 
 def trained_names(module: nn.Module) -> set[str]:

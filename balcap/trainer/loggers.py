@@ -56,15 +56,15 @@ def warn_of_missing(judgments: Judgments, step: int) -> None:
 
 
 class _ContinuedWriter(ExperimentWriter):
-    """Keeps the rows of an earlier run, up to the step from which it is continued."""
+    """Keeps the rows of an earlier run: up to the step from which it is continued, or all of them."""
 
-    def __init__(self, log_dir: str, keep: bool) -> None:
-        self._keep = keep
+    def __init__(self, log_dir: str, keep: bool, append: bool) -> None:
+        self._keep = keep or append
         self._joined = not keep
         super().__init__(log_dir=log_dir)
-        if keep and Path(self.metrics_file_path).is_file():
-            with open(self.metrics_file_path, newline="") as file:
-                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+        if self._keep and Path(self.metrics_file_path).is_file():
+            self.metrics_keys, rows = _whole_rows(Path(self.metrics_file_path))
+            self._write(rows)
 
     def _check_log_dir_exists(self) -> None:
         """A run folder holds more than this file; only the file itself is replaced."""
@@ -74,26 +74,43 @@ class _ContinuedWriter(ExperimentWriter):
 
     def save(self) -> None:
         if self.metrics and not self._joined:
-            self._drop_from(min(int(row["step"]) for row in self.metrics))
+            self._join()
             self._joined = True
         super().save()
 
-    def _drop_from(self, step: int) -> None:
-        """Forget what the killed run wrote beyond its checkpoint: those steps are run again."""
+    def _join(self) -> None:
+        """Forget what the killed run wrote beyond its checkpoint: those steps are run again, and logged again."""
+        step = min(int(row["step"]) for row in self.metrics)
+        again = {name for row in self.metrics for name in row if name.startswith(("train/", "val/"))}
         path = Path(self.metrics_file_path)
-        if not path.is_file():
-            return
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        kept = [r for r in rows if int(r["step"]) < step or (int(r["step"]) == step and not _trains(r))]
-        with atomic_write(path) as file:
+        if path.is_file():
+            rows = _whole_rows(path)[1]
+            self._write(
+                [r for r in rows if (here := int(r["step"])) < step or (here == step and not _has(r, again))]
+            )
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self._write(_whole_rows(Path(self.metrics_file_path))[1])
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        with atomic_write(self.metrics_file_path, newline="") as file:
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
-            writer.writerows(kept)
+            writer.writerows(rows)
 
 
-def _trains(row: dict[str, Any]) -> bool:
-    return any(value for key, value in row.items() if key.startswith("train/"))
+def _has(row: dict[str, str], names: set[str]) -> bool:
+    return any(row.get(name) for name in names)
+
+
+def _whole_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of a file of metrics, without rows that a kill or a full disk has cut short."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    reader = csv.DictReader(line for line in lines if line.endswith("\n") and "\0" not in line)
+    columns = list(reader.fieldnames or [])
+    # DictReader fills up what a row lacks with None, and collects what it has too many under None.
+    rows = [row for row in reader if None not in row and None not in row.values()]
+    return columns, [row for row in rows if row.get("step", "").isdigit()]
 
 
 class RunCSVLogger(CSVLogger):
@@ -101,12 +118,14 @@ class RunCSVLogger(CSVLogger):
 
     Args:
         save_dir: the run folder.
-        keep: continue the file that is there (a resumed run) instead of starting anew.
+        keep: continue the file that is there (a resumed run) instead of starting anew: rows of steps that are
+            logged again are replaced.
+        append: add to the file that is there, and replace nothing.
     """
 
-    def __init__(self, save_dir: str, keep: bool = False) -> None:
+    def __init__(self, save_dir: str, keep: bool = False, append: bool = False) -> None:
         super().__init__(save_dir=save_dir, name="", version="", flush_logs_every_n_steps=1)
-        self._keep = keep
+        self._keep, self._append = keep, append
 
     @property
     def log_dir(self) -> str:
@@ -121,5 +140,5 @@ class RunCSVLogger(CSVLogger):
     def _writer(self) -> _ContinuedWriter:
         if self._experiment is None:
             os.makedirs(self.save_dir, exist_ok=True)
-            self._experiment = _ContinuedWriter(self.save_dir, self._keep)
+            self._experiment = _ContinuedWriter(self.save_dir, self._keep, self._append)
         return self._experiment  # type: ignore[return-value]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+import pytest
 
 from balcap.trainer.loggers import RunCSVLogger
 from tests.support import metrics
@@ -59,3 +62,61 @@ def test_a_resume_that_logs_nothing_loses_nothing(tmp_path: Path) -> None:
     _write(tmp_path, False, [(0, {"train/loss": 1.0})])
     _write(tmp_path, True, [])
     assert len(metrics(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "torn", ["2,", "2,,0.", "2,,0.3,extra\n", "\0\0\0\0", "\0,\0\n", ",,\n", "2.5,,1\n", "caf\udce9"]
+)
+@pytest.mark.parametrize("append", [False, True])
+def test_a_row_that_was_cut_short_is_left_out(tmp_path: Path, torn: str, append: bool) -> None:
+    path = tmp_path / "metrics.csv"
+    text = "step,train/loss,val/b_capscore\n0,,0.1\n1,1.0,\n"
+    path.write_text(text + torn, errors="surrogateescape")
+    logger = RunCSVLogger(str(tmp_path), keep=not append, append=append)
+    logger.log_metrics({"train/kl": 0.5, "train/loss": 3.0}, step=2)
+    logger.save()
+    rows = [(r["step"], r["train/loss"], r["val/b_capscore"], r["train/kl"]) for r in metrics(tmp_path)]
+    assert rows == [("0", "", "0.1", ""), ("1", "1.0", "", ""), ("2", "3.0", "", "0.5")]
+
+
+@pytest.mark.parametrize("torn", ["", "st", "step,train/lo"])
+def test_a_header_that_was_cut_short_begins_anew(tmp_path: Path, torn: str) -> None:
+    (tmp_path / "metrics.csv").write_text(torn)
+    _write(tmp_path, True, [(0, {"train/loss": 3.0})])
+    assert [(r["step"], r["train/loss"]) for r in metrics(tmp_path)] == [("0", "3.0")]
+
+
+def test_a_validation_that_is_repeated_replaces_the_one_before(tmp_path: Path) -> None:
+    first = [
+        (0, {"val/recall": 0.1, "judge/cost_usd": 1.0}),
+        (0, {"train/loss": 1.0}),
+        (1, {"val/recall": 0.2}),
+    ]
+    _write(tmp_path, False, first)
+    for _ in range(2):  # a finished run that is started again
+        _write(tmp_path, True, [(1, {"val/recall": 0.3, "judge/cost_usd": 1.0})])
+    assert [(r["step"], r["val/recall"]) for r in metrics(tmp_path)] == [
+        ("0", "0.1"),
+        ("0", ""),
+        ("1", "0.3"),
+    ]
+
+
+def test_another_command_only_appends(tmp_path: Path) -> None:
+    _write(tmp_path, False, [(0, {"val/recall": 0.1}), (4, {"train/loss": 1.0})])
+    logger = RunCSVLogger(str(tmp_path), append=True)
+    logger.log_metrics({"val/recall": 0.2}, step=0)
+    logger.save()
+    assert [r["step"] for r in metrics(tmp_path)] == ["0", "4", "0"]
+
+
+def test_a_kill_in_a_rewrite_loses_no_row(tmp_path: Path, monkeypatch) -> None:
+    _write(tmp_path, False, [(0, {"train/loss": 1.0})])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _write(tmp_path, True, [(1, {"train/loss": 1.0, "a new one": 2.0})])
+    assert [r["step"] for r in metrics(tmp_path)] == ["0"]

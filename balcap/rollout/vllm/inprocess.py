@@ -106,7 +106,7 @@ class VLLMInProcess(VLLMEngine):
             problems.append(f"{KEY}.max_model_len: {max_model_len} must be at least 1")
         if tensor_parallel_size < 1:
             problems.append(f"{KEY}.tensor_parallel_size: {tensor_parallel_size} must be at least 1")
-        if deadline_s <= 0:
+        if not deadline_s > 0:
             problems.append(f"{KEY}.deadline_s: {deadline_s} must be above 0")
         if problems:
             raise ValueError("; ".join(problems))

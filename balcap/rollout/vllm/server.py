@@ -69,7 +69,9 @@ class VLLMServer(VLLMEngine):
         if bad := [url for url in urls if not url.startswith(("http://", "https://"))]:
             problems.append(f"{KEY}.urls: {bad} must begin with http:// or https://")
         limits = {"deadline_s": deadline_s, "start_timeout_s": start_timeout_s, "concurrency": concurrency}
-        problems += [f"{KEY}.{name}: {value} must be above 0" for name, value in limits.items() if value <= 0]
+        problems += [
+            f"{KEY}.{name}: {value} must be above 0" for name, value in limits.items() if not value > 0
+        ]
         if problems:
             raise ValueError("; ".join(problems))
         self.urls, self.transfer_backend, self.weights_folder = urls, transfer_backend, weights_folder
