@@ -87,7 +87,7 @@ class BalCapCLI(LightningCLI):
             parser_class=RunParser,
             parser_kwargs={
                 "description": "Train image captioners with balanced rewards (arXiv 2605.07394). There are also the "
-                "commands recaption, serve, ledger and cache, each with its own --help."
+                "commands recaption, export, serve, ledger and cache, each with its own --help."
             },
             trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": 0, "max_epochs": -1},
         )
@@ -266,7 +266,8 @@ class BalCapCLI(LightningCLI):
             message += f". Go on with: --run_dir {self.config[self.subcommand].run_dir} --ckpt_path last"
         if not isinstance(stop, BudgetSpent):
             raise SystemExit(f"Stopped: {message}") from None
-        print(f"Stopped: {message}", flush=True)
+        if _is_first_rank():
+            print(f"Stopped: {message}", flush=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

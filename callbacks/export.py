@@ -37,6 +37,9 @@ class ExportPolicy(Callback):
             return
         folder = Path(self.dirpath or Path(trainer.default_root_dir) / "export")
         policy: Any = pl_module.policy
+        for adapter in getattr(policy.model, "peft_config", {}).values():  # it is read from anywhere
+            base = Path(adapter.base_model_name_or_path or "")
+            adapter.base_model_name_or_path = str(base.resolve()) if base.is_dir() else str(base)
         with replaced_folder(folder) as new:
             policy.model.save_pretrained(new)
             policy.encoder.processor.save_pretrained(new)
