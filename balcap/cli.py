@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import math
 import os
 import re
 import signal
@@ -56,6 +58,12 @@ class ConfigFile(ActionConfigFile):
         super().__call__(parser, namespace, values, option_string)
 
 
+RESULTS = (
+    "checkpoints/last.ckpt", "export", "curves.png", "metrics.csv", "rollouts", "captions.jsonl", "bad_rows.jsonl",
+)  # fmt: skip
+"""What a run's last line names, where it is there."""
+
+
 class RunParser(LightningArgumentParser):
     """A parser whose errors are about the mistake, not about all settings."""
 
@@ -89,7 +97,12 @@ class BalCapCLI(LightningCLI):
                 "description": "Train image captioners with balanced rewards (arXiv 2605.07394). There are also the "
                 "commands recaption, export, serve, ledger and cache, each with its own --help."
             },
-            trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": 0, "max_epochs": -1},
+            trainer_defaults={
+                "log_every_n_steps": 1,
+                "num_sanity_val_steps": 0,
+                "max_epochs": -1,
+                "enable_model_summary": False,  # it sees no FLOPs, and no 4-bit weights for what they are
+            },
         )
 
     @staticmethod
@@ -150,7 +163,7 @@ class BalCapCLI(LightningCLI):
         """Lightning would read hyperparameters from the whole checkpoint here; ours hold none."""
 
     def before_instantiate_classes(self) -> None:
-        _quieten()
+        _quieten(self.config[self.subcommand].model.policy.load_in_4bit)
         self.checkpoint: Path | None = None
         options = self.config[self.subcommand]
         self._run_problems = [] if self.subcommand == "estimate" else self._find_checkpoint(options)
@@ -203,9 +216,9 @@ class BalCapCLI(LightningCLI):
         if self.subcommand == "estimate":
             kwargs |= HERE
         elif options.trainer.logger is None:
-            fits = self.subcommand == "fit"
+            keep = None if self.checkpoint is None else read_checkpoint(self.checkpoint)["global_step"]
             kwargs["logger"] = [
-                RunCSVLogger(options.run_dir, keep=self.checkpoint is not None and fits, append=not fits),
+                RunCSVLogger(options.run_dir, keep=keep if self.subcommand == "fit" else math.inf),
                 TensorBoardLogger(options.run_dir, name="tensorboard", version=""),
             ]
         try:
@@ -250,7 +263,11 @@ class BalCapCLI(LightningCLI):
         mine = subcommand != "estimate" and _is_first_rank()
         try:
             with in_use(self.config[subcommand].run_dir) if mine else nullcontext():
-                super()._run_subcommand(subcommand)
+                try:
+                    super()._run_subcommand(subcommand)
+                finally:
+                    if mine:
+                        self._say_results(Path(self.config[subcommand].run_dir))
         except SIGTERMException:
             # Its own exit status would be 0, and a scheduler would call the run finished.
             raise SystemExit(128 + signal.SIGTERM) from None
@@ -258,6 +275,18 @@ class BalCapCLI(LightningCLI):
             self._say_why(stop)
         except UserError as error:
             raise SystemExit(f"Error: {error}") from None
+
+    def _say_results(self, run_dir: Path) -> None:
+        """One line: where everything is; and one more where little could be learned from."""
+        assert isinstance(self.model, BalCapModule)
+        if (share := self.model.missing_share) > 0.1:
+            print(
+                f"Attention: {share:.0%} of the rewards of this run are missing, because judgments failed: it has "
+                "learned from the others alone. judge/failed in metrics.csv shows when, rollouts/ what"
+            )
+        there = ", ".join(name for name in RESULTS if (run_dir / name).exists())
+        if there:
+            print(f"Results in {run_dir}: {there}", flush=True)
 
     def _say_why(self, stop: RunStopped) -> None:
         """One message instead of a traceback; exits with 0 when the budget is reached, which is no failure."""
@@ -292,7 +321,11 @@ def _is_first_rank() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _quieten() -> None:
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("💡 Tip")
+
+
+def _quieten(in_4bit: bool) -> None:
     """What users cannot act on: how loaders, the model summary and manual optimization are meant here."""
     for message in (
         ".*Using ModelCheckpoint with manual optimization.*",
@@ -306,4 +339,9 @@ def _quieten() -> None:
         ".*Couldn.t infer the batch indices fetched from your dataloader.*",
     ):
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    if (
+        not in_4bit
+    ):  # peft imports bitsandbytes wherever it is installed, which then misses a kernel for 4 bits
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

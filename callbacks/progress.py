@@ -102,7 +102,8 @@ class CaptionProgressBar(RichProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if self._line_is_due(final=True) and not trainer.sanity_checking:
-            self._line(f"validation at step {trainer.global_step}", self._shown(trainer, "val"))
+            step = getattr(pl_module, "weights_step", trainer.global_step)
+            self._line(f"validation at step {step}", self._shown(trainer, "val"))
 
     @property
     def _counts_steps(self) -> bool:

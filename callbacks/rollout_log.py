@@ -60,7 +60,7 @@ class RolloutLog(Callback):
         for record in _records(outputs):
             if record.number % self.every_n_steps == 0:
                 self._shown = 0
-                self._log(trainer, "train", record)
+                self._log(trainer, pl_module, "train", record)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -68,11 +68,12 @@ class RolloutLog(Callback):
         if not trainer.sanity_checking:
             self._shown = 0 if batch_idx == 0 else self._shown
             for record in _records(outputs):
-                self._log(trainer, "val", record)
+                self._log(trainer, pl_module, "val", record)
 
-    def _log(self, trainer: Trainer, stage: str, record: StepRecord) -> None:
+    def _log(self, trainer: Trainer, pl_module: Any, stage: str, record: StepRecord) -> None:
         folder = Path(self.dirpath or Path(trainer.default_root_dir) / "rollouts")
-        step, rank, number = trainer.global_step, trainer.global_rank, record.number
+        step = getattr(pl_module, "weights_step", trainer.global_step)
+        rank, number = trainer.global_rank, record.number
         table = rollout_table(record, stage=stage, step=step, batch_idx=number, rank=rank)
         write_parquet(table, folder / f"{stage}-{step:08d}-rank{rank}-{number:06d}.parquet")
         if trainer.is_global_zero:

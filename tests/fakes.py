@@ -7,10 +7,13 @@ import json
 import os
 
 import torch
+from lightning.pytorch import Callback
 
+from balcap.judge import BudgetSpent
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import Prompts
 from balcap.rollout import OnGroupDone, Sampling
+from balcap.trainer.distributed import stop_together
 from balcap.types import CaptionBatch, Rollouts
 from examples.shapes.oracle import Oracle
 
@@ -79,3 +82,11 @@ class CountingOracle(Oracle):
         with open(os.environ["ORACLE_LOG"], "a") as file:
             file.write(f"{digest}\n")
         return await super().acompletion(*args, **kwargs)
+
+
+class SpendOnOneRank(Callback):
+    """After the first step the budget is spent, and the last rank alone has noticed."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        noticed = trainer.global_rank == trainer.world_size - 1
+        stop_together(trainer, BudgetSpent("the budget is spent") if noticed else None)

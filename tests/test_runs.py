@@ -95,7 +95,7 @@ def test_another_judge_is_one_more_config(fit_arguments, cli, tmp_path: Path) ->
 
 
 def test_a_judge_that_is_down_makes_rewards_missing_and_moves_nothing(
-    fit_arguments, cli, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fit_arguments, cli, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys
 ) -> None:
     server = JudgeServer(answer)
     server.always = "400"
@@ -116,7 +116,17 @@ def test_a_judge_that_is_down_makes_rewards_missing_and_moves_nothing(
     assert row["train/precision"] == row["train/linguistic"] == "nan"
     assert float(row["judge/failed"]) > 0
     assert float(row["train/grad_norm"]) == 0
-    assert "judgments missing" in caplog.text
+    assert "step 1: judgments missing: " in caplog.text
+    assert "of 6 captions" in caplog.text
+    assert "validation at step 0: judgments missing: " in caplog.text
+    validated = [
+        float(row["val/judge_failed"]) for row in metrics(tmp_path / "run") if row["val/judge_failed"]
+    ]
+    assert len(validated) == 2
+    assert min(validated) > 0
+    *_, attention, results = capsys.readouterr().out.splitlines()
+    assert attention.startswith("Attention: 100% of the rewards of this run are missing")
+    assert results.startswith(f"Results in {tmp_path / 'run'}: checkpoints/last.ckpt, export, curves.png")
 
 
 def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(

@@ -4,72 +4,75 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_only
 
-from balcap.judge import Judgments
 from balcap.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 
 
 def log_metrics(
-    module: LightningModule,
-    metrics: dict[str, float],
-    own_count: int | None,
-    last: bool = True,
-    **options: Any,
+    module: LightningModule, metrics: dict[str, float], step: int, last: bool = True, **options: Any
 ) -> None:
-    """Hand metrics to Lightning, and to the loggers under Lightning's count of steps or another one.
+    """Hand metrics to Lightning, and through it to the loggers.
 
     Args:
         module: that logs.
         metrics: by name.
-        own_count: step that the loggers see; None for Lightning's.
-        last: whether these are the last metrics of the step: Lightning takes one set.
+        step: optimizer steps behind the weights, which is what the loggers count. (Lightning's own count is of batches,
+            from 0.)
+        last: whether these are the last metrics of the training step: Lightning takes one set, the others go to the
+            loggers directly.
         options: of `LightningModule.log_dict`.
     """
     if last:
-        module.log_dict(metrics, logger=own_count is None, **options)
-    trainer = module.trainer
-    training = trainer.state.stage == RunningStage.TRAINING
-    every = max(1, getattr(trainer, "log_every_n_steps", 1)) if training else 1
-    if own_count is not None and own_count % every == 0 and not trainer.sanity_checking:
+        counts = {"step": float(step), "epoch": float(module.current_epoch)}
+        module.log_dict(metrics | counts, **options)
+    elif step % max(1, getattr(module.trainer, "log_every_n_steps", 1)) == 0:
         for logger in module.loggers:
-            logger.log_metrics(metrics | {"epoch": module.current_epoch}, step=own_count)
+            logger.log_metrics(metrics | {"epoch": module.current_epoch}, step=step)
 
 
 @rank_zero_only
-def warn_of_missing(judgments: Judgments, step: int) -> None:
-    """Say on the console which judgments a step lacks, and why."""
-    if not judgments.failures:
-        return
-    counts = ", ".join(f"{number} {task}" for task, number in judgments.failures.items())
-    log.warning("step %d: judgments missing: %s; %s", step, counts, "; ".join(judgments.reasons))
+def warn_of_missing(failures: Mapping[str, int], reasons: Iterable[str], captions: int, where: str) -> None:
+    """Say on the console which judgments are missing, and why.
+
+    Args:
+        failures: task name -> how many are missing.
+        reasons: a few, worded for a person.
+        captions: that were judged, by this rank.
+        where: such as ``step 3``.
+    """
+    if failures:
+        counts = ", ".join(f"{number} {task}" for task, number in failures.items())
+        reasons = "; ".join(dict.fromkeys(reasons))
+        log.warning("%s: judgments missing: %s, of %d captions; %s", where, counts, captions, reasons)
 
 
 class _ContinuedWriter(ExperimentWriter):
     """Keeps the rows of an earlier run: up to the step from which it is continued, or all of them."""
 
-    def __init__(self, log_dir: str, keep: bool, append: bool) -> None:
-        self._keep = keep or append
-        self._joined = not keep
+    def __init__(self, log_dir: str, keep: float | None) -> None:
+        self._keep = keep
+        self._joined = keep in (None, math.inf)
         super().__init__(log_dir=log_dir)
-        if self._keep and Path(self.metrics_file_path).is_file():
+        if keep is not None and Path(self.metrics_file_path).is_file():
             self.metrics_keys, rows = _whole_rows(Path(self.metrics_file_path))
             self._write(rows)
 
     def _check_log_dir_exists(self) -> None:
         """A run folder holds more than this file; only the file itself is replaced."""
         path = Path(self.metrics_file_path)
-        if not self._keep and path.is_file():
+        if self._keep is None and path.is_file():
             path.unlink()
 
     def save(self) -> None:
@@ -79,15 +82,14 @@ class _ContinuedWriter(ExperimentWriter):
         super().save()
 
     def _join(self) -> None:
-        """Forget what the killed run wrote beyond its checkpoint: those steps are run again, and logged again."""
-        step = min(int(row["step"]) for row in self.metrics)
+        """Forget what the killed run wrote beyond its checkpoint, and a validation that is made again."""
+        assert self._keep is not None
+        first = min(int(row["step"]) for row in self.metrics)
         again = {name for row in self.metrics for name in row if name.startswith(("train/", "val/"))}
         path = Path(self.metrics_file_path)
         if path.is_file():
-            rows = _whole_rows(path)[1]
-            self._write(
-                [r for r in rows if (here := int(r["step"])) < step or (here == step and not _has(r, again))]
-            )
+            rows = [row for row in _whole_rows(path)[1] if int(row["step"]) <= self._keep]
+            self._write([row for row in rows if int(row["step"]) != first or not _has(row, again)])
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         self._write(_whole_rows(Path(self.metrics_file_path))[1])
@@ -118,14 +120,13 @@ class RunCSVLogger(CSVLogger):
 
     Args:
         save_dir: the run folder.
-        keep: continue the file that is there (a resumed run) instead of starting anew: rows of steps that are
-            logged again are replaced.
-        append: add to the file that is there, and replace nothing.
+        keep: the last step whose rows stay in the file that is there: that of a resumed run's checkpoint; infinity
+            for all of them; None starts anew.
     """
 
-    def __init__(self, save_dir: str, keep: bool = False, append: bool = False) -> None:
+    def __init__(self, save_dir: str, keep: float | None = None) -> None:
         super().__init__(save_dir=save_dir, name="", version="", flush_logs_every_n_steps=1)
-        self._keep, self._append = keep, append
+        self._keep = keep
 
     @property
     def log_dir(self) -> str:
@@ -140,5 +141,5 @@ class RunCSVLogger(CSVLogger):
     def _writer(self) -> _ContinuedWriter:
         if self._experiment is None:
             os.makedirs(self.save_dir, exist_ok=True)
-            self._experiment = _ContinuedWriter(self.save_dir, self._keep, self._append)
+            self._experiment = _ContinuedWriter(self.save_dir, self._keep)
         return self._experiment  # type: ignore[return-value]
