@@ -184,17 +184,14 @@ class BalCapCLI(LightningCLI):
             return [f"ckpt_path: there is no checkpoint in {run_dir}/checkpoints; {instead}"]
         if why := write_problem(run_dir):
             return [f"run_dir: {run_dir} cannot be made or written: {why}"]
-        if _is_first_rank() and self.subcommand != "predict" and holds_fit(run_dir):
+        if _is_first_rank() and fits and holds_fit(run_dir):
             other = "choose another folder with --run_dir"
-            if not fits:
-                return [f"run_dir: {run_dir} holds a training run; {other}"]
             if not (name or options.resume):
                 return [
                     f"run_dir: {run_dir} holds a run already; continue it with --ckpt_path last (--resume auto "
                     f"where it may have no checkpoint yet), or {other}"
                 ]
-            mine = Path(run_dir).resolve() in self.checkpoint.resolve().parents if self.checkpoint else True
-            if not mine:
+            if self.checkpoint and Path(run_dir).resolve() not in self.checkpoint.resolve().parents:
                 return [f"run_dir: {run_dir} holds a run already, not that of {self.checkpoint}; {other}"]
         return []
 

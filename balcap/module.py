@@ -27,6 +27,7 @@ from balcap.trainer.pipeline import PREDICT, TRAIN, VALIDATE, InFlightBatch, Rol
 from balcap.trainer.tally import Tally
 from balcap.trainer.update import OptimizerLoop, UpdateSettings, update
 from balcap.types import CaptionBatch, Rollouts, StepRecord
+from balcap.utils.errors import UserError
 
 _VAL_MEANS = ("b_capscore", "length_ratio", "caption_tokens", "length_masked", "truncated")
 
@@ -131,6 +132,27 @@ class BalCapModule(L.LightningModule):
         if judge and judge.cache is not None and stage != "predict":
             answers, size = describe(judge.cache)
             rank_zero_info(f"judge cache: {judge.cache}, {answers:,} answers, {size / 1e6:,.1f} MB")
+        if stage == "fit":
+            self._check_val_interval()
+
+    def _check_val_interval(self) -> None:
+        """Lightning would say it after the weights are loaded.
+
+        Raises:
+            UserError: it is beyond the epoch, whose length is known once the data are there.
+        """
+        trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
+        interval = trainer.val_check_interval
+        if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or data is None:
+            return
+        batches = len(data.train_dataloader())
+        if isinstance(trainer.limit_train_batches, int):
+            batches = min(batches, trainer.limit_train_batches)
+        if interval > batches:
+            raise UserError(
+                f"trainer.val_check_interval: an epoch has {batches} batches, fewer than {interval}; lower it, or set "
+                "trainer.check_val_every_n_epoch: null, and it counts batches of the whole run"
+            )
 
     def on_train_start(self) -> None:
         """The state of the optimizer has been loaded by now, with the settings that it had then."""

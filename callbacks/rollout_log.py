@@ -27,7 +27,7 @@ class RolloutLog(Callback):
 
     Reads ``outputs["records"]``, each a `balcap.types.StepRecord`, which ``training_step`` and
     ``validation_step`` return: none of a step that only sampled. Each rank writes
-    ``<dirpath>/<train|val>-<step>-rank<rank>-<batch>.parquet``, one row per rollout, whole or not
+    ``<dirpath>/<train|val|validate>-<step>-rank<rank>-<batch>.parquet``, one row per rollout, whole or not
     at all; `rollout_table` documents the columns. ``step`` is the number of optimizer steps behind the
     weights when the file is written. Validation is logged completely at every pass: it is the evidence of
     before and after. Rank 0 also sends images with their captions, verdicts, rewards and advantages to
@@ -68,7 +68,8 @@ class RolloutLog(Callback):
         if not trainer.sanity_checking:
             self._shown = 0 if batch_idx == 0 else self._shown
             for record in _records(outputs):
-                self._log(trainer, pl_module, "val", record)
+                stage = "val" if trainer.state.fn == "fit" else "validate"  # never over those of a fit
+                self._log(trainer, pl_module, stage, record)
 
     def _log(self, trainer: Trainer, pl_module: Any, stage: str, record: StepRecord) -> None:
         folder = Path(self.dirpath or Path(trainer.default_root_dir) / "rollouts")

@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from balcap.trainer.checkpoint import read_checkpoint
@@ -34,7 +35,7 @@ class SaveRunConfig(SaveConfigCallback):
         self.checkpoint = checkpoint
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        name = "config.yaml" if stage == "fit" else f"config.{stage}.yaml"
+        name = "config.yaml" if stage == "fit" else f"config.{TrainerFn(stage).value}.yaml"
         path = Path(trainer.default_root_dir) / name
         text = self.parser.dump(self.config, skip_none=False)
         goes_on = stage == "fit" and self.checkpoint is not None and path.exists()

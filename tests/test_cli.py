@@ -260,6 +260,39 @@ def test_a_lora_run_exports_an_adapter_that_peft_loads(fit_arguments, cli, tmp_p
     assert all("lora_" in key for key in saved)
 
 
+def test_an_interval_of_validation_beyond_the_epoch_is_refused_before_weights_are_loaded(
+    fit_arguments, cli, monkeypatch
+) -> None:
+    monkeypatch.setattr("balcap.policy.policy.Policy.load", None)
+    with pytest.raises(
+        SystemExit, match=r"trainer\.val_check_interval: an epoch has 27 batches, fewer than 28"
+    ):
+        cli(fit_arguments(**{"trainer.val_check_interval": 28}))
+
+
+def test_validate_adds_to_a_run_under_the_step_of_its_checkpoint(
+    fit_arguments, cli, tmp_path: Path, capsys
+) -> None:
+    run = tmp_path / "run"
+    options = {"model.num_captions": 2, "model.sampling.max_tokens": 6}
+    cli(fit_arguments(**options))
+    before, config = metrics(run), (run / "config.yaml").read_text()
+    files = {path: path.read_bytes() for path in (run / "rollouts").iterdir()}
+    cli([*fit_arguments("validate", **options), "--ckpt_path", "last"])
+    *kept, row = metrics(run)
+    assert kept == before
+    assert row["step"] == "2"
+    assert row["val/b_capscore"] == kept[-1]["val/b_capscore"]  # the same weights, images and draws
+    assert row["val/judge_failed"] == "0.0"
+    assert (run / "config.yaml").read_text() == config
+    assert (run / "config.validate.yaml").is_file()
+    assert all(path.read_bytes() == content for path, content in files.items())
+    assert (run / "rollouts/validate-00000002-rank0-000000.parquet").is_file()
+    out = capsys.readouterr().out
+    assert out.count("validation at step 2") == 2
+    assert out.splitlines()[-1].startswith(f"Results in {run}: ")
+
+
 def test_validate_scores_held_out_images(fit_arguments, cli, tmp_path: Path) -> None:
     cli(fit_arguments("validate"))
     (row,) = metrics(tmp_path / "run")
