@@ -102,13 +102,17 @@ def test_a_checkpoint_that_is_not_there_is_one_problem(
 def test_a_torn_checkpoint_of_a_run_costs_the_steps_since_the_one_before(
     fit_arguments, cli, tmp_path: Path
 ) -> None:
-    options = {"data.val_size": 0, "model.num_captions": 2, "model.sampling.max_tokens": 4}
-    cli([*fit_arguments(**options, **{"trainer.max_steps": 1}), "--resume", "auto"])  # nothing there: starts
     run = tmp_path / "run"
+    run.mkdir()  # of a run that was killed before its first checkpoint
+    (run / "metrics.csv").write_text("step,val/b_capscore\n0,0.1\n")
+    options = {"data.val_size": 2, "model.num_captions": 2, "model.sampling.max_tokens": 4}
+    cli([*fit_arguments(**options, **{"trainer.max_steps": 1}), "--resume", "auto"])
     assert sorted(os.listdir(run / "checkpoints")) == ["last.ckpt", "step-00000001.ckpt"]
     _tear(run / "checkpoints/last.ckpt")
     cli([*fit_arguments(**options, **{"trainer.max_steps": 2}), "--resume", "auto"])
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    validated = [row["step"] for row in metrics(run) if row["val/b_capscore"]]
+    assert validated == ["0", "1", "2"]
 
 
 def test_a_checkpoint_io_of_the_user_stays() -> None:
