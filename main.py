@@ -15,6 +15,7 @@ COMMANDS = {
     "recaption": ("balcap.commands.recaption", "main"),
     "cache": ("balcap.commands.ledger", "run_cache"),
     "ledger": ("balcap.commands.ledger", "run_ledger"),
+    "export": ("balcap.commands.export", "main"),
     "serve": ("balcap.commands.serve", "main"),
 }
 """Commands beside Lightning's own -> module and function that run them."""

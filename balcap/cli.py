@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
+import math
 import os
+import re
 import signal
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile
@@ -18,6 +25,7 @@ import_torchmetrics_lightly()  # before Lightning, which imports torchmetrics
 
 from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException  # noqa: E402
 
 from balcap.commands.estimate import HERE, BalCapTrainer, estimate_problems  # noqa: E402
@@ -25,13 +33,16 @@ from balcap.config import ConfigError, model_problems, trainer_problems  # noqa:
 from balcap.data import CaptionDataModule  # noqa: E402
 from balcap.judge import BudgetSpent  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
+from balcap.trainer.checkpoint import CheckpointError, find_checkpoint, read_checkpoint  # noqa: E402
 from balcap.utils.errors import RunStopped, UserError  # noqa: E402
+from balcap.utils.run_folder import holds_fit, in_use, write_problem  # noqa: E402
 from callbacks.caption_writer import CaptionWriter  # noqa: E402
 from callbacks.checkpoint import RunCheckpoint  # noqa: E402
 from callbacks.curves import RunCurves  # noqa: E402
 from callbacks.export import ExportPolicy  # noqa: E402
 from callbacks.progress import CaptionProgressBar  # noqa: E402
 from callbacks.rollout_log import RolloutLog  # noqa: E402
+from callbacks.run_config import SaveRunConfig  # noqa: E402
 from callbacks.trace import ChromeTrace  # noqa: E402
 from callbacks.validate_ends import ValidateAtEnds  # noqa: E402
 
@@ -47,6 +58,28 @@ class ConfigFile(ActionConfigFile):
         super().__call__(parser, namespace, values, option_string)
 
 
+RESULTS = (
+    "checkpoints/last.ckpt", "export", "curves.png", "metrics.csv", "rollouts", "captions.jsonl", "bad_rows.jsonl",
+)  # fmt: skip
+"""What a run's last line names, where it is there."""
+
+
+class RunParser(LightningArgumentParser):
+    """A parser whose errors are about the mistake, not about all settings."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser: Any = getattr(ex, "subcommand_parser", None) or self
+        names = [action.dest for action in parser._actions]
+        near = [
+            f"Is it {found[0]}?"
+            for name in re.findall(r"(?:--|option ')([\w.]+)", message, re.IGNORECASE)
+            if name not in names and (found := difflib.get_close_matches(name, names, n=1, cutoff=0.7))
+        ]
+        print(f"Error: {' '.join([message, *near])}", file=sys.stderr)
+        print(f"All settings: {parser.prog.replace(' [options]', '')} --help", file=sys.stderr)
+        self.exit(2)
+
+
 class BalCapCLI(LightningCLI):
     """``fit``, ``estimate``, ``validate`` and ``predict``, with all outputs of a run in ``run_dir``."""
 
@@ -57,13 +90,19 @@ class BalCapCLI(LightningCLI):
             trainer_class=BalCapTrainer,
             args=args,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveRunConfig,
             auto_configure_optimizers=False,
+            parser_class=RunParser,
             parser_kwargs={
                 "description": "Train image captioners with balanced rewards (arXiv 2605.07394). There are also the "
-                "commands recaption, serve, ledger and cache, each with its own --help."
+                "commands recaption, export, serve, ledger and cache, each with its own --help."
             },
-            trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": 0, "max_epochs": -1},
+            trainer_defaults={
+                "log_every_n_steps": 1,
+                "num_sanity_val_steps": 0,
+                "max_epochs": -1,
+                "enable_model_summary": False,  # it sees no FLOPs, and no 4-bit weights for what they are
+            },
         )
 
     @staticmethod
@@ -90,6 +129,12 @@ class BalCapCLI(LightningCLI):
         parser.add_argument(
             "--run_dir", type=str, default="runs/latest", help="Folder for all outputs of the run."
         )
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto", None],
+            default=None,
+            help="fit: auto goes on from the run folder's last checkpoint where there is one, and else starts.",
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutLog, "rollout_log")
         parser.add_lightning_class_args(CaptionProgressBar, "progress")
@@ -114,17 +159,50 @@ class BalCapCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read hyperparameters from the whole checkpoint here; ours hold none."""
+
     def before_instantiate_classes(self) -> None:
-        _quieten()
+        _quieten(self.config[self.subcommand].model.policy.load_in_4bit)
+        self.checkpoint: Path | None = None
         options = self.config[self.subcommand]
-        metrics = Path(options.run_dir) / "metrics.csv"
-        if self.subcommand == "fit" and not options.ckpt_path and metrics.exists():
-            raise ConfigError(
-                [
-                    f"run_dir: {options.run_dir} holds a run already; continue it with --ckpt_path last, "
-                    "or choose another folder with --run_dir"
+        self._run_problems = [] if self.subcommand == "estimate" else self._find_checkpoint(options)
+        self.save_config_kwargs = {"checkpoint": self.checkpoint}
+
+    def _find_checkpoint(self, options: Any) -> list[str]:
+        """Sets `checkpoint`; what is wrong with where the run goes on from, or begins."""
+        name, run_dir, fits = options.ckpt_path, options.run_dir, self.subcommand == "fit"
+        if options.resume and (name or not fits):
+            return ["resume: it is for fit, and takes the place of ckpt_path; remove it"]
+        try:
+            if name or options.resume:
+                self.checkpoint = find_checkpoint(name or "last", run_dir)
+        except CheckpointError as error:
+            return [f"ckpt_path: {error}"]
+        if name and self.checkpoint is None:
+            instead = "start with --resume auto, which needs none" if fits else "name a checkpoint's file"
+            return [f"ckpt_path: there is no checkpoint in {run_dir}/checkpoints; {instead}"]
+        if why := write_problem(run_dir):
+            return [f"run_dir: {run_dir} cannot be made or written: {why}"]
+        if _is_first_rank() and fits and holds_fit(run_dir):
+            other = "choose another folder with --run_dir"
+            if not (name or options.resume):
+                return [
+                    f"run_dir: {run_dir} holds a run already; continue it with --ckpt_path last (--resume auto "
+                    f"where it may have no checkpoint yet), or {other}"
                 ]
-            )
+            if self.checkpoint and Path(run_dir).resolve() not in self.checkpoint.resolve().parents:
+                return [f"run_dir: {run_dir} holds a run already, not that of {self.checkpoint}; {other}"]
+        return []
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # of a class on its own settings; the parser wraps it
+            cause: BaseException = error
+            while isinstance(cause.__cause__, ValueError):
+                cause = cause.__cause__
+            raise ConfigError([*self._run_problems, str(cause)]) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         from lightning.pytorch.loggers import TensorBoardLogger
@@ -135,16 +213,17 @@ class BalCapCLI(LightningCLI):
         if self.subcommand == "estimate":
             kwargs |= HERE
         elif options.trainer.logger is None:
-            keep = self.subcommand != "fit" or bool(options.ckpt_path)
+            keep = None if self.checkpoint is None else read_checkpoint(self.checkpoint)["global_step"]
             kwargs["logger"] = [
-                RunCSVLogger(options.run_dir, keep=keep),
+                RunCSVLogger(options.run_dir, keep=keep if self.subcommand == "fit" else math.inf),
                 TensorBoardLogger(options.run_dir, name="tensorboard", version=""),
             ]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:  # no such device here, for one
             raise ConfigError([*self._problems(), f"trainer: {error}"]) from None
-        problems = trainer_problems(trainer, str(self.subcommand), options.get("ckpt_path"))
+        assert isinstance(self.model, BalCapModule)
+        problems = trainer_problems(trainer, self.model, str(self.subcommand))
         if problems := [*self._problems(), *problems]:
             raise ConfigError(problems)
         return trainer
@@ -154,11 +233,40 @@ class BalCapCLI(LightningCLI):
         assert isinstance(self.datamodule, CaptionDataModule)
         if self.subcommand == "estimate":
             return estimate_problems(self.model, self.datamodule)
-        return [*model_problems(self.model), *self.datamodule.problems(str(self.subcommand))]
+        judges = self.subcommand != "predict"
+        problems = [*model_problems(self.model, judges), *self.datamodule.problems(str(self.subcommand))]
+        if self.subcommand == "predict":
+            captions = self._get(self.config_init, "captions")
+            captions.settings = self._caption_settings(self.model, self.datamodule)
+            problems += captions.problems()
+        return self._run_problems + problems
+
+    def _caption_settings(self, model: BalCapModule, data: CaptionDataModule) -> dict[str, Any]:
+        """What captions depend on, but for the images: those of one file are all alike in it."""
+        folder = Path(model.policy_config.model).expanduser()
+        checkpoint = self.checkpoint and [
+            str(self.checkpoint.resolve()),
+            read_checkpoint(self.checkpoint)["global_step"],
+        ]
+        return {
+            **{f"model.policy.{name}": value for name, value in asdict(model.policy_config).items()},
+            "model.policy.model": str(folder.resolve()) if folder.is_dir() else model.policy_config.model,
+            **{f"model.sampling.{name}": value for name, value in asdict(model.pipeline.sampling).items()},
+            "model.predict_temperature": model.predict_temperature,
+            "seed_everything": model.pipeline.seed if model.predict_temperature else None,
+            "data.prompts": data.settings.prompts,
+            "ckpt_path": checkpoint,
+        }
 
     def _run_subcommand(self, subcommand: str) -> None:
+        mine = subcommand != "estimate" and _is_first_rank()
         try:
-            super()._run_subcommand(subcommand)
+            with in_use(self.config[subcommand].run_dir) if mine else nullcontext():
+                try:
+                    super()._run_subcommand(subcommand)
+                finally:
+                    if mine:
+                        self._say_results(Path(self.config[subcommand].run_dir))
         except SIGTERMException:
             # Its own exit status would be 0, and a scheduler would call the run finished.
             raise SystemExit(128 + signal.SIGTERM) from None
@@ -167,6 +275,18 @@ class BalCapCLI(LightningCLI):
         except UserError as error:
             raise SystemExit(f"Error: {error}") from None
 
+    def _say_results(self, run_dir: Path) -> None:
+        """One line: where everything is; and one more where little could be learned from."""
+        assert isinstance(self.model, BalCapModule)
+        if (share := self.model.missing_share) > 0.1:
+            print(
+                f"Attention: {share:.0%} of the rewards of this run are missing, because judgments failed: it has "
+                "learned from the others alone. judge/failed in metrics.csv shows when, rollouts/ what"
+            )
+        there = ", ".join(name for name in RESULTS if (run_dir / name).exists())
+        if there:
+            print(f"Results in {run_dir}: {there}", flush=True)
+
     def _say_why(self, stop: RunStopped) -> None:
         """One message instead of a traceback; exits with 0 when the budget is reached, which is no failure."""
         message = str(stop)
@@ -174,12 +294,14 @@ class BalCapCLI(LightningCLI):
             message += f". Go on with: --run_dir {self.config[self.subcommand].run_dir} --ckpt_path last"
         if not isinstance(stop, BudgetSpent):
             raise SystemExit(f"Stopped: {message}") from None
-        print(f"Stopped: {message}", flush=True)
+        if _is_first_rank():
+            print(f"Stopped: {message}", flush=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "estimate":
             return kwargs | {"launch": self.config[subcommand].trainer}
+        kwargs["ckpt_path"] = self.checkpoint and str(self.checkpoint)
         kwargs["weights_only"] = True  # a checkpoint is data: it must not run code when it is read
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # they are on disk already
@@ -193,7 +315,16 @@ def _below(name: str) -> Callable[[str], str]:
     return path
 
 
-def _quieten() -> None:
+def _is_first_rank() -> bool:
+    """Of the processes of a run, as far as the environment tells before there is a trainer."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("💡 Tip")
+
+
+def _quieten(in_4bit: bool) -> None:
     """What users cannot act on: how loaders, the model summary and manual optimization are meant here."""
     for message in (
         ".*Using ModelCheckpoint with manual optimization.*",
@@ -207,4 +338,9 @@ def _quieten() -> None:
         ".*Couldn.t infer the batch indices fetched from your dataloader.*",
     ):
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    if (
+        not in_4bit
+    ):  # peft imports bitsandbytes wherever it is installed, which then misses a kernel for 4 bits
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -6,8 +6,10 @@ Every group of settings checks itself (``problems()``); what concerns several gr
 from __future__ import annotations
 
 import math
-import os
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from balcap.policy.config import reference_problem
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -24,11 +26,17 @@ class ConfigError(SystemExit):
         self.problems = problems
 
 
-def model_problems(model: BalCapModule) -> list[str]:
-    """Everything in the model's settings that contradicts itself, each with the key to change. Loads nothing."""
+def model_problems(model: BalCapModule, judges: bool = True) -> list[str]:
+    """Everything in the model's settings that contradicts itself, each with the key to change. Loads nothing.
+
+    Args:
+        model: whose settings.
+        judges: whether its judge will be asked.
+    """
     problems = [*model.policy_config.problems(), *model.pipeline.sampling.problems()]
-    problems += [] if model.judge is None else model.judge.problems()
+    problems += model.judge.problems() if model.judge is not None and judges else []
     problems += model.update_settings.problems() + _reward_problems(model)
+    problems += model.advantage.problems() + _optimizer_problems(model) + _engine_problems(model)
     if model.num_captions < 2:
         problems.append(
             f"model.num_captions: a group of {model.num_captions} has no spread to normalise; use 2 or more"
@@ -38,6 +46,33 @@ def model_problems(model: BalCapModule) -> list[str]:
     if model.val_captions < 1:
         problems.append(f"model.val_captions: {model.val_captions} must be at least 1")
     return problems
+
+
+def _optimizer_problems(model: BalCapModule) -> list[str]:
+    """Of optimizer and schedule, which are tried on one number."""
+    import torch
+
+    key = "model.optimizer"
+    try:
+        optimizer = model.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
+        groups = [(name, value) for group in optimizer.param_groups for name, value in group.items()]
+        key = "model.scheduler"
+        if model.scheduler_factory is not None:
+            model.scheduler_factory(optimizer)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        return [f"{key}: {error}"]
+    problems = []
+    for name, value in groups:
+        if (isinstance(value, float) and not math.isfinite(value)) or (name == "lr" and not value > 0):
+            problems.append(f"model.optimizer.init_args.{name}: {value} must be a number above 0")
+    return problems
+
+
+def _engine_problems(model: BalCapModule) -> list[str]:
+    engine = type(model.pipeline.engine)
+    if engine.__name__ == "VLLMInProcess" and find_spec("vllm") is None:
+        return ['model.engine: vLLM is not installed; pip install -e ".[vllm]", or leave model.engine out']
+    return []
 
 
 def _reward_problems(model: BalCapModule) -> list[str]:
@@ -61,17 +96,47 @@ def _reward_problems(model: BalCapModule) -> list[str]:
     return problems
 
 
-def trainer_problems(trainer: Trainer, subcommand: str, ckpt_path: str | None) -> list[str]:
-    """What the trainer's own settings leave impossible."""
+def _fit_problems(trainer: Trainer, model: BalCapModule) -> list[str]:
+    """Of a fit: when it ends, and what of Lightning's automatic optimization has another place here."""
     problems = []
-    endless = trainer.max_steps == -1 and trainer.max_epochs in (-1, None)
-    if subcommand in ("fit", "estimate") and endless:
+    if trainer.max_steps == -1 and trainer.max_epochs in (-1, None):
         problems.append("trainer.max_steps: the run would never end; set it, or trainer.max_epochs")
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            problems.append(f"trainer.{name}: 0 trains nothing")
+    if trainer.val_check_interval == 0:
+        problems.append("trainer.val_check_interval: 0 is no interval; data.val_size: 0 validates never")
+    if trainer.accumulate_grad_batches != 1:
+        problems.append(
+            "trainer.accumulate_grad_batches: an update is always on the whole batch; set data.batch_size, and "
+            "model.micro_batch_size (images per forward pass) or model.max_tokens_per_forward for its memory"
+        )
+    if trainer.gradient_clip_val:
+        problems.append("trainer.gradient_clip_val: the norm is clipped by model.max_grad_norm; set that one")
+    # Small gradients are 0 in float16, unless losses are scaled, and skipped updates would mean two things then.
+    # bfloat16 has the range of float32.
+    plugin: Any = trainer.precision_plugin
+    if getattr(plugin, "scaler", None) is not None or plugin.precision in ("16-true", "16-mixed"):
+        problems.append(
+            "trainer.precision: gradients underflow in float16; use bf16-mixed, or 32-true on a GPU without bfloat16"
+        )
+    if model.update_settings.kl_coef and model.policy_config.adapter is not None:
+        problems.append(reference_problem(model.policy_config))
+    if model.policy_config.dtype == "float16":
+        problems.append(
+            "model.policy.dtype: gradients underflow in float16; use bfloat16 or float32 to train"
+        )
+    return problems
+
+
+def trainer_problems(trainer: Trainer, model: BalCapModule, subcommand: str) -> list[str]:
+    """What the trainer's own settings leave impossible."""
+    problems = [] if subcommand not in ("fit", "estimate") else _fit_problems(trainer, model)
     if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
         problems.append(
             f"trainer.strategy: {type(trainer.strategy).__name__} is not supported yet; use ddp, with "
             "model.policy.lora where the weights do not fit twice"
         )
-    if ckpt_path and ckpt_path not in ("last", "best", "hpc", "registry") and not os.path.exists(ckpt_path):
-        problems.append(f"ckpt_path: {ckpt_path} does not exist")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        problems += callback.problems() if hasattr(callback, "problems") else []
     return problems

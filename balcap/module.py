@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any, Literal
 
 import lightning as L
@@ -19,13 +20,14 @@ from balcap.policy import PolicyConfig
 from balcap.rewards import Reward, RewardSuite
 from balcap.rollout import RolloutEngine, Sampling
 from balcap.trainer import metrics
-from balcap.trainer.checkpoint import check_trained, keep_trained
-from balcap.trainer.distributed import gather
+from balcap.trainer.checkpoint import apply_settings, check_trained, keep_trained, optimizer_settings
+from balcap.trainer.distributed import gather, sums
 from balcap.trainer.loggers import log_metrics, warn_of_missing
 from balcap.trainer.pipeline import PREDICT, TRAIN, VALIDATE, InFlightBatch, RolloutPipeline
 from balcap.trainer.tally import Tally
 from balcap.trainer.update import OptimizerLoop, UpdateSettings, update
 from balcap.types import CaptionBatch, Rollouts, StepRecord
+from balcap.utils.errors import UserError
 
 _VAL_MEANS = ("b_capscore", "length_ratio", "caption_tokens", "length_masked", "truncated")
 
@@ -92,11 +94,18 @@ class BalCapModule(L.LightningModule):
         )
         self.loop: OptimizerLoop | None = None
         self._skipped = 0  # updates of the run that is continued
+        self._loaded_step = self._rewards_missing = self._rewards_seen = 0
+        self._val_failures: Counter[str] = Counter()
+        self._val_reasons: list[str] = []
+        self._val_captions = 0
+        self._optimizer_settings: dict[str, Any] = {}
+        self._resumed_settings: dict[str, Any] | None = None
 
     def configure_model(self) -> None:
         """Load the weights: here, so that nothing heavy happens before the settings are checked."""
         if hasattr(self, "policy"):
             return
+        from balcap.policy.families.base import num_weights
         from balcap.policy.policy import Policy
 
         trains = self._trainer is None or self._trainer.state.fn == "fit"
@@ -105,14 +114,19 @@ class BalCapModule(L.LightningModule):
         )
         if self._trainer is not None:
             self.pipeline.attach(self._trainer, self.policy)
+        trained, there = (
+            sum(num_weights(p) for p in self.policy.model.parameters() if p.requires_grad or frozen)
+            for frozen in (False, True)
+        )
+        rank_zero_info(
+            f"policy: {self.policy_config.model}, {there / 1e6:,.1f} M weights, {trained / 1e6:,.1f} M trained"
+        )
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_factory([p for p in self.policy.parameters() if p.requires_grad])
-        return (
-            optimizer
-            if self.scheduler_factory is None
-            else ([optimizer], [self.scheduler_factory(optimizer)])
-        )
+        scheduler = None if self.scheduler_factory is None else self.scheduler_factory(optimizer)
+        self._optimizer_settings = optimizer_settings(optimizer, scheduler)
+        return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     def setup(self, stage: str) -> None:
         names, estimator = ", ".join(self.rewards.names), type(self.advantage).__name__
@@ -121,6 +135,35 @@ class BalCapModule(L.LightningModule):
         if judge and judge.cache is not None and stage != "predict":
             answers, size = describe(judge.cache)
             rank_zero_info(f"judge cache: {judge.cache}, {answers:,} answers, {size / 1e6:,.1f} MB")
+        if stage == "fit":
+            self._check_val_interval()
+
+    def _check_val_interval(self) -> None:
+        """Lightning would say it after the weights are loaded.
+
+        Raises:
+            UserError: it is beyond the epoch, whose length is known once the data are there.
+        """
+        trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
+        interval = trainer.val_check_interval
+        if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or data is None:
+            return
+        batches = len(data.train_dataloader())
+        if isinstance(trainer.limit_train_batches, int):
+            batches = min(batches, trainer.limit_train_batches)
+        if interval > batches:
+            raise UserError(
+                f"trainer.val_check_interval: an epoch has {batches} batches, fewer than {interval}; lower it, or set "
+                "trainer.check_val_every_n_epoch: null, and it counts batches of the whole run"
+            )
+
+    def on_train_start(self) -> None:
+        """The state of the optimizer has been loaded by now, with the settings that it had then."""
+        then, self._resumed_settings = self._resumed_settings, None
+        if then is not None:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            if changes := apply_settings(optimizer, self._optimizer_settings, then):
+                rank_zero_info(f"model.optimizer: from here on {', '.join(changes)}")
 
     # ── training ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -193,6 +236,9 @@ class BalCapModule(L.LightningModule):
         """Rewards of `val_captions` sampled captions per held-out image; the same draw at every validation."""
         rollouts = self.pipeline.sample(batch, self.val_captions, VALIDATE, batch_idx)
         judgments = self.pipeline.judge_now(rollouts)
+        self._val_failures += judgments.failures
+        self._val_reasons += judgments.reasons
+        self._val_captions += rollouts.truncated.numel()
         rewards = self.val_rewards(rollouts, judgments).cpu()
         for name, values in metrics.caption_scores(
             rollouts, self.rewards.names, rewards, self.reward_transforms
@@ -211,13 +257,17 @@ class BalCapModule(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         for metric in (*self.val_rewards.rewards, *self.val_means.values()):
             metric.reset()
+        self._val_failures, self._val_reasons, self._val_captions = Counter(), [], 0
 
     def on_validation_epoch_end(self) -> None:
         values = {name: self.val_rewards[name].compute() for name in self.rewards.names}
         values |= {name: metric.compute() for name, metric in self.val_means.items() if metric.update_called}
         logged = {f"val/{name}": float(value) for name, value in values.items()}
-        log_metrics(self, logged, self._own_count, prog_bar=True)
-        log_metrics(self, metrics.judge_costs(self.trainer, self.pipeline), self._own_count)
+        (logged["val/judge_failed"],) = sums(self.trainer, [float(self._val_failures.total())])
+        where = f"validation at step {self.weights_step}"
+        warn_of_missing(self._val_failures, self._val_reasons, self._val_captions, where)
+        logged |= metrics.judge_costs(self.trainer, self.pipeline)
+        log_metrics(self, logged, self.weights_step, prog_bar=True)
 
     def predict_step(self, batch: CaptionBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One caption per image."""
@@ -249,14 +299,21 @@ class BalCapModule(L.LightningModule):
         logged = metrics.step_metrics(
             self.trainer, self.pipeline, self.loop, tally, rollouts, judgments, before
         )
-        log_metrics(self, logged, self._own_count, last, batch_size=len(rollouts))
-        warn_of_missing(judgments, self.global_step)
+        log_metrics(self, logged, self.weights_step, last, batch_size=len(rollouts))
+        self._rewards_missing += int(rewards.isnan().sum())
+        self._rewards_seen += rewards.numel()
+        captions = rollouts.truncated.numel()
+        warn_of_missing(judgments.failures, judgments.reasons, captions, f"step {self.global_step}")
 
     @property
-    def _own_count(self) -> int | None:
-        """With a lag, the number of batches learned from: Lightning's own count is of batches sampled."""
-        counts = self.pipeline.lag > 0 and self.trainer.state.fn == "fit"
-        return self.pipeline.learned if counts else None
+    def missing_share(self) -> float:
+        """Share of the rewards of this fit, in [0, 1], that are missing because their judgments are; of this rank."""
+        return self._rewards_missing / max(1, self._rewards_seen)
+
+    @property
+    def weights_step(self) -> int:
+        """Optimizer steps behind the weights, also where another run has made them."""
+        return self.global_step if self.trainer.state.fn == "fit" else self._loaded_step
 
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────
 
@@ -264,13 +321,17 @@ class BalCapModule(L.LightningModule):
         """Only what is trained: the frozen rest is in the base model, where it came from."""
         keep_trained(checkpoint, self)
         skipped = self._skipped if self.loop is None else self.loop.skipped
-        checkpoint["balcap"] = {"skipped_total": skipped, **self.pipeline.state_dict()}
+        checkpoint["balcap"] = {
+            "skipped_total": skipped,
+            "optimizer": self._optimizer_settings,
+            **self.pipeline.state_dict(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
         check_trained(checkpoint, self)
-        own = checkpoint.get("balcap", {})
-        self._skipped = own.get("skipped_total", 0)
+        own, self._loaded_step = checkpoint.get("balcap", {}), checkpoint["global_step"]
+        self._skipped, self._resumed_settings = own.get("skipped_total", 0), own.get("optimizer")
         self.pipeline.load_state_dict(own)
 
     def teardown(self, stage: str) -> None:

@@ -7,6 +7,7 @@
 `curves`                      `RunCurves`: ``metrics.csv`` as one picture
 `validate_ends`               `ValidateAtEnds`: validation before the first and after the last update
 `checkpoint`                  `RunCheckpoint`: ``last.ckpt``, also when the run is interrupted
+`run_config`                  `SaveRunConfig`: ``config.yaml``, and what a run that goes on changes
 `export`                      `ExportPolicy`: the trained policy in Hugging Face's format
 `caption_writer`              `CaptionWriter`: captions of ``predict`` as JSON lines, resumable
 ============================  ==================================================================

@@ -7,11 +7,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from balcap.trainer.checkpoint import AtomicCheckpointIO
 from balcap.utils.errors import RunStopped
 
 
@@ -35,12 +37,26 @@ class RunCheckpoint(ModelCheckpoint):
             monitor="step",
             mode="max",
             save_last=True,
-            save_top_k=keep,
-            every_n_train_steps=every_n_train_steps,
+            save_top_k=max(-1, keep),
+            every_n_train_steps=max(1, every_n_train_steps),
             enable_version_counter=False,
         )
+        self._given = {"every_n_train_steps": (every_n_train_steps, 1), "keep": (keep, -1)}
         self._interrupted = self._agreed = False
         self._handler_before: Any = None
+
+    def problems(self) -> list[str]:
+        """What is out of range, each with the key to change."""
+        return [
+            f"checkpoint.{name}: {value} must be at least {least}"
+            for name, (value, least) in self._given.items()
+            if value < least
+        ]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user has chosen no other
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,8 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
         OSError: a file cannot be read or written.
         ValueError: a column has values that are not numbers.
 
-    A metric that was not logged is left out, a panel without any says so.
+    A metric that was not logged is left out, a panel without any says so. The legend tells which share of the values
+    of a metric is missing (NaN).
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -86,14 +88,14 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
 
 
 def read_metrics(metrics_csv: Path) -> dict[str, Series]:
-    """Every metric as (steps, values) in order of steps; empty cells and NaN are left out."""
+    """Every metric as (steps, values) in order of steps; NaN where it was logged and missing. Empty cells are left out."""
     points: dict[str, list[tuple[float, float]]] = {}
     with metrics_csv.open(newline="") as file:
         for row in csv.DictReader(file):
             step = float(row.pop("step"))
             for name, cell in row.items():
-                if cell not in ("", None) and (value := float(cell)) == value:
-                    points.setdefault(name, []).append((step, value))
+                if cell not in ("", None):
+                    points.setdefault(name, []).append((step, float(cell)))
     for pairs in points.values():
         pairs.sort(key=lambda pair: pair[0])
     return {name: ([x for x, _ in pairs], [y for _, y in pairs]) for name, pairs in points.items()}
@@ -176,14 +178,17 @@ def _dots(axes: Axes, points: Series | None, colour: str, label: str | None = No
     """What was measured now and then."""
     if points is not None:
         edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 1.2}
-        axes.plot(*points, "o", color=colour, markersize=8, zorder=5, label=label, **edge)
+        axes.plot(*points, "o", color=colour, markersize=8, zorder=5, label=label, **edge)  # none at NaN
 
 
 def _line(axes: Axes, points: Series | None, colour: str, label: str) -> None:
     """A smoothed curve over its raw values."""
     if points is None:
         return
-    steps, values = points
+    known = [(step, value) for step, value in zip(*points, strict=True) if not math.isnan(value)]
+    steps, values = [step for step, _ in known], [value for _, value in known]
+    if missing := 1 - len(known) / len(points[0]):
+        label += f" ({missing:.0%} missing)"
     marker = "o" if len(steps) == 1 else None
     axes.plot(steps, values, color=colour, alpha=0.22, linewidth=1, zorder=2)
     axes.plot(steps, smoothed(values), color=colour, linewidth=2, marker=marker, zorder=3, label=label)

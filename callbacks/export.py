@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from balcap.judge import BudgetSpent
+from balcap.utils.files import replaced_folder
 
 
 class ExportPolicy(Callback):
@@ -36,5 +37,9 @@ class ExportPolicy(Callback):
             return
         folder = Path(self.dirpath or Path(trainer.default_root_dir) / "export")
         policy: Any = pl_module.policy
-        policy.model.save_pretrained(folder)
-        policy.encoder.processor.save_pretrained(folder)
+        for adapter in getattr(policy.model, "peft_config", {}).values():  # it is read from anywhere
+            base = Path(adapter.base_model_name_or_path or "")
+            adapter.base_model_name_or_path = str(base.resolve()) if base.is_dir() else str(base)
+        with replaced_folder(folder) as new:
+            policy.model.save_pretrained(new)
+            policy.encoder.processor.save_pretrained(new)

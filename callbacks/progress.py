@@ -31,10 +31,19 @@ class CaptionProgressBar(RichProgressBar):
     """
 
     def __init__(self, refresh_rate: int = 10, plain_every_s: float = 15.0, leave: bool = False) -> None:
-        super().__init__(refresh_rate=refresh_rate, leave=leave)
+        super().__init__(refresh_rate=max(0, refresh_rate), leave=leave)
         self.plain_every_s = plain_every_s
+        self._given = {"refresh_rate": refresh_rate, "plain_every_s": plain_every_s}
         self._plain, self._last_line = False, -math.inf
         self._start: tuple[float, int] | None = None  # time and progress when training began
+
+    def problems(self) -> list[str]:
+        """What is out of range, each with the key to change."""
+        return [
+            f"progress.{name}: {value} must be at least 0"
+            for name, value in self._given.items()
+            if not value >= 0  # NaN too
+        ]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -93,7 +102,8 @@ class CaptionProgressBar(RichProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if self._line_is_due(final=True) and not trainer.sanity_checking:
-            self._line(f"validation at step {trainer.global_step}", self._shown(trainer, "val"))
+            step = getattr(pl_module, "weights_step", trainer.global_step)
+            self._line(f"validation at step {step}", self._shown(trainer, "val"))
 
     @property
     def _counts_steps(self) -> bool:

@@ -27,7 +27,7 @@ class RolloutLog(Callback):
 
     Reads ``outputs["records"]``, each a `balcap.types.StepRecord`, which ``training_step`` and
     ``validation_step`` return: none of a step that only sampled. Each rank writes
-    ``<dirpath>/<train|val>-<step>-rank<rank>-<batch>.parquet``, one row per rollout, whole or not
+    ``<dirpath>/<train|val|validate>-<step>-rank<rank>-<batch>.parquet``, one row per rollout, whole or not
     at all; `rollout_table` documents the columns. ``step`` is the number of optimizer steps behind the
     weights when the file is written. Validation is logged completely at every pass: it is the evidence of
     before and after. Rank 0 also sends images with their captions, verdicts, rewards and advantages to
@@ -40,10 +40,18 @@ class RolloutLog(Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, max_images: int = 4, dirpath: str | None = None) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps: must be at least 1, got {every_n_steps}")
         self.every_n_steps, self.max_images, self.dirpath = every_n_steps, max_images, dirpath
         self._shown = 0
+
+    def problems(self) -> list[str]:
+        """What is out of range, each with the key to change."""
+        least = {"every_n_steps": 1, "max_images": 0}
+        values = [(name, getattr(self, name), low) for name, low in least.items()]
+        return [
+            f"rollout_log.{name}: {value} must be at least {low}"
+            for name, value, low in values
+            if value < low
+        ]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -52,7 +60,7 @@ class RolloutLog(Callback):
         for record in _records(outputs):
             if record.number % self.every_n_steps == 0:
                 self._shown = 0
-                self._log(trainer, "train", record)
+                self._log(trainer, pl_module, "train", record)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -60,11 +68,13 @@ class RolloutLog(Callback):
         if not trainer.sanity_checking:
             self._shown = 0 if batch_idx == 0 else self._shown
             for record in _records(outputs):
-                self._log(trainer, "val", record)
+                stage = "val" if trainer.state.fn == "fit" else "validate"  # never over those of a fit
+                self._log(trainer, pl_module, stage, record)
 
-    def _log(self, trainer: Trainer, stage: str, record: StepRecord) -> None:
+    def _log(self, trainer: Trainer, pl_module: Any, stage: str, record: StepRecord) -> None:
         folder = Path(self.dirpath or Path(trainer.default_root_dir) / "rollouts")
-        step, rank, number = trainer.global_step, trainer.global_rank, record.number
+        step = getattr(pl_module, "weights_step", trainer.global_step)
+        rank, number = trainer.global_rank, record.number
         table = rollout_table(record, stage=stage, step=step, batch_idx=number, rank=rank)
         write_parquet(table, folder / f"{stage}-{step:08d}-rank{rank}-{number:06d}.parquet")
         if trainer.is_global_zero:

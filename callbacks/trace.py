@@ -24,12 +24,14 @@ class ChromeTrace(Callback):
     """
 
     def __init__(self, steps: int = 0, path: str | None = None) -> None:
-        if steps < 0:
-            raise ValueError(f"trace.steps: {steps} must be at least 0")
         self.steps, self.path = steps, path
         self._recorded = 0
         self._zero = 0.0
         self._events: list[str] = []
+
+    def problems(self) -> list[str]:
+        """What is out of range, with the key to change."""
+        return [] if self.steps >= 0 else [f"trace.steps: {self.steps} must be at least 0"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -10,8 +10,7 @@ class ValidateAtEnds(Callback):
     """Validates before the first update and after the last one, inside ``fit``.
 
     Both passes run the trainer's own validation loop, so their ``val/*`` metrics land in the run's loggers
-    like any other, at step 0 and at the number of training batches. (Lightning labels a validation in the
-    middle with the batch that it follows, counted from 0.)
+    like any other.
 
     The first pass is left out when a run is resumed, the last one where validation has just run on the same
     weights. A run that is killed, or that ends in an exception, gets no last pass. Random numbers of

@@ -8,11 +8,14 @@ import os
 from collections.abc import Generator
 
 import torch
+from lightning.pytorch import Callback
 
+from balcap.judge import BudgetSpent
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import Prompts
 from balcap.rollout import RolloutEngine, Sampling
 from balcap.rollout.base import Drawn
+from balcap.trainer.distributed import stop_together
 from balcap.types import CaptionBatch
 from examples.shapes.oracle import Oracle
 
@@ -45,3 +48,11 @@ class CountingOracle(Oracle):
         with open(os.environ["ORACLE_LOG"], "a") as file:
             file.write(f"{digest}\n")
         return await super().acompletion(*args, **kwargs)
+
+
+class SpendOnOneRank(Callback):
+    """After the first step the budget is spent, and the last rank alone has noticed."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        noticed = trainer.global_rank == trainer.world_size - 1
+        stop_together(trainer, BudgetSpent("the budget is spent") if noticed else None)

@@ -16,6 +16,9 @@ from balcap.cli import BalCapCLI, ConfigError
 from tests.support import ROOT, metrics
 
 CONFIGS = sorted(p for p in ROOT.glob("configs/*.yaml") if not p.stem.startswith("recaption"))
+SCALED = (
+    "{class_path: lightning.pytorch.plugins.MixedPrecision, init_args: {precision: 16-mixed, device: cpu}}"
+)
 OVERLAYS = sorted(ROOT.glob("configs/judge/*.yaml"))
 
 
@@ -133,12 +136,64 @@ def test_all_problems_are_reported_together_each_with_its_key(fit_arguments, cli
         ({"data.batch_size": 0}, "data.batch_size"),
         ({"trainer.max_steps": -1}, "trainer.max_steps"),
         ({"ckpt_path": "/no/such.ckpt"}, "ckpt_path"),
+        ({"trainer.max_steps": 0}, "trainer.max_steps"),
+        ({"trainer.limit_train_batches": 0}, "trainer.limit_train_batches"),
+        ({"trainer.val_check_interval": 0}, "trainer.val_check_interval"),
+        ({"trainer.accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches"),
+        ({"trainer.gradient_clip_val": 1.0}, "trainer.gradient_clip_val"),
+        ({"trainer.precision": "16-true"}, "trainer.precision"),
+        ({"trainer.plugins": SCALED}, "trainer.precision"),  # what 16-mixed makes on a GPU
+        ({"model.policy.dtype": "float16"}, "model.policy.dtype"),
         ({"trainer.accelerator": "gpu"}, "trainer:"),
     ],
 )
 def test_a_contradiction_names_its_key(fit_arguments, cli, options: dict, key: str) -> None:
     if key == "trainer:" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError) as refused:
+        cli(fit_arguments(**options))
+    assert [p for p in refused.value.problems if p.startswith(key)], refused.value.problems
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model.num_captoins", "3"], "Is it model.num_captions?"),
+        (["--run_dri=x"], "Is it run_dir?"),
+        (["--config", "{model: {sampling: {max_tokns: 3}}}"], "Is it model.sampling.max_tokens?"),
+        (["--model.num_captions", "many"], "model.num_captions"),
+        (
+            ["--model.advantage=balcap.algorithms.GRPO", "--model.advantage.eps=0"],
+            "advantage.init_args.eps: 0.0",
+        ),
+    ],
+)
+def test_a_mistake_is_said_first_and_without_all_settings(
+    fit_arguments, cli, capfd, flags: list[str], expected: str
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        cli([*fit_arguments(), *flags])
+    text = str(refused.value) + capfd.readouterr().err
+    assert expected in text
+    assert len(text.splitlines()) < 12
+    if refused.value.code == 2:
+        assert text.splitlines()[0].startswith("2Error: ")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"model.rewards": "[]"}, "model.rewards"),
+        (
+            {"model.engine": "{class_path: balcap.rollout.HFGenerate, init_args: {max_sequences: 0}}"},
+            "model.engine",
+        ),
+        ({"checkpoint.every_n_train_steps": 0, "trace.steps": -1}, "checkpoint.every_n_train_steps"),
+        ({"model.optimizer.lr": "-1"}, "model.optimizer"),
+    ],
+)
+def test_what_a_class_refuses_is_a_problem_of_the_config(fit_arguments, cli, options: dict, key: str) -> None:
     with pytest.raises(ConfigError) as refused:
         cli(fit_arguments(**options))
     assert [p for p in refused.value.problems if p.startswith(key)], refused.value.problems
@@ -203,6 +258,39 @@ def test_a_lora_run_exports_an_adapter_that_peft_loads(fit_arguments, cli, tmp_p
     assert any(bool(p.abs().sum() > 0) for p in grown)
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert all("lora_" in key for key in saved)
+
+
+def test_an_interval_of_validation_beyond_the_epoch_is_refused_before_weights_are_loaded(
+    fit_arguments, cli, monkeypatch
+) -> None:
+    monkeypatch.setattr("balcap.policy.policy.Policy.load", None)
+    with pytest.raises(
+        SystemExit, match=r"trainer\.val_check_interval: an epoch has 27 batches, fewer than 28"
+    ):
+        cli(fit_arguments(**{"trainer.val_check_interval": 28}))
+
+
+def test_validate_adds_to_a_run_under_the_step_of_its_checkpoint(
+    fit_arguments, cli, tmp_path: Path, capsys
+) -> None:
+    run = tmp_path / "run"
+    options = {"model.num_captions": 2, "model.sampling.max_tokens": 6}
+    cli(fit_arguments(**options))
+    before, config = metrics(run), (run / "config.yaml").read_text()
+    files = {path: path.read_bytes() for path in (run / "rollouts").iterdir()}
+    cli([*fit_arguments("validate", **options), "--ckpt_path", "last"])
+    *kept, row = metrics(run)
+    assert kept == before
+    assert row["step"] == "2"
+    assert row["val/b_capscore"] == kept[-1]["val/b_capscore"]  # the same weights, images and draws
+    assert row["val/judge_failed"] == "0.0"
+    assert (run / "config.yaml").read_text() == config
+    assert (run / "config.validate.yaml").is_file()
+    assert all(path.read_bytes() == content for path, content in files.items())
+    assert (run / "rollouts/validate-00000002-rank0-000000.parquet").is_file()
+    out = capsys.readouterr().out
+    assert out.count("validation at step 2") == 2
+    assert out.splitlines()[-1].startswith(f"Results in {run}: ")
 
 
 def test_validate_scores_held_out_images(fit_arguments, cli, tmp_path: Path) -> None:

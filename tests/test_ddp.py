@@ -12,9 +12,10 @@ import torch
 from tests.support import ROOT, metrics
 
 
-def _fit(arguments: list[str]) -> None:
+def _fit(arguments: list[str], *launcher: str) -> str:
+    """What the run printed."""
     done = subprocess.run(
-        [sys.executable, "main.py", *arguments],
+        [sys.executable, *launcher, "main.py", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -23,6 +24,7 @@ def _fit(arguments: list[str]) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def test_two_ranks_take_the_step_of_one(fit_arguments, tmp_path: Path) -> None:
@@ -80,3 +82,23 @@ def test_two_ranks_take_the_step_of_one(fit_arguments, tmp_path: Path) -> None:
     ]
     for a, b in zip(*val, strict=True):
         assert abs(float(a) - float(b)) < 1e-4
+
+
+def test_a_budget_that_one_rank_finds_spent_ends_all_ranks_well(fit_arguments, tmp_path: Path) -> None:
+    arguments = fit_arguments(
+        **{
+            "model.engine": "tests.fakes.FixedEngine",
+            "model.num_captions": 2,
+            "model.kl_coef": 0,
+            "data.val_size": 0,
+            "trainer.max_steps": 5,
+            "trainer.devices": 2,
+            "trainer.strategy": "ddp",
+            "trainer.callbacks+": "tests.fakes.SpendOnOneRank",
+        }
+    )
+    said = _fit(arguments, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
+    assert said.count("Stopped: the budget is spent") == 1
+    assert (tmp_path / "run/export/config.json").is_file()
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 1

@@ -210,7 +210,7 @@ def test_killed_at_random_moments_nothing_is_lost_or_paid_twice(
             with sqlite3.connect(tmp_path / "judge.sqlite") as database:
                 assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         cli([*http(server, **options), "--ckpt_path", "last"])
-    assert [int(row["step"]) for row in trained(run)] == list(range(steps))
+    assert [int(row["step"]) for row in trained(run)] == list(range(1, steps + 1))
     assert all(float(row["judge/failed"]) == 0 for row in trained(run))
     calls = [json.loads(line) for line in log.read_text().splitlines()]
     first: dict[str, int] = {}

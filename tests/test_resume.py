@@ -47,7 +47,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
     whole = {**shared, "run_dir": tmp_path / "whole", "model.judge.cache": tmp_path / "whole.sqlite"}
     cli(fit_arguments(**whole))
     expected = _trained(tmp_path / "whole")
-    assert sorted(expected) == list(range(STEPS))
+    assert sorted(expected) == list(range(1, STEPS + 1))
     log.unlink()
 
     run = tmp_path / "killed"
@@ -68,9 +68,9 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
     cli([*fit_arguments(**shared, run_dir=run), "--ckpt_path", "last"])
     assert _trained(run) == expected
     rows = {int(row["step"]): row for row in metrics(run) if row["train/loss"]}
-    if sign == signal.SIGKILL:  # the checkpoint is of step 2: step 2 runs again, from the cache alone
-        assert float(rows[2]["judge/calls"]) == 0
-        assert float(rows[2]["judge/cache_hits"]) > 0
+    if sign == signal.SIGKILL:  # the checkpoint is of step 2: step 3 runs again, from the cache alone
+        assert float(rows[3]["judge/calls"]) == 0
+        assert float(rows[3]["judge/cache_hits"]) > 0
     twice = [n for n in Counter(log.read_text().split()).values() if n > 1]
     if (
         sign == signal.SIGKILL

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from balcap.config import ConfigError
 from examples.shapes.oracle import answer
 from tests.judge.judge_fakes import JudgeServer
 from tests.support import ROOT, metrics
@@ -94,7 +95,7 @@ def test_another_judge_is_one_more_config(fit_arguments, cli, tmp_path: Path) ->
 
 
 def test_a_judge_that_is_down_makes_rewards_missing_and_moves_nothing(
-    fit_arguments, cli, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fit_arguments, cli, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys
 ) -> None:
     server = JudgeServer(answer)
     server.always = "400"
@@ -115,7 +116,17 @@ def test_a_judge_that_is_down_makes_rewards_missing_and_moves_nothing(
     assert row["train/precision"] == row["train/linguistic"] == "nan"
     assert float(row["judge/failed"]) > 0
     assert float(row["train/grad_norm"]) == 0
-    assert "judgments missing" in caplog.text
+    assert "step 1: judgments missing: " in caplog.text
+    assert "of 6 captions" in caplog.text
+    assert "validation at step 0: judgments missing: " in caplog.text
+    validated = [
+        float(row["val/judge_failed"]) for row in metrics(tmp_path / "run") if row["val/judge_failed"]
+    ]
+    assert len(validated) == 2
+    assert min(validated) > 0
+    *_, attention, results = capsys.readouterr().out.splitlines()
+    assert attention.startswith("Attention: 100% of the rewards of this run are missing")
+    assert results.startswith(f"Results in {tmp_path / 'run'}: checkpoints/last.ckpt, export, curves.png")
 
 
 def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(
@@ -206,6 +217,10 @@ def test_predict_goes_on_where_it_stopped(fit_arguments, cli, world: Path, tmp_p
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert [json.dumps(row) for row in again[:2]] == [json.dumps(row) for row in rows[:2]]
     assert sorted(row["image"] for row in again) == sorted(row["image"] for row in rows)
+    with pytest.raises(ConfigError) as refused:
+        cli([*args, "--model.sampling.max_tokens", "7", "--model.policy.dtype", "bfloat16"])
+    keys = [problem.split(":")[0] for problem in refused.value.problems]
+    assert keys == ["model.policy.dtype", "model.sampling.max_tokens"]
 
 
 @pytest.mark.parametrize(

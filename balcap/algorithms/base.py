@@ -30,6 +30,10 @@ class AdvantageEstimator(ABC):
             all_gather: for statistics over all ranks; every rank must then call it equally often.
         """
 
+    def problems(self) -> list[str]:
+        """What is wrong with the settings, each with the key to change."""
+        return []
+
 
 class RewardTransform(ABC):
     """Changes rewards before the estimator sees them, such as `balcap.algorithms.LengthMask`."""

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from balcap.algorithms.base import AdvantageEstimator, AllGather
-from balcap.algorithms.normalize import check_rewards, standardize
+from balcap.algorithms.normalize import check_rewards, eps_problems, standardize
 
 
 class CGDPO(AdvantageEstimator):
@@ -23,6 +23,9 @@ class CGDPO(AdvantageEstimator):
 
     def advantages(self, rewards: Tensor, weights: Tensor, all_gather: AllGather | None = None) -> Tensor:
         return cgdpo(rewards, weights, self.eps, self.whiten, all_gather)
+
+    def problems(self) -> list[str]:
+        return eps_problems(self.eps)
 
 
 def cgdpo(

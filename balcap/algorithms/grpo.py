@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from balcap.algorithms.base import AdvantageEstimator, AllGather
-from balcap.algorithms.normalize import check_rewards, standardize
+from balcap.algorithms.normalize import check_rewards, eps_problems, standardize
 
 
 class GRPO(AdvantageEstimator):
@@ -22,6 +22,9 @@ class GRPO(AdvantageEstimator):
 
     def advantages(self, rewards: Tensor, weights: Tensor, all_gather: AllGather | None = None) -> Tensor:
         return grpo(rewards, weights, self.eps)
+
+    def problems(self) -> list[str]:
+        return eps_problems(self.eps)
 
 
 def grpo(

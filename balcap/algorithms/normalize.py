@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,3 +50,8 @@ def check_rewards(rewards: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         )
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     return rewards.to(dtype), weights.to(rewards.device, dtype)
+
+
+def eps_problems(eps: float, key: str = "model.advantage.init_args.eps") -> list[str]:
+    """What is wrong with what is added to a standard deviation, with its key."""
+    return [] if 0 < eps < math.inf else [f"{key}: {eps} must be above 0"]

@@ -6,6 +6,7 @@
                  reasoning), `estimate_run.py` (all of it together)
 `recaption.py`   new references for a data set; `recaption_settings.py`, `recaption_run.py` (the run),
                  `recaption_files.py` (what it writes)
+`export.py`      an adapter and its base as one model
 `serve.py`       a vLLM server that samples for a run
 `ledger.py`      what a cache and a ledger of judgments hold (`ledger`, `cache`)
 """

@@ -11,6 +11,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 from balcap.policy.config import LoraSettings, PolicyConfig
 from balcap.rollout.base import Sampling
@@ -97,6 +98,8 @@ def read_config(args: Sequence[str]) -> tuple[PolicyConfig, Sampling]:
     sampling = Sampling(**model["sampling"])
     if problems := [*policy.problems(), *sampling.problems()]:
         raise ConfigError(problems)
+    if (adapter := policy.adapter) is not None:  # the server holds its base
+        policy = replace(policy.base, lora=LoraSettings(r=adapter["r"], alpha=adapter["lora_alpha"]))
     return policy, sampling
 
 

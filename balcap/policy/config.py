@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from balcap.utils.errors import UserError
 
 
 class PolicyError(UserError, ValueError):
     """The policy cannot be loaded, or would not be trained as the config says."""
+
+
+def reference_problem(config: PolicyConfig) -> str:
+    """Why a KL term cannot go with an adapter that is trained on."""
+    return (
+        "model.kl_coef: with the adapter off, the reference would be the base model, not the policy that the run starts "
+        f"from; set it to 0, or merge the adapter (python main.py export --model.policy.model {config.model} --merge "
+        "--out FOLDER) and start from FOLDER with a new one"
+    )
 
 
 @dataclass
@@ -45,6 +55,8 @@ class LoraSettings:
                 problems.append(f"target_modules: {targets!r} is no regular expression: {error}")
         if self.r < 1:
             problems.append(f"r: {self.r} is no rank; use 1 or more")
+        if self.alpha < 1:
+            problems.append(f"alpha: {self.alpha} would scale the adapter away; use 1 or more")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout: {self.dropout} is outside [0, 1)")
         return problems
@@ -55,10 +67,12 @@ class PolicyConfig:
     """The captioner that is trained.
 
     Args:
-        model: HF hub id or folder of an image-text-to-text model (Qwen2.5-VL, LLaVA-1.5, ...).
+        model: HF hub id or folder of an image-text-to-text model (Qwen2.5-VL, LLaVA-1.5, ...); or folder of a LoRA
+            adapter, such as a run's export: its base is loaded, and a fit trains the adapter on.
         revision: branch, tag or commit on the hub.
-        dtype: of the weights. Full tuning with small learning rates wants float32 weights together with
-            `trainer.precision: bf16-mixed`: bfloat16 weights round such updates away.
+        dtype: of the weights; float16 for validate and predict alone, since gradients underflow in it. Full tuning
+            with small learning rates wants float32 weights together with `trainer.precision: bf16-mixed`: bfloat16
+            weights round such updates away.
         lora: adapter to train instead of the weights; null tunes fully.
         load_in_4bit: base weights in NF4 with double quantisation (bitsandbytes); needs `lora`.
         freeze_vision: train the language model only. The tower and its projector stay as they are.
@@ -82,16 +96,39 @@ class PolicyConfig:
     min_pixels: int | None = None
     max_pixels: int | None = None
 
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """What peft keeps of the adapter (``adapter_config.json``) where `model` is the folder of one."""
+        path = Path(self.model).expanduser()
+        if (path / "config.json").is_file() or not (path / "adapter_config.json").is_file():
+            return None
+        return json.loads((path / "adapter_config.json").read_text())
+
+    @property
+    def base(self) -> PolicyConfig:
+        """The same with the base of the adapter as its model; itself where `model` is no adapter."""
+        if (adapter := self.adapter) is None:
+            return self
+        revision = self.revision or adapter.get("revision")
+        return replace(self, model=adapter["base_model_name_or_path"], revision=revision)
+
     def problems(self) -> Sequence[str]:
         """What contradicts itself, each with the key to change; nothing is loaded."""
-        path = Path(self.model).expanduser()
-        local = self.model.startswith((".", "/", "~")) or len(path.parts) > 2 or path.is_dir()
-        problems = []
+        problems: list[str] = []
+        try:
+            problems += self._adapter_problems(self.adapter or {})
+            model = self.base.model
+        except (ValueError, KeyError):
+            problems.append(f"model: {self.model}/adapter_config.json cannot be read")
+            model = self.model
+        path = Path(model).expanduser()
+        local = model.startswith((".", "/", "~")) or len(path.parts) > 2 or path.is_dir()
         if local and not (path / "config.json").is_file():
-            problems.append(f"model: {path} is no folder of an HF model (it has no config.json)")
+            whose = "" if model == self.model else f", the base of the adapter {self.model},"
+            problems.append(f"model: {path}{whose} is no folder of an HF model (it has no config.json)")
         if self.lora is not None:
             problems += [f"lora.{problem}" for problem in self.lora.problems()]
-        elif self.load_in_4bit:
+        elif self.load_in_4bit and not problems and self.adapter is None:
             problems.append("load_in_4bit: 4-bit weights cannot be trained; set model.policy.lora as well")
         for name in ("min_pixels", "max_pixels"):
             area = getattr(self, name)
@@ -102,3 +139,19 @@ class PolicyConfig:
                 f"min_pixels: {self.min_pixels} is above model.policy.max_pixels: {self.max_pixels}"
             )
         return [f"model.policy.{problem}" for problem in problems]
+
+    def _adapter_problems(self, adapter: dict[str, Any]) -> Sequence[str]:
+        """What of an adapter that is there is not as the config says."""
+        if adapter.get("peft_type", "LORA") != "LORA":
+            return [
+                f"model: {self.model} is an adapter of the kind {adapter['peft_type']}; only LoRA is supported"
+            ]
+        if not adapter or self.lora is None:
+            return []
+        there = (("r", "r"), ("alpha", "lora_alpha"))
+        return [
+            f"lora.{mine}: {getattr(self.lora, mine)} is not that of the adapter {self.model}, {adapter.get(its)}; "
+            "use that, or leave lora null"
+            for mine, its in there
+            if getattr(self.lora, mine) != adapter.get(its)
+        ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -85,23 +86,45 @@ def load_model(config: PolicyConfig) -> Any:
         return AutoModelForImageTextToText.from_pretrained(config.model, **options)
 
 
+def load_adapter(model: Any, config: PolicyConfig) -> Any:
+    """A PeftModel of the base model `model` with the adapter that `config` names, to be trained on.
+
+    Raises:
+        PolicyError: it does not fit the model.
+    """
+    from peft import PeftModel
+
+    with _explained(config), warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")  # such an adapter would do nothing
+        try:
+            return PeftModel.from_pretrained(model, config.model, is_trainable=True)
+        except (UserWarning, RuntimeError) as error:
+            raise ValueError(f"it is no adapter of {config.base.model}: {str(error)[:200]}") from error
+
+
 def prepare(model: Any, config: PolicyConfig) -> Any:
     """Freeze, adapt and set up checkpointing; returns the model to train (a PeftModel with LoRA).
+
+    Args:
+        model: of `load_model`.
+        config: that names an adapter to go on with, or how to make one, or neither.
 
     Raises:
         PolicyError: LoRA targets that match nothing, or a language model that would not be trained.
     """
     base, family = model, family_of(model)
     language = family.language_prefixes(base)
+    if config.adapter is not None:
+        model = load_adapter(model, config)
     if config.freeze_vision:
-        for name, parameter in model.named_parameters():
+        for name, parameter in base.named_parameters():
             if not name.startswith(language):
                 parameter.requires_grad_(False)
-    if config.lora is not None:
+    if config.adapter is None and config.lora is not None:
         layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         if config.freeze_vision:
             layers = [name for name in layers if f"{name}.".startswith(language)]
-        model = _adapt(model, config.lora, layers, family.lora_targets(model, layers))
+        model = _adapt(model, config.lora, layers, family.lora_targets(model, layers), config.revision)
     _check_language_is_trained(family.language_model(base))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -111,13 +134,16 @@ def prepare(model: Any, config: PolicyConfig) -> Any:
     return model
 
 
-def _adapt(model: Any, lora: LoraSettings, layers: list[str], default: list[str]) -> Any:
+def _adapt(
+    model: Any, lora: LoraSettings, layers: list[str], default: list[str], revision: str | None
+) -> Any:
     """A PeftModel with adapters on those of `layers` (full names of what may be trained) that are wanted."""
     from peft import LoraConfig, get_peft_model
 
     chosen = default if lora.target_modules is None else _matching(lora.target_modules, layers)
     names = "|".join(map(re.escape, chosen))  # full names, as one expression: exact, and serialisable
     options: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    options["revision"] = revision  # of the base, for whoever loads the adapter
     return get_peft_model(model, LoraConfig(target_modules=f"(?:{names})", bias="none", **options))
 
 

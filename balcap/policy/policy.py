@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from balcap.policy.config import PolicyConfig
+from balcap.policy.config import PolicyConfig, PolicyError, reference_problem
 from balcap.policy.families import ImageFeatures, base_of, family_of
 from balcap.policy.flops import update_flops
 from balcap.policy.layout import Layout
@@ -75,13 +75,20 @@ class Policy(nn.Module):
 
     @classmethod
     def load(cls, config: PolicyConfig, with_reference: bool) -> Policy:
-        """Load weights and processor; `with_reference` keeps a frozen copy where no adapter can be turned off."""
+        """Load weights and processor; `with_reference` keeps a frozen copy where no adapter can be turned off.
+
+        Raises:
+            PolicyError: see `prepare`; or an adapter goes on, and the reference would be the base without it.
+        """
+        base = config.base
+        if with_reference and base is not config:
+            raise PolicyError(reference_problem(config))
         processor = load_processor(config)
-        model = load_model(config)
+        model = load_model(base)
         encoder = PromptEncoder(processor, model.config)
         copy = load_model(config) if with_reference and config.lora is None else None
         model = prepare(model, config)
-        return cls(model, encoder, copy, config.shared_prefix, config.model, config.revision)
+        return cls(model, encoder, copy, config.shared_prefix, base.model, base.revision)
 
     def train(self, mode: bool = True) -> Policy:
         """As of any module, but the reference stays in evaluation mode: dropout would make it noisy."""

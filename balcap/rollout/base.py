@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -41,8 +42,9 @@ class Sampling:
     def problems(self, key: str = "model.sampling") -> Sequence[str]:
         """What is out of range, each with the key to change."""
         sound = {
-            f"temperature: {self.temperature} must be above 0; exploration needs sampling": self.temperature
-            > 0,
+            f"temperature: {self.temperature} must be above 0; exploration needs sampling": 0
+            < self.temperature
+            < math.inf,
             f"top_p: {self.top_p} is outside (0, 1]": 0 < self.top_p <= 1,
             f"max_tokens: {self.max_tokens} must be at least 1": self.max_tokens >= 1,
         }

@@ -1,12 +1,132 @@
-"""What of the policy a checkpoint holds."""
+"""What of the policy a checkpoint holds, how it is written, and which one a run goes on from."""
 
 from __future__ import annotations
 
+import os
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.optim import Optimizer
 
 from balcap.utils.errors import UserError
+from balcap.utils.files import atomic_write
+
+
+class CheckpointError(UserError, ValueError):
+    """A checkpoint cannot be found, read or written, or is of something else."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are whole or not there, whatever ends the process or fills the disk.
+
+    Lightning's own writes in the system's temporary folder and moves: across file systems that is a copy, which a kill
+    tears.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """As `TorchCheckpointIO` does, through a file beside `path`.
+
+        Raises:
+            CheckpointError: the disk is full, or cannot be written; what was at `path` is still there.
+        """
+        try:
+            with atomic_write(path, "wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch's writer turns some OSErrors into RuntimeErrors
+            raise CheckpointError(
+                f"{path} cannot be written: {error}. The checkpoints before it are whole"
+            ) from error
+
+
+def find_checkpoint(name: str, run_dir: str | Path) -> Path | None:
+    """The checkpoint file that ``ckpt_path`` means; its weights are not read.
+
+    Args:
+        name: ``last``, the newest readable checkpoint of the run folder, or a file.
+        run_dir: the run folder.
+
+    Returns:
+        None if `name` is ``last`` and the folder has no checkpoint.
+
+    Raises:
+        CheckpointError: there is no such file, or it cannot be read; or the run has checkpoints, but none is readable.
+    """
+    if name != "last":
+        read_checkpoint(name)
+        return Path(name)
+    # Lightning keeps its own, of a SLURM job that was requeued, in the run folder itself.
+    there = [*Path(run_dir).glob("checkpoints/*.ckpt"), *Path(run_dir).glob("hpc_ckpt_*.ckpt")]
+    problems = []
+    for path in sorted(there, key=os.path.getmtime, reverse=True):
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            for problem in problems:
+                rank_zero_info(f"{problem}; going back to {path}")
+            return path
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    return None
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of this program, its tensors without their data: reads little of the file.
+
+    Raises:
+        CheckpointError: there is no such file, it is torn, or it is something else.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is no file; name one, or `last`") from None
+    except Exception as error:  # the unpickler may raise anything on what is no checkpoint
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CheckpointError(f"{path} is broken, or no checkpoint: {why[:120]}") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "global_step", "balcap"} <= checkpoint.keys():
+        raise CheckpointError(f"{path} is no checkpoint of a BalCapRL run")
+    return checkpoint
+
+
+def optimizer_settings(optimizer: Optimizer, scheduler: Any | None) -> dict[str, Any]:
+    """What a config says of an optimizer and a schedule that have not stepped yet, as plain data."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    schedule = None if scheduler is None else {"class": type(scheduler).__name__, **scheduler.state_dict()}
+    return deepcopy({"class": type(optimizer).__name__, "groups": groups, "schedule": schedule})
+
+
+def apply_settings(optimizer: Optimizer, now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    """Let changed settings of an optimizer count, whose state was loaded with the settings of then.
+
+    Args:
+        optimizer: of the run that goes on; its groups are changed.
+        now: `optimizer_settings` of this run.
+        then: of the run whose state was loaded.
+
+    Returns:
+        The changes, such as ``lr 0.1 -> 0.2``.
+
+    Raises:
+        CheckpointError: another optimizer, or another schedule: its state would override the new settings.
+    """
+    for name, key in (("class", "model.optimizer"), ("schedule", "model.scheduler or the learning rate")):
+        if now[name] != then[name]:
+            raise CheckpointError(
+                f"{key}: a run goes on with the one that it began with ({then[name]}, is {now[name]}). Restore it, "
+                "or start a new run from the exported weights"
+            )
+    changes = []
+    for group, new, old in zip(optimizer.param_groups, now["groups"], then["groups"], strict=True):
+        changed = {name: value for name, value in new.items() if value != old.get(name)}
+        group.update(changed)
+        changes += [f"{name} {old.get(name)} -> {value}" for name, value in changed.items()]
+    return changes
 
 
 def trained_names(module: nn.Module) -> set[str]:
@@ -24,12 +144,13 @@ def check_trained(checkpoint: dict[str, Any], module: nn.Module) -> None:
     """Refuse a checkpoint of something else, which non-strict loading would accept in silence.
 
     Raises:
-        UserError: it holds other tensors than the config trains.
+        CheckpointError: it holds other tensors than the config trains.
     """
-    trained, there = trained_names(module), set(checkpoint["state_dict"])
-    if trained != there:
-        raise UserError(
-            f"this checkpoint holds {len(there)} trained tensors, the config makes {len(trained)}, and "
-            f"{len(trained ^ there)} differ (such as {sorted(trained ^ there)[0]}). Were model.policy.lora, "
+    mine = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
+    theirs = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+    if different := sorted({name for name, _ in mine.items() ^ theirs.items()}):
+        raise CheckpointError(
+            f"this checkpoint holds {len(theirs)} trained tensors, the config makes {len(mine)}, and "
+            f"{len(different)} differ (such as {different[0]}). Were model.policy.lora, "
             "freeze_vision or the base model changed? Resume with the config saved in the run folder"
         )

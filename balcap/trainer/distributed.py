@@ -33,6 +33,6 @@ def gather_objects(trainer: Trainer, mine: Any) -> list[Any]:
 
 
 def stop_together(trainer: Trainer, why: RunStopped | None) -> None:
-    """Raise on all ranks what stopped one of them, so that they save a checkpoint together."""
+    """Raise on all ranks what stopped the first of them: they save a checkpoint together, and end alike."""
     if gather(trainer, torch.tensor([float(why is not None)])).sum() > 0:
-        raise why or RunStopped("another process stopped the run, and says why")
+        raise next(reason for reason in gather_objects(trainer, why) if reason is not None)

@@ -4,96 +4,115 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_only
 
-from balcap.judge import Judgments
 from balcap.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 
 
 def log_metrics(
-    module: LightningModule,
-    metrics: dict[str, float],
-    own_count: int | None,
-    last: bool = True,
-    **options: Any,
+    module: LightningModule, metrics: dict[str, float], step: int, last: bool = True, **options: Any
 ) -> None:
-    """Hand metrics to Lightning, and to the loggers under Lightning's count of steps or another one.
+    """Hand metrics to Lightning, and through it to the loggers.
 
     Args:
         module: that logs.
         metrics: by name.
-        own_count: step that the loggers see; None for Lightning's.
-        last: whether these are the last metrics of the step: Lightning takes one set.
+        step: optimizer steps behind the weights, which is what the loggers count. (Lightning's own count is of batches,
+            from 0.)
+        last: whether these are the last metrics of the training step: Lightning takes one set, the others go to the
+            loggers directly.
         options: of `LightningModule.log_dict`.
     """
     if last:
-        module.log_dict(metrics, logger=own_count is None, **options)
-    trainer = module.trainer
-    training = trainer.state.stage == RunningStage.TRAINING
-    every = max(1, getattr(trainer, "log_every_n_steps", 1)) if training else 1
-    if own_count is not None and own_count % every == 0 and not trainer.sanity_checking:
+        counts = {"step": float(step), "epoch": float(module.current_epoch)}
+        module.log_dict(metrics | counts, **options)
+    elif step % max(1, getattr(module.trainer, "log_every_n_steps", 1)) == 0:
         for logger in module.loggers:
-            logger.log_metrics(metrics | {"epoch": module.current_epoch}, step=own_count)
+            logger.log_metrics(metrics | {"epoch": module.current_epoch}, step=step)
 
 
 @rank_zero_only
-def warn_of_missing(judgments: Judgments, step: int) -> None:
-    """Say on the console which judgments a step lacks, and why."""
-    if not judgments.failures:
-        return
-    counts = ", ".join(f"{number} {task}" for task, number in judgments.failures.items())
-    log.warning("step %d: judgments missing: %s; %s", step, counts, "; ".join(judgments.reasons))
+def warn_of_missing(failures: Mapping[str, int], reasons: Iterable[str], captions: int, where: str) -> None:
+    """Say on the console which judgments are missing, and why.
+
+    Args:
+        failures: task name -> how many are missing.
+        reasons: a few, worded for a person.
+        captions: that were judged, by this rank.
+        where: such as ``step 3``.
+    """
+    if failures:
+        counts = ", ".join(f"{number} {task}" for task, number in failures.items())
+        reasons = "; ".join(dict.fromkeys(reasons))
+        log.warning("%s: judgments missing: %s, of %d captions; %s", where, counts, captions, reasons)
 
 
 class _ContinuedWriter(ExperimentWriter):
-    """Keeps the rows of an earlier run, up to the step from which it is continued."""
+    """Keeps the rows of an earlier run: up to the step from which it is continued, or all of them."""
 
-    def __init__(self, log_dir: str, keep: bool) -> None:
+    def __init__(self, log_dir: str, keep: float | None) -> None:
         self._keep = keep
-        self._joined = not keep
+        self._joined = keep in (None, math.inf)
         super().__init__(log_dir=log_dir)
-        if keep and Path(self.metrics_file_path).is_file():
-            with open(self.metrics_file_path, newline="") as file:
-                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+        if keep is not None and Path(self.metrics_file_path).is_file():
+            self.metrics_keys, rows = _whole_rows(Path(self.metrics_file_path))
+            self._write(rows)
 
     def _check_log_dir_exists(self) -> None:
         """A run folder holds more than this file; only the file itself is replaced."""
         path = Path(self.metrics_file_path)
-        if not self._keep and path.is_file():
+        if self._keep is None and path.is_file():
             path.unlink()
 
     def save(self) -> None:
         if self.metrics and not self._joined:
-            self._drop_from(min(int(row["step"]) for row in self.metrics))
+            self._join()
             self._joined = True
         super().save()
 
-    def _drop_from(self, step: int) -> None:
-        """Forget what the killed run wrote beyond its checkpoint: those steps are run again."""
+    def _join(self) -> None:
+        """Forget what the killed run wrote beyond its checkpoint, and a validation that is made again."""
+        assert self._keep is not None
+        first = min(int(row["step"]) for row in self.metrics)
+        again = {name for row in self.metrics for name in row if name.startswith(("train/", "val/"))}
         path = Path(self.metrics_file_path)
-        if not path.is_file():
-            return
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        kept = [r for r in rows if int(r["step"]) < step or (int(r["step"]) == step and not _trains(r))]
-        with atomic_write(path) as file:
+        if path.is_file():
+            rows = [row for row in _whole_rows(path)[1] if int(row["step"]) <= self._keep]
+            self._write([row for row in rows if int(row["step"]) != first or not _has(row, again)])
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self._write(_whole_rows(Path(self.metrics_file_path))[1])
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        with atomic_write(self.metrics_file_path, newline="") as file:
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
-            writer.writerows(kept)
+            writer.writerows(rows)
 
 
-def _trains(row: dict[str, Any]) -> bool:
-    return any(value for key, value in row.items() if key.startswith("train/"))
+def _has(row: dict[str, str], names: set[str]) -> bool:
+    return any(row.get(name) for name in names)
+
+
+def _whole_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of a file of metrics, without rows that a kill or a full disk has cut short."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    reader = csv.DictReader(line for line in lines if line.endswith("\n") and "\0" not in line)
+    columns = list(reader.fieldnames or [])
+    # DictReader fills up what a row lacks with None, and collects what it has too many under None.
+    rows = [row for row in reader if None not in row and None not in row.values()]
+    return columns, [row for row in rows if row.get("step", "").isdigit()]
 
 
 class RunCSVLogger(CSVLogger):
@@ -101,10 +120,11 @@ class RunCSVLogger(CSVLogger):
 
     Args:
         save_dir: the run folder.
-        keep: continue the file that is there (a resumed run) instead of starting anew.
+        keep: the last step whose rows stay in the file that is there: that of a resumed run's checkpoint; infinity
+            for all of them; None starts anew.
     """
 
-    def __init__(self, save_dir: str, keep: bool = False) -> None:
+    def __init__(self, save_dir: str, keep: float | None = None) -> None:
         super().__init__(save_dir=save_dir, name="", version="", flush_logs_every_n_steps=1)
         self._keep = keep
 

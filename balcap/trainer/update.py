@@ -71,7 +71,7 @@ class UpdateSettings:
             ("clip_eps_low", 0 < self.clip_eps_low < 1, "is outside (0, 1)"),
             ("clip_eps_high", 0 < self.clip_eps_high < math.inf, "must be above 0"),
             ("kl_coef", 0 <= self.kl_coef < math.inf, "would reward drifting away; use 0 or more"),
-            ("mismatch_threshold", self.mismatch_threshold >= 0, "must be at least 0"),
+            ("mismatch_threshold", 0 <= self.mismatch_threshold < math.inf, "must be at least 0"),
             ("max_grad_norm", norm is None or 0 < norm < math.inf, "must be above 0, or null"),
             ("max_skipped_updates", self.max_skipped_updates >= 0, "must be at least 0"),
             (

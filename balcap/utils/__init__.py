@@ -5,5 +5,6 @@
 `imports.py`  torchmetrics without transformers
 `loop.py`     event loops in background threads
 `redact.py`   texts and settings without secrets
+`run_folder.py`  a folder of one run, held by one process
 `seeding.py`  random numbers of one place in a run
 """

@@ -1,6 +1,8 @@
 """The picture of a run."""
 
 import csv
+import math
+from pathlib import Path
 
 import pytest
 from callback_fakes import TinyData, TinyModule, make_trainer
@@ -31,7 +33,10 @@ def test_reads_sparse_columns_in_order_of_steps(tmp_path):
             {"step": 2, "train/kl": "nan"},
         ],
     )
-    assert read_metrics(path) == {"train/kl": ([1.0, 3.0], [0.1, 0.3]), "val/precision": ([0.0], [0.5])}
+    series = read_metrics(path)
+    assert series["train/kl"] == ([1.0, 2.0, 3.0], [0.1, pytest.approx(math.nan, nan_ok=True), 0.3])
+    assert series["val/precision"] == ([0.0], [0.5])
+    assert len(series) == 2
 
 
 def test_smoothing_keeps_constants_short_runs_and_the_mean_of_a_window():
@@ -91,3 +96,24 @@ def test_a_picture_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
 def test_without_the_csv_logger_nothing_is_drawn(tmp_path):
     make_trainer(tmp_path, [RunCurves()]).fit(TinyModule(), TinyData())
     assert list(tmp_path.rglob("*.png")) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "label"), [([math.nan] * 4, "100% missing"), ([0.5, *[math.nan] * 3], "75% missing")]
+)
+def test_what_was_logged_and_missing_is_no_gap_without_a_word(
+    tmp_path: Path, values, label, monkeypatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    path, legends = tmp_path / "metrics.csv", []
+    path.write_text("step,train/precision\n" + "".join(f"{i},{v}\n" for i, v in enumerate(values)))
+    real = Axes.legend
+
+    def legend(self, *args, **options):
+        legends.extend(self.get_legend_handles_labels()[1])
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Axes, "legend", legend)
+    plot_curves(path, tmp_path / "curves.png")
+    assert f"precision ({label})" in legends

@@ -35,7 +35,7 @@ def fit(fit_arguments, cli, tmp_path: Path):
 def test_with_a_lag_captions_are_one_update_old_and_corrected(fit) -> None:
     now, late = fit("now"), fit("late", **{"model.lag": 1, "trainer.precision": "32-true"})
     rows = rows_of(late)
-    assert [int(row["step"]) for row in rows] == list(range(STEPS))
+    assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
     assert [float(row["train/staleness"]) for row in rows] == [0, 1, 1, 1]
     validated = [[row["step"] for row in metrics(run) if row.get("val/b_capscore")] for run in (now, late)]
     assert validated == [["0", str(STEPS)]] * 2
@@ -63,7 +63,7 @@ def test_the_end_of_the_last_epoch_leaves_nothing_unlearned(fit) -> None:
     options = {"trainer.max_epochs": 2, "trainer.limit_train_batches": 3, "trainer.max_steps": -1}
     late = fit("late", **options, **{"model.lag": 1, "rollout_log.every_n_steps": 1})
     rows = rows_of(late)
-    assert [int(row["step"]) for row in rows] == list(range(6))
+    assert [int(row["step"]) for row in rows] == list(range(1, 7))
     assert [float(row["train/staleness"]) for row in rows] == [0, 1, 1, 1, 1, 1]
     assert len({row["train/loss"] for row in rows}) == 6
     records = [pq.read_table(file) for file in sorted((late / "rollouts").glob("train-*"))]

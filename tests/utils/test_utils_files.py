@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from balcap.utils.files import append_jsonl, atomic_write, read_jsonl
+from balcap.utils.files import append_jsonl, atomic_write, read_jsonl, replaced_folder
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path):
@@ -39,3 +39,19 @@ def test_lines_survive_one_that_was_cut_short(tmp_path: Path, torn: bytes):
     assert read_jsonl(path) == rows
     append_jsonl(path, [{"n": 4}])
     assert read_jsonl(path) == [*rows, {"n": 4}]
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path):
+    path = tmp_path / "new" / "export"
+    with replaced_folder(path) as folder:
+        (folder / "old.txt").write_text("old")
+        (folder / "shard").mkdir()
+        (folder / "shard" / "1").write_text("1")
+        assert not path.exists()
+    with pytest.raises(FileNotFoundError), replaced_folder(path) as folder:
+        (folder / "nowhere" / "half.txt").write_text("half")
+    assert sorted(os.listdir(path)) == ["old.txt", "shard"]
+    with replaced_folder(path) as folder:
+        (folder / "new.txt").write_text("new")
+    assert os.listdir(path) == ["new.txt"]
+    assert os.listdir(path.parent) == ["export"]

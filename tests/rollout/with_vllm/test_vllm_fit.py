@@ -66,7 +66,7 @@ def test_a_run_learns_from_vllms_captions_and_resumes(
         assert float(row["train/caption_tokens"]) > 1
     cli([*fit_arguments(**{**options, "trainer.max_steps": 3}), "--ckpt_path", "last"])
     rows = steps(tmp_path / "run")
-    assert [int(row["step"]) for row in rows] == [0, 1, 2]
+    assert [int(row["step"]) for row in rows] == [1, 2, 3]
     assert float(rows[-1]["train/mismatch_mean"]) < 0.1
     assert not torch.distributed.is_initialized()
 
