@@ -50,7 +50,7 @@ SUBJECTS: list[tuple[type, dict[str, Any], Callable[[Any], Any]]] = [
     (DataSettings, {"predict_from": str(ROOT)}, lambda one: one.problems("predict")),
     (JudgeSettings, {"model": "openai/gpt-4o-mini", "params": {"api_base": "http://localhost"}},
      lambda one: one.problems()),
-    (ImagePolicy, {}, lambda one: one.problems()),
+    (ImagePolicy, {}, lambda one: JudgeSettings("openai/gpt-4o-mini", images=one).problems()),
     (BalCapModule, {}, model_problems),
     (CGDPO, {}, lambda one: one.problems()),
     (GRPO, {}, lambda one: one.problems()),
@@ -72,7 +72,7 @@ MEANT = {
     "JudgeSettings": {
         "retries": [0], "timeout_s": [math.inf], "deadline_s": [math.inf], "budget_usd": [math.inf]
     },
-    "BalCapModule": {"seed": [0, -1]},
+    "BalCapModule": {"seed": [0, -1], "predict_temperature": [0]},
     "LengthMask": {"tau_low": [0], "tau_high": [math.inf]},
     "LinearLengthPenalty": {"slope": [0]},
     "VLLMInProcess": {"deadline_s": [math.inf]},

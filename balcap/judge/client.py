@@ -322,8 +322,10 @@ async def _close_connections() -> None:
 
 def _close_at_exit() -> None:
     """Where nobody has closed a judge: litellm's own clean-up would wait for connections of another loop."""
+    closing = _close_connections()
     with contextlib.suppress(Exception):
-        process_loop().submit(_close_connections()).result(timeout=5)
+        process_loop().submit(closing).result(timeout=5)
+    closing.close()  # where the loop is gone already
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -127,7 +128,8 @@ class JudgeSettings:
         late = f"at least {key}.timeout_s: {self.timeout_s:g}"
         rules: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
             (r"deadline_s$", late, lambda number: number >= self.timeout_s),
-            (r"(timeout_s|budget_usd|max_mb)$", "above 0", lambda number: number > 0),
+            (r"(timeout_s|budget_usd)$", "above 0", lambda number: number > 0),
+            (r"max_mb$", "above 0 and finite", lambda number: 0 < number < math.inf),
             (r"max_failed_share$", "above 0 and at most 1", lambda share: 0 < share <= 1),
             (r"images\.max_side$", f"at least {LEAST_SIDE}", lambda side: side >= LEAST_SIDE),
             (r"images\.quality$", "from 1 to 95", lambda quality: 1 <= quality <= 95),
