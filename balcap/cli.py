@@ -213,9 +213,10 @@ class BalCapCLI(LightningCLI):
         if self.subcommand == "estimate":
             kwargs |= HERE
         elif options.trainer.logger is None:
-            keep = None if self.checkpoint is None else read_checkpoint(self.checkpoint)["global_step"]
+            saved = None if self.checkpoint is None else read_checkpoint(self.checkpoint)
+            keep, logged = (saved["global_step"], saved["balcap"].get("logged")) if saved else (None, None)
             kwargs["logger"] = [
-                RunCSVLogger(options.run_dir, keep=keep if self.subcommand == "fit" else math.inf),
+                RunCSVLogger(options.run_dir, keep if self.subcommand == "fit" else math.inf, logged),
                 TensorBoardLogger(options.run_dir, name="tensorboard", version=""),
             ]
         try:

@@ -94,6 +94,7 @@ class BalCapModule(L.LightningModule):
         )
         self.loop: OptimizerLoop | None = None
         self._skipped = 0  # updates of the run that is continued
+        self._logged: dict[str, float] = {}  # the latest step's, for a checkpoint: loggers get them after it
         self._loaded_step = self._rewards_missing = self._rewards_seen = 0
         self._val_failures: Counter[str] = Counter()
         self._val_reasons: list[str] = []
@@ -300,6 +301,8 @@ class BalCapModule(L.LightningModule):
             self.trainer, self.pipeline, self.loop, tally, rollouts, judgments, before
         )
         log_metrics(self, logged, self.weights_step, last, batch_size=len(rollouts))
+        if self.weights_step % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+            self._logged = logged | {"step": self.weights_step, "epoch": self.current_epoch}
         self._rewards_missing += int(rewards.isnan().sum())
         self._rewards_seen += rewards.numel()
         captions = rollouts.truncated.numel()
@@ -323,6 +326,7 @@ class BalCapModule(L.LightningModule):
         skipped = self._skipped if self.loop is None else self.loop.skipped
         checkpoint["balcap"] = {
             "skipped_total": skipped,
+            "logged": self._logged,
             "optimizer": self._optimizer_settings,
             **self.pipeline.state_dict(),
         }

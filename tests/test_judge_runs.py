@@ -121,7 +121,7 @@ def test_a_judge_that_was_never_there_says_so_at_once(http, cli, server, tmp_pat
     assert "planted-key" not in str(stopped.value)
     assert server.calls < 40
     server.always = None
-    cli([*http(server), "--ckpt_path", "last"])
+    cli([*http(server), "--resume", "auto"])
     assert len(trained(tmp_path / "run")) == STEPS
 
 

@@ -325,7 +325,8 @@ def _close_at_exit() -> None:
     closing = _close_connections()
     with contextlib.suppress(Exception):
         process_loop().submit(closing).result(timeout=5)
-    closing.close()  # where the loop is gone already
+    with contextlib.suppress(Exception):
+        closing.close()  # where the loop is gone already
 
 
 @functools.cache

@@ -61,8 +61,8 @@ def warn_of_missing(failures: Mapping[str, int], reasons: Iterable[str], caption
 class _ContinuedWriter(ExperimentWriter):
     """Keeps the rows of an earlier run: up to the step from which it is continued, or all of them."""
 
-    def __init__(self, log_dir: str, keep: float | None) -> None:
-        self._keep = keep
+    def __init__(self, log_dir: str, keep: float | None, logged: Mapping[str, float] | None) -> None:
+        self._keep, self._logged = keep, logged
         self._joined = keep in (None, math.inf)
         super().__init__(log_dir=log_dir)
         if keep is not None and Path(self.metrics_file_path).is_file():
@@ -89,7 +89,20 @@ class _ContinuedWriter(ExperimentWriter):
         path = Path(self.metrics_file_path)
         if path.is_file():
             rows = [row for row in _whole_rows(path)[1] if int(row["step"]) <= self._keep]
-            self._write([row for row in rows if int(row["step"]) != first or not _has(row, again)])
+            rows = [row for row in rows if int(row["step"]) != first or not _has(row, again)]
+            if self._logged and not any(
+                _has(row, self._logged) for row in rows if row["step"] == self._last_step
+            ):
+                self.metrics_keys = sorted({*self.metrics_keys, *self._logged})  # Lightning sorts them, too
+                rows.append(
+                    {name: str(value) for name, value in self._logged.items()} | {"step": self._last_step}
+                )
+            self._write(rows)
+
+    @property
+    def _last_step(self) -> str:
+        """Of the checkpoint, as it stands in the file."""
+        return str(int((self._logged or {}).get("step", -1)))
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         self._write(_whole_rows(Path(self.metrics_file_path))[1])
@@ -101,8 +114,8 @@ class _ContinuedWriter(ExperimentWriter):
             writer.writerows(rows)
 
 
-def _has(row: dict[str, str], names: set[str]) -> bool:
-    return any(row.get(name) for name in names)
+def _has(row: Mapping[str, str], names: Iterable[str]) -> bool:
+    return any(row.get(name) for name in names if name.startswith(("train/", "val/")))
 
 
 def _whole_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -122,11 +135,15 @@ class RunCSVLogger(CSVLogger):
         save_dir: the run folder.
         keep: the last step whose rows stay in the file that is there: that of a resumed run's checkpoint; infinity
             for all of them; None starts anew.
+        logged: metrics of the checkpoint's step, with ``step``: Lightning logs after it has saved, and the run may have
+            been killed in between.
     """
 
-    def __init__(self, save_dir: str, keep: float | None = None) -> None:
+    def __init__(
+        self, save_dir: str, keep: float | None = None, logged: Mapping[str, float] | None = None
+    ) -> None:
         super().__init__(save_dir=save_dir, name="", version="", flush_logs_every_n_steps=1)
-        self._keep = keep
+        self._keep, self._logged = keep, logged
 
     @property
     def log_dir(self) -> str:
@@ -141,5 +158,5 @@ class RunCSVLogger(CSVLogger):
     def _writer(self) -> _ContinuedWriter:
         if self._experiment is None:
             os.makedirs(self.save_dir, exist_ok=True)
-            self._experiment = _ContinuedWriter(self.save_dir, self._keep)
+            self._experiment = _ContinuedWriter(self.save_dir, self._keep, self._logged)
         return self._experiment  # type: ignore[return-value]

@@ -78,9 +78,10 @@ def test_no_key_is_written_anywhere(
 ) -> None:
     key = "sk-planted-0123456789abcdef"
     monkeypatch.setenv("HOSTED_VLLM_API_KEY", key)
+    named = {"judge.params.api_key": "os.environ/HOSTED_VLLM_API_KEY"}
     server.script = [None] * 6 + ["400", "401", "429", "500"]  # which quote it
     with pytest.raises(SystemExit):
-        cli(recaption_arguments(**over_http, max_rows=20))
+        cli(recaption_arguments(**over_http, **named, max_rows=20))
     assert any(key in str(given) for given in server.keys)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"new.json.settings.json", "new.json.ledger.sqlite", "judge.sqlite"} <= {p.name for p in written}

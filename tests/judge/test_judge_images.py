@@ -314,7 +314,7 @@ def test_settings_that_fit_have_no_problems() -> None:
 def test_all_problems_are_reported_with_their_key() -> None:
     assert image_problems(ImagePolicy(max_side=27, max_mb=0, quality=96)) == [
         "model.judge.images.max_side: 27 must be at least 28",
-        "model.judge.images.max_mb: 0 must be above 0",
+        "model.judge.images.max_mb: 0 must be above 0 and finite",
         "model.judge.images.quality: 96 must be from 1 to 95",
     ]
     assert len(image_problems(ImagePolicy(max_mb=float("nan"), quality=0))) == 2

@@ -112,3 +112,16 @@ def test_a_kill_in_a_rewrite_loses_no_row(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         _write(tmp_path, 1, [(1, {"train/loss": 1.0, "a new one": 2.0})])
     assert [r["step"] for r in metrics(tmp_path)] == ["0"]
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_the_row_of_the_checkpoints_step_is_there_whenever_the_kill_came(
+    tmp_path: Path, written: bool
+) -> None:
+    rows = [(1, {"train/loss": 1.0}), (2, {"val/b_capscore": 0.3}), (2, {"train/loss": 2.0})]
+    _write(tmp_path, None, rows if written else rows[:2])
+    logger = RunCSVLogger(str(tmp_path), 2, {"train/loss": 2.0, "train/kl": 0.5, "step": 2, "epoch": 0})
+    logger.log_metrics({"train/loss": 3.0}, step=3)
+    logger.save()
+    losses = [(row["step"], row["train/loss"]) for row in metrics(tmp_path) if row["train/loss"]]
+    assert losses == [("1", "1.0"), ("2", "2.0"), ("3", "3.0")]
