@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from balcap.data import reader
 from balcap.data.images import BadImage
 from balcap.data.reader import ImageFolder, folder_rows, spellings
 
@@ -166,3 +168,17 @@ def test_a_file_name_that_is_not_utf8_is_a_bad_row(root: Path) -> None:
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     assert [row["problem"] for row in folder_rows(root)] == ["not_utf8", ""]
+
+
+def test_a_large_image_is_scaled_down_once_for_policy_and_judge(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (300, 200), (200, 10, 10)).save(root / "large.png")
+    data, image = ImageFolder(root).read("large.png")
+    assert image.size == (300, 200)
+    assert data == (root / "large.png").read_bytes()
+    monkeypatch.setattr(reader, "LARGE", 15_000)
+    data, image = ImageFolder(root).read("large.png")
+    assert image.size == (150, 100)
+    assert Image.open(io.BytesIO(data)).size == (150, 100)
+    assert ImageFolder(root).read("large.png")[0] == data  # caches key on it
