@@ -19,6 +19,7 @@ def test_there_is_no_import_circle(graph: grimp.ImportGraph) -> None:
     modules = [
         module for module in graph.modules if module.split(".")[0] in ("balcap", "callbacks", "examples")
     ]
+    assert len(modules) > 100
     try:
         TopologicalSorter({m: graph.find_modules_directly_imported_by(m) for m in modules}).prepare()
     except CycleError as error:

@@ -49,7 +49,8 @@ def without_bad_usage(body: bytes) -> bytes:
     except (ValueError, KeyError, TypeError, RecursionError):
         return body
     if isinstance(usage, dict):
-        details = usage.get("prompt_tokens_details") or {}
+        details = usage.get("prompt_tokens_details")
+        details = details if isinstance(details, dict) else {}
         given = (
             usage.get("prompt_tokens"),
             usage.get("completion_tokens"),

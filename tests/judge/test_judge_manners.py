@@ -172,6 +172,8 @@ def test_loose_json_is_read(text: str) -> None:
 
 WRONG_USAGE = [
     None,
+    "none",
+    {"prompt_tokens": "many", "completion_tokens": 5, "prompt_tokens_details": "few"},
     {},
     {"prompt_tokens": -1000, "completion_tokens": -1000, "total_tokens": -2000},
     {"prompt_tokens": "many", "completion_tokens": "few", "total_tokens": "?"},

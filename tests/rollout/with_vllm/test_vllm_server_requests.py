@@ -374,6 +374,7 @@ def test_the_same_model_in_another_folder_is_taken(policy: Policy, fakes: list[F
     fakes[0].model = f"/there/{name}"
     engine = VLLMServer([fakes[0].url], start_timeout_s=5)
     engine.attach(policy)
+    assert [server.about["max_model_len"] for server in engine._servers]  # it was asked, and fits
     engine.close()
 
 
