@@ -75,7 +75,7 @@ class RunParser(LightningArgumentParser):
             for name in re.findall(r"(?:--|option ')([\w.]+)", message, re.IGNORECASE)
             if name not in names and (found := difflib.get_close_matches(name, names, n=1, cutoff=0.7))
         ]
-        print(f"Error: {' '.join([message, *near])}", file=sys.stderr)
+        print(f"Error: {'. '.join([message.rstrip('. '), *near])}", file=sys.stderr)
         print(f"All settings: {parser.prog.replace(' [options]', '')} --help", file=sys.stderr)
         self.exit(2)
 
