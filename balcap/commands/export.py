@@ -15,7 +15,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command with these arguments.
 
     Raises:
-        SystemExit: with a message: what cannot be, or cannot be loaded.
+        ConfigError: what cannot be.
+        PolicyError: what cannot be loaded.
     """
     from jsonargparse import ArgumentParser
 
@@ -41,13 +42,9 @@ def main(args: Sequence[str] | None = None) -> None:
         from balcap.cli import ConfigError  # imports Lightning
 
         raise ConfigError(problems)
-    from balcap.policy.config import PolicyError
     from balcap.policy.loading import load_adapter, load_model, load_processor
 
-    try:
-        model, processor = load_adapter(load_model(config.base), config), load_processor(config)
-    except PolicyError as error:
-        raise SystemExit(f"Error: {error}") from None
+    model, processor = load_adapter(load_model(config.base), config), load_processor(config)
     with replaced_folder(values.out) as folder:
         model.merge_and_unload().save_pretrained(folder)
         processor.save_pretrained(folder)
