@@ -9,8 +9,6 @@ import math
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from balcap.policy.config import reference_problem
-
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -120,8 +118,6 @@ def _fit_problems(trainer: Trainer, model: BalCapModule) -> list[str]:
         problems.append(
             "trainer.precision: gradients underflow in float16; use bf16-mixed, or 32-true on a GPU without bfloat16"
         )
-    if model.update_settings.kl_coef and model.policy_config.adapter is not None:
-        problems.append(reference_problem(model.policy_config))
     if model.policy_config.dtype == "float16":
         problems.append(
             "model.policy.dtype: gradients underflow in float16; use bfloat16 or float32 to train"

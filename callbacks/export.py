@@ -41,5 +41,5 @@ class ExportPolicy(Callback):
             base = Path(adapter.base_model_name_or_path or "")
             adapter.base_model_name_or_path = str(base.resolve()) if base.is_dir() else str(base)
         with replaced_folder(folder) as new:
-            policy.model.save_pretrained(new)
+            policy.save_pretrained(new)
             policy.encoder.processor.save_pretrained(new)

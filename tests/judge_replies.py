@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import random
 from base64 import b64decode
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from io import BytesIO
 from typing import Any
 
@@ -70,6 +71,18 @@ def right_answer(messages: Messages) -> dict[str, Any]:
 
 # ---- the wrong ones
 
+WRONG_USAGE: dict[str, Any] = {
+    "usage_none": None,
+    "usage_below": {"prompt_tokens": -1000, "completion_tokens": -1000, "total_tokens": -2000},
+    "usage_text": {"prompt_tokens": "many", "completion_tokens": "few", "total_tokens": "?"},
+    "usage_cached": {
+        "prompt_tokens": 10,
+        "completion_tokens": 5,
+        "total_tokens": 15,
+        "prompt_tokens_details": {"cached_tokens": 10_000},
+    },
+}
+
 
 def spoil(fault: str | None, answer: dict[str, Any]) -> tuple[str | None, str, str | None]:
     """Content, finish reason and refusal of a message in which `fault` is what is wrong with `answer`.
@@ -82,6 +95,12 @@ def spoil(fault: str | None, answer: dict[str, Any]) -> tuple[str | None, str, s
     match fault:
         case "prose":
             return f"Sure! Here it is:\n```json\n{text}\n```\nHope that helps.", "stop", None
+        case "thought":
+            return f'<thought>Perhaps {{"id": 1}}?</thought>{text}', "stop", None
+        case "loose":
+            return f"{text[:-1]}, // as asked\n}}", "stop", None
+        case "again":
+            return f"{text}\n\n{text}", "stop", None
         case "truncated":
             return text[: len(text) // 2], "stop", None
         case "length":
@@ -107,6 +126,23 @@ def spoil(fault: str | None, answer: dict[str, Any]) -> tuple[str | None, str, s
             first = _items(answer)[0]
             first.update({key: _out_of_range(value) for key, value in first.items() if key != "id"})
     return json.dumps(answer), "stop", None
+
+
+def message_of(fault: str | None, content: str | None, refusal: str | None) -> dict[str, Any]:
+    """The assistant's message; "reasoning" and "tool" put the content where few look for it."""
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": refusal}
+    if fault == "reasoning":
+        return message | {"content": None, "reasoning_content": content}
+    if fault == "tool":
+        call = {"id": "1", "type": "function", "function": {"name": "json_tool_call", "arguments": content}}
+        return message | {"content": None, "tool_calls": [call]}
+    return message
+
+
+@cache
+def bomb() -> bytes:
+    """100 MB of zeros, zipped to 100 KB."""
+    return gzip.compress(b"0" * 100_000_000)
 
 
 def _items(answer: dict[str, Any]) -> list[dict[str, Any]]:

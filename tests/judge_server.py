@@ -21,12 +21,16 @@ What can go wrong:
     content      truncated, prose (JSON inside a chat: readable, so no failure), short (an item is missing),
                  unknown_id, twice (two items with one id), out_of_range, refusal, filter, empty, length (cut at
                  max_tokens)
+    odd          right, but elsewhere: reasoning, tool (a call of one), thought, loose (comments and commas), again (the
+                 same object twice), zipped; billed wrongly: usage_none, usage_below (0), usage_text, usage_cached (more
+                 than the prompt); huge (10 MB) and bomb (100 MB of zeros, zipped), which nobody should read
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gzip
 import hashlib
 import importlib
 import json
@@ -49,11 +53,14 @@ from typing import Any
 from aiohttp import web
 
 from tests.judge_replies import (
+    WRONG_USAGE,
     Answer,
     Messages,
+    bomb,
     gpt_4o_mini_image_tokens,
     image_size,
     log_normal,
+    message_of,
     question_of,
     right_answer,
     spoil,
@@ -75,10 +82,12 @@ _STATUS = {
 _BUSY = ("429", "429_after", "500", "503", "html")
 _TRANSPORT = ("hang", "drip", "reset")
 _CONTENT = ("truncated", "prose", "short", "unknown_id", "twice", "out_of_range", "refusal", "filter")
+_ODD = ("reasoning", "tool", "thought", "loose", "again", "zipped", *WRONG_USAGE)
+ODD = (*_ODD, "huge", "bomb")
 # What may go well when it is asked again; `fault_share` draws from these.
 PASSING = (*_BUSY, *_TRANSPORT, *_CONTENT, "empty", "length")
-_RIGHT_IN_THE_END = (None, "prose", "hang", "drip")
-FAULTS = (*PASSING, "400", "400_schema", "401", "403", "404", "quota", "no_schema")
+_RIGHT_IN_THE_END = (None, "prose", "hang", "drip", *_ODD)
+FAULTS = (*PASSING, *ODD, "400", "400_schema", "401", "403", "404", "quota", "no_schema")
 
 
 # ---- the server
@@ -236,21 +245,27 @@ class JudgeServer:
 
     def _reply(self, body: dict[str, Any], fault: str | None) -> dict[str, Any]:
         content, finish, refusal = spoil(fault, self.right_answer(question_of(body["messages"])))
-        message = {"role": "assistant", "content": content, "refusal": refusal}
-        return {
+        usage = self.usage(body["messages"], content or refusal or "")
+        reply = {
             "id": f"chatcmpl-{self._arrived}",
             "object": "chat.completion",
             "created": int(time.time()),
             "model": body["model"],
-            "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-            "usage": self.usage(body["messages"], content or refusal or ""),
+            "choices": [
+                {"index": 0, "message": message_of(fault, content, refusal), "finish_reason": finish}
+            ],
+            "usage": WRONG_USAGE.get(fault or "", usage),
         }
+        return reply | ({"padding": "x" * 10_000_000} if fault == "huge" else {})
 
     async def _write(
         self, request: web.Request, fault: str | None, reply: dict[str, Any]
     ) -> web.StreamResponse:
         payload = json.dumps(reply).encode()
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        if fault in ("zipped", "bomb"):
+            payload = bomb() if fault == "bomb" else gzip.compress(payload)
+            response.headers["Content-Encoding"] = "gzip"
         response.content_length = len(payload)
         await response.prepare(request)
         if fault == "reset":

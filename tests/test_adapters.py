@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 from balcap.config import ConfigError
 from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.config import PolicyError
+from balcap.policy.loading import load_model
 from balcap.policy.policy import Policy
 from callbacks.export import ExportPolicy
 from main import main
@@ -62,8 +63,38 @@ def test_an_adapter_goes_on_as_the_policy_that_was_exported(
     names = [{n for n, p in one.named_parameters() if p.requires_grad} for one in (policy, trained)]
     assert names[0] == names[1] != set()
     assert policy.source == str(folders[family].resolve())  # what engines load
-    with pytest.raises(PolicyError, match=r"model\.kl_coef"):
-        Policy.load(config, with_reference=True)
+
+
+def test_the_reference_of_an_adapter_that_goes_on_is_that_adapter(
+    trained: Policy, export: Path, tmp_path: Path
+) -> None:
+    settings = json.loads((export / "adapter_config.json").read_text())
+    (export / "adapter_config.json").write_text(json.dumps(settings | {"lora_dropout": 0.5}))
+    policy = Policy.load(_config(export), with_reference=True)
+    trainable = {name for name, weight in policy.named_parameters() if weight.requires_grad}
+    assert trainable == {name for name, weight in trained.named_parameters() if weight.requires_grad}
+    rollouts = rollouts_of(mixed_batch(), [[3, 1, 5], [7, 2, 2], [4, 6, 1]], range(20, 300))
+    prompts = policy.encode(rollouts.batch)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            if weight.requires_grad:
+                weight.mul_(-2.0)
+    before = _logps(policy)
+    policy.train()  # with dropout, which is not the reference's
+    torch.testing.assert_close(policy.reference_logps(rollouts, prompts, [0, 1, 2]), _logps(trained))
+    assert policy.model.training
+    assert trainable == {name for name, weight in policy.named_parameters() if weight.requires_grad}
+    torch.testing.assert_close(_logps(policy), before)  # the policy's own adapter is on again
+    assert (before - _logps(trained)).abs().max() > 0.01
+    policy.save_pretrained(tmp_path / "own")
+    assert [path.name for path in (tmp_path / "own").glob("**/*.safetensors")] == [
+        "adapter_model.safetensors"
+    ]
+
+
+def test_an_adapter_that_transformers_would_hide_is_refused(export: Path) -> None:
+    with pytest.raises(PolicyError, match="is an adapter on the hub; download it"):
+        load_model(_config(export))
 
 
 def test_an_adapter_is_merged_into_one_model(trained: Policy, export: Path, tmp_path: Path, capsys) -> None:
@@ -138,9 +169,7 @@ def test_every_command_takes_the_export_of_a_lora_run(
     }
     cli(fit_arguments(**options, **{"model.policy.lora": lora}))
     export = {"model.policy.model": tmp_path / "run/export", "model.policy.lora": lora}
-    with pytest.raises(ConfigError, match=r"model\.kl_coef: .* export"):
-        cli(fit_arguments(**options, **export, run_dir=tmp_path / "again"))
-    cli(fit_arguments(**options, **export, run_dir=tmp_path / "again", **{"model.kl_coef": 0}))
+    cli(fit_arguments(**options, **export, run_dir=tmp_path / "again", **{"model.kl_coef": 0.1}))
     assert (tmp_path / "again/export/adapter_config.json").is_file()
     one = tmp_path / "one"
     one.mkdir()

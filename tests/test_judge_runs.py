@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from examples.shapes.oracle import answer
-from tests.judge_server import JudgeServer, server_process
+from tests.judge_server import ODD, PASSING, JudgeServer, server_process
 from tests.support import ROOT, metrics
 
 STEPS = 3
@@ -61,7 +61,7 @@ def ledger(run: Path) -> list[sqlite3.Row]:
 
 
 def test_a_judge_that_misbehaves_costs_judgments_not_the_run(http, cli, tmp_path: Path) -> None:
-    server = JudgeServer(answer, fault_share=0.3, seed=1)
+    server = JudgeServer(answer, fault_share=0.3, faults=(*PASSING, *ODD), seed=1)
     server.retry_after = 0.1
     try:
         # One call per question and no retry: some judgments must be missing
@@ -70,7 +70,7 @@ def test_a_judge_that_misbehaves_costs_judgments_not_the_run(http, cli, tmp_path
     finally:
         server.close()
     faults = {record["fault"] for record in server.records} - {None}
-    assert len(faults) > 6
+    assert len(faults) > 12
     assert len(without) == STEPS
     assert sum(float(row["judge/failed"]) for row in without) > 0
     table = pq.read_table(sorted((tmp_path / "run/rollouts").glob("train-*")))

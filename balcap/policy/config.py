@@ -16,15 +16,6 @@ class PolicyError(UserError, ValueError):
     """The policy cannot be loaded, or would not be trained as the config says."""
 
 
-def reference_problem(config: PolicyConfig) -> str:
-    """Why a KL term cannot go with an adapter that is trained on."""
-    return (
-        "model.kl_coef: with the adapter off, the reference would be the base model, not the policy that the run starts "
-        f"from; set it to 0, or merge the adapter (python main.py export --model.policy.model {config.model} --merge "
-        "--out FOLDER) and start from FOLDER with a new one"
-    )
-
-
 @dataclass
 class LoraSettings:
     """A low-rank adapter on the policy (peft); the reference is then the policy with the adapter off.

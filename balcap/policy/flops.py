@@ -15,6 +15,7 @@ from torch import Tensor
 from balcap.policy.families import family_of
 from balcap.policy.families.base import num_weights
 from balcap.policy.layout import Layout
+from balcap.policy.loading import REFERENCE
 
 # Dense bfloat16 operations per second, from the makers' data sheets. Others: no MFU, rather than a guess.
 PEAK = {
@@ -52,8 +53,8 @@ def update_flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]]) 
         return None
     total = 0.0
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
-    for parameter in family.language_model(base).parameters():
-        if parameter is not embedding:
+    for name, parameter in family.language_model(base).named_parameters():
+        if parameter is not embedding and f".{REFERENCE}." not in name:
             total += 2 * num_weights(parameter) * layout.tokens * (2 + parameter.requires_grad)
     total += 2 * num_weights(head) * len(layout.predictors) * (2 + head.requires_grad)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -13,6 +13,9 @@ import torch
 from balcap.policy.config import LoraSettings, PolicyConfig, PolicyError
 from balcap.policy.families import family_of
 
+REFERENCE = "reference"
+"""Name of the frozen adapter that a run's policy is compared with, where the run continues an adapter."""
+
 
 @contextmanager
 def _explained(config: PolicyConfig) -> Iterator[None]:
@@ -24,6 +27,8 @@ def _explained(config: PolicyConfig) -> Iterator[None]:
         if isinstance(error, PolicyError):
             raise
         what = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            what = "it brings Python code of its own, which is never run; use a model that transformers itself has"
         raise PolicyError(f"model.policy.model: {config.model} cannot be loaded: {what}") from error
 
 
@@ -36,7 +41,9 @@ def load_processor(config: PolicyConfig) -> Any:
     from transformers import AutoProcessor
 
     with _explained(config):
-        processor = AutoProcessor.from_pretrained(config.model, revision=config.revision)
+        processor = AutoProcessor.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=False
+        )
     if not hasattr(processor, "image_processor"):
         raise PolicyError(
             f"model.policy.model: {config.model} has no image processor; a policy is an image-text-to-text model"
@@ -72,7 +79,7 @@ def load_model(config: PolicyConfig) -> Any:
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
     dtype = getattr(torch, config.dtype)
-    options: dict[str, Any] = {"dtype": dtype, "revision": config.revision}
+    options: dict[str, Any] = {"dtype": dtype, "revision": config.revision, "trust_remote_code": False}
     options["attn_implementation"] = config.attn_implementation  # None: transformers chooses
     if config.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -83,11 +90,24 @@ def load_model(config: PolicyConfig) -> Any:
         )
         options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     with _explained(config):
-        return AutoModelForImageTextToText.from_pretrained(config.model, **options)
+        model = AutoModelForImageTextToText.from_pretrained(config.model, **options)
+        if getattr(
+            model, "peft_config", None
+        ):  # transformers loads the base of an adapter by itself, and hides it
+            raise ValueError(
+                f"it is an adapter on the hub; download it (hf download {config.model} --local-dir FOLDER) "
+                "and set model.policy.model: FOLDER"
+            )
+    return model
 
 
-def load_adapter(model: Any, config: PolicyConfig) -> Any:
+def load_adapter(model: Any, config: PolicyConfig, with_reference: bool = False) -> Any:
     """A PeftModel of the base model `model` with the adapter that `config` names, to be trained on.
+
+    Args:
+        model: of `load_model`, for ``config.base``.
+        config: its `model` is the folder of the adapter.
+        with_reference: load it a second time, frozen, for `as_reference`.
 
     Raises:
         PolicyError: it does not fit the model.
@@ -97,17 +117,42 @@ def load_adapter(model: Any, config: PolicyConfig) -> Any:
     with _explained(config), warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")  # such an adapter would do nothing
         try:
-            return PeftModel.from_pretrained(model, config.model, is_trainable=True)
+            adapted = PeftModel.from_pretrained(model, config.model, is_trainable=True)
+            if with_reference:
+                adapted.load_adapter(config.model, REFERENCE)
+                for module in adapted.modules():
+                    if REFERENCE in (dropouts := getattr(module, "lora_dropout", {})):
+                        dropouts[REFERENCE] = torch.nn.Identity()  # it would make the reference noisy
+                adapted.set_adapter("default")
+            return adapted
         except (UserWarning, RuntimeError) as error:
             raise ValueError(f"it is no adapter of {config.base.model}: {str(error)[:200]}") from error
 
 
-def prepare(model: Any, config: PolicyConfig) -> Any:
+@contextmanager
+def as_reference(model: Any) -> Iterator[None]:
+    """`model`, a PeftModel, as the policy that the run started from: with the adapter that it continues, or with none."""
+    own, flags = model.active_adapter, [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        if REFERENCE in model.peft_config:
+            model.set_adapter(REFERENCE)
+            yield
+        else:
+            with model.disable_adapter():
+                yield
+    finally:
+        model.set_adapter(own)
+        for weight, flag in flags:  # peft makes all of an adapter trainable that it turns on
+            weight.requires_grad_(flag)
+
+
+def prepare(model: Any, config: PolicyConfig, with_reference: bool = False) -> Any:
     """Freeze, adapt and set up checkpointing; returns the model to train (a PeftModel with LoRA).
 
     Args:
         model: of `load_model`.
         config: that names an adapter to go on with, or how to make one, or neither.
+        with_reference: see `load_adapter`.
 
     Raises:
         PolicyError: LoRA targets that match nothing, or a language model that would not be trained.
@@ -115,7 +160,7 @@ def prepare(model: Any, config: PolicyConfig) -> Any:
     base, family = model, family_of(model)
     language = family.language_prefixes(base)
     if config.adapter is not None:
-        model = load_adapter(model, config)
+        model = load_adapter(model, config, with_reference)
     if config.freeze_vision:
         for name, parameter in base.named_parameters():
             if not name.startswith(language):

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from balcap.policy.config import PolicyConfig, PolicyError, reference_problem
+from balcap.policy.config import PolicyConfig
 from balcap.policy.families import ImageFeatures, base_of, family_of
 from balcap.policy.flops import update_flops
 from balcap.policy.layout import Layout
-from balcap.policy.loading import load_model, load_processor, prepare
+from balcap.policy.loading import as_reference, load_model, load_processor, prepare
 from balcap.policy.logps import caption_logps
 from balcap.policy.prompts import PromptEncoder, Prompts
 from balcap.policy.shared_prefix import prepare_shared_prefix, shared_prefix_logps
@@ -75,19 +75,17 @@ class Policy(nn.Module):
 
     @classmethod
     def load(cls, config: PolicyConfig, with_reference: bool) -> Policy:
-        """Load weights and processor; `with_reference` keeps a frozen copy where no adapter can be turned off.
+        """Load weights and processor; `with_reference` keeps a frozen copy of what is trained, where it is no new adapter.
 
         Raises:
-            PolicyError: see `prepare`; or an adapter goes on, and the reference would be the base without it.
+            PolicyError: see `prepare`.
         """
-        base = config.base
-        if with_reference and base is not config:
-            raise PolicyError(reference_problem(config))
+        base, has_adapter = config.base, config.lora is not None or config.adapter is not None
         processor = load_processor(config)
         model = load_model(base)
         encoder = PromptEncoder(processor, model.config)
-        copy = load_model(config) if with_reference and config.lora is None else None
-        model = prepare(model, config)
+        copy = load_model(config) if with_reference and not has_adapter else None
+        model = prepare(model, config, with_reference)
         return cls(model, encoder, copy, config.shared_prefix, base.model, base.revision)
 
     def train(self, mode: bool = True) -> Policy:
@@ -104,6 +102,11 @@ class Policy(nn.Module):
     @property
     def has_adapter(self) -> bool:
         return hasattr(self.model, "disable_adapter")
+
+    def save_pretrained(self, folder: Any, **options: Any) -> None:
+        """Weights in transformers' format; of a PeftModel the adapter that is trained, in peft's."""
+        adapter = {"selected_adapters": [self.model.active_adapter]} if self.has_adapter else {}
+        self.model.save_pretrained(folder, **adapter, **options)
 
     def encode(self, batch: CaptionBatch) -> Prompts:
         """Prompts of a batch; see `PromptEncoder.encode`."""
@@ -145,7 +148,7 @@ class Policy(nn.Module):
         if self.reference is None and not self.has_adapter:
             raise RuntimeError("this policy was loaded without a reference; model.kl_coef must then be 0")
         model = self.reference if self.reference is not None else self.model
-        with nullcontext() if self.reference is not None else self.model.disable_adapter():
+        with nullcontext() if self.reference is not None else as_reference(self.model):
             return self._logps(model, rollouts, prompts, rows, temperature=temperature)[0]
 
     def _logps(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from balcap.policy import LoraSettings
+from balcap.policy import LoraSettings, PolicyConfig
+from balcap.policy.config import PolicyError
+from balcap.policy.loading import load_model, load_processor
 from balcap.policy.policy import Policy
 from balcap.types import Rollouts
 from tests.tiny_models import mixed_batch, rollouts_of
@@ -255,3 +260,32 @@ def test_the_attention_implementation_is_passed_on(load: Load, rollouts: Rollout
     torch.testing.assert_close(
         eager.logps(rollouts, prompts, ROWS)[0], sdpa.logps(rollouts, prompts, ROWS)[0], atol=1e-4, rtol=0
     )
+
+
+# ── whose code runs ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("part", ["config.json", "processor_config.json"])
+def test_code_that_comes_with_a_model_is_never_run(folders: dict[str, Path], tmp_path: Path, part: str):
+    folder, mark = tmp_path / "model", tmp_path / "it ran"
+    shutil.copytree(folders["qwen"], folder)
+    (folder / "theirs.py").write_text(
+        f"open({str(mark)!r}, 'w')\n"
+        "from transformers import Qwen2_5_VLForConditionalGeneration as Model, Qwen2_5_VLProcessor as Processor\n"
+        "from transformers import Qwen2_5_VLConfig as Config\n"
+    )
+    names = {"AutoConfig": "Config", "AutoModelForImageTextToText": "Model", "AutoProcessor": "Processor"}
+    for name in {"config.json", part}:
+        settings = json.loads((folder / name).read_text())
+        settings["auto_map"] = {auto: f"theirs.{cls}" for auto, cls in names.items()}
+        settings.pop("processor_class", None)
+        if "model_type" in settings:
+            settings["model_type"] = "theirs"
+        (folder / name).write_text(json.dumps(settings))
+    with pytest.raises(PolicyError, match="code of its own, which is never run"):
+        load_model(PolicyConfig(str(folder)))
+    with contextlib.suppress(
+        PolicyError
+    ):  # where the files name a class of transformers as well, that one is taken
+        load_processor(PolicyConfig(str(folder)))
+    assert not mark.exists()

@@ -55,7 +55,7 @@ def weight_files(policy: Policy, root: str | None) -> Iterator[str]:
         os.chmod(folder, 0o755)  # servers may run under another name
         if policy.has_adapter:
             # Embeddings are never adapted here; to find that out by itself, peft would ask the hub.
-            policy.model.save_pretrained(folder, save_embedding_layers=False)
+            policy.save_pretrained(folder, save_embedding_layers=False)
         else:
             weights = {name: tensor.contiguous() for name, tensor in trained_weights(policy)}
             save_file(weights, f"{folder}/model.safetensors")
