@@ -1,7 +1,7 @@
-"""Train, validate and use a captioner: ``python main.py {fit,estimate,validate,predict} --config configs/shapes.yaml``.
+"""Train, measure and use a captioner: ``python main.py {fit,estimate,validate,test,predict} --config configs/shapes.yaml``.
 
 ``recaption --config configs/recaption.yaml`` writes the references that it is trained on; ``serve`` starts a vLLM
-server that samples for a run; ``cache`` and ``ledger`` show what judges have answered and cost.
+server that samples for a run; ``general`` runs lmms-eval; ``cache`` and ``ledger`` show what judges have answered and cost.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ COMMANDS = {
     "cache": ("balcap.commands.ledger", "run_cache"),
     "ledger": ("balcap.commands.ledger", "run_ledger"),
     "export": ("balcap.commands.export", "main"),
+    "general": ("balcap.commands.general", "main"),
     "serve": ("balcap.commands.serve", "main"),
 }
 """Commands beside Lightning's own -> module and function that run them."""

@@ -36,6 +36,7 @@ from balcap.module import BalCapModule  # noqa: E402
 from balcap.trainer.checkpoint import CheckpointError, find_checkpoint, read_checkpoint  # noqa: E402
 from balcap.utils.errors import RunStopped, UserError  # noqa: E402
 from balcap.utils.run_folder import holds_fit, in_use, write_problem  # noqa: E402
+from callbacks.benchmark_eval import BenchmarkEval  # noqa: E402
 from callbacks.caption_writer import CaptionWriter  # noqa: E402
 from callbacks.checkpoint import RunCheckpoint  # noqa: E402
 from callbacks.curves import RunCurves  # noqa: E402
@@ -59,7 +60,8 @@ class ConfigFile(ActionConfigFile):
 
 
 RESULTS = (
-    "checkpoints/last.ckpt", "export", "curves.png", "metrics.csv", "rollouts", "captions.jsonl", "bad_rows.jsonl",
+    "checkpoints/last.ckpt", "export", "curves.png", "metrics.csv", "rollouts", "captions.jsonl", "benchmarks.json",
+    "bad_rows.jsonl",
 )  # fmt: skip
 """What a run's last line names, where it is there."""
 
@@ -81,7 +83,7 @@ class RunParser(LightningArgumentParser):
 
 
 class BalCapCLI(LightningCLI):
-    """``fit``, ``estimate``, ``validate`` and ``predict``, with all outputs of a run in ``run_dir``."""
+    """``fit``, ``estimate``, ``validate``, ``predict`` and ``test``, with all outputs of a run in ``run_dir``."""
 
     def __init__(self, args: Any = None) -> None:
         super().__init__(
@@ -95,7 +97,7 @@ class BalCapCLI(LightningCLI):
             parser_class=RunParser,
             parser_kwargs={
                 "description": "Train image captioners with balanced rewards (arXiv 2605.07394). There are also the "
-                "commands recaption, export, serve, ledger and cache, each with its own --help."
+                "commands recaption, export, general, serve, ledger and cache, each with its own --help."
             },
             trainer_defaults={
                 "log_every_n_steps": 1,
@@ -113,6 +115,7 @@ class BalCapCLI(LightningCLI):
             "estimate": {*skip, "launch"},
             "validate": skip,
             "predict": {*skip, "return_predictions"},
+            "test": {*skip, "verbose"},
         }
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -143,6 +146,7 @@ class BalCapCLI(LightningCLI):
         parser.add_lightning_class_args(RunCurves, "curves")
         parser.add_lightning_class_args(CaptionWriter, "captions")
         parser.add_lightning_class_args(ChromeTrace, "trace")
+        parser.add_lightning_class_args(BenchmarkEval, "benchmark_eval")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("run_dir", "data.run_dir")
         for target, name in (
@@ -151,6 +155,7 @@ class BalCapCLI(LightningCLI):
             ("export.dirpath", "export"),
             ("captions.path", "captions.jsonl"),
             ("trace.path", "trace.json"),
+            ("benchmark_eval.dirpath", "benchmarks"),
         ):
             parser.link_arguments("run_dir", target, compute_fn=_below(name))
         parser.link_arguments(
@@ -234,6 +239,8 @@ class BalCapCLI(LightningCLI):
         assert isinstance(self.datamodule, CaptionDataModule)
         if self.subcommand == "estimate":
             return estimate_problems(self.model, self.datamodule)
+        if self.subcommand == "test":
+            return self._run_problems + self._test_problems(self.model)
         judges = self.subcommand != "predict"
         problems = [*model_problems(self.model, judges), *self.datamodule.problems(str(self.subcommand))]
         if self.subcommand == "predict":
@@ -241,6 +248,12 @@ class BalCapCLI(LightningCLI):
             captions.settings = self._caption_settings(self.model, self.datamodule)
             problems += captions.problems()
         return self._run_problems + problems
+
+    def _test_problems(self, model: BalCapModule) -> list[str]:
+        """Of benchmarks, the policy and the judge, where a benchmark has none of its own."""
+        benchmarks = self._get(self.config_init, "benchmark_eval")
+        judges = any(benchmark.judge is None for benchmark in benchmarks.benchmarks)
+        return [*model_problems(model, judges), *benchmarks.problems(needed=True)]
 
     def _caption_settings(self, model: BalCapModule, data: CaptionDataModule) -> dict[str, Any]:
         """What captions depend on, but for the images: those of one file are all alike in it."""
@@ -264,7 +277,10 @@ class BalCapCLI(LightningCLI):
         try:
             with in_use(self.config[subcommand].run_dir) if mine else nullcontext():
                 try:
-                    super()._run_subcommand(subcommand)
+                    if subcommand == "test":
+                        self._test()
+                    else:
+                        super()._run_subcommand(subcommand)
                 finally:
                     if mine:
                         self._say_results(Path(self.config[subcommand].run_dir))
@@ -275,6 +291,13 @@ class BalCapCLI(LightningCLI):
             self._say_why(stop)
         except UserError as error:
             raise SystemExit(f"Error: {error}") from None
+
+    def _test(self) -> None:
+        from balcap.commands.benchmark import run_test
+
+        assert isinstance(self.model, BalCapModule)
+        evaluation = self._get(self.config_init, "benchmark_eval")
+        run_test(self.trainer, self.model, evaluation, self.checkpoint)
 
     def _say_results(self, run_dir: Path) -> None:
         """One line: where everything is; and one more where little could be learned from."""

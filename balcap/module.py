@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
 from balcap.algorithms import CGDPO, AdvantageEstimator, AdvantageTransform, LengthMask, RewardTransform
+from balcap.benchmarks.text import text_statistics
 from balcap.judge import Judge, JudgeStats, Judgments
 from balcap.judge.cache import describe
 from balcap.policy import PolicyConfig
@@ -21,13 +22,16 @@ from balcap.rewards import Reward, RewardSuite
 from balcap.rollout import RolloutEngine, Sampling
 from balcap.trainer import metrics
 from balcap.trainer.checkpoint import apply_settings, check_trained, keep_trained, optimizer_settings
-from balcap.trainer.distributed import gather, sums
+from balcap.trainer.distributed import gather, gather_objects, sums
 from balcap.trainer.loggers import log_metrics, warn_of_missing
-from balcap.trainer.pipeline import PREDICT, TRAIN, VALIDATE, InFlightBatch, RolloutPipeline
+from balcap.trainer.pipeline import PREDICT, TEST, TRAIN, VALIDATE, InFlightBatch, RolloutPipeline
 from balcap.trainer.tally import Tally
 from balcap.trainer.update import OptimizerLoop, UpdateSettings, update
 from balcap.types import CaptionBatch, Rollouts, StepRecord
 from balcap.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from balcap.benchmarks.runner import BenchmarkRun, Result
 
 _VAL_MEANS = ("b_capscore", "length_ratio", "caption_tokens", "length_masked", "truncated")
 
@@ -98,7 +102,7 @@ class BalCapModule(L.LightningModule):
         self._loaded_step = self._rewards_missing = self._rewards_seen = 0
         self._val_failures: Counter[str] = Counter()
         self._val_reasons: list[str] = []
-        self._val_captions = 0
+        self._val_captions: list[str] = []
         self._optimizer_settings: dict[str, Any] = {}
         self._resumed_settings: dict[str, Any] | None = None
 
@@ -239,7 +243,7 @@ class BalCapModule(L.LightningModule):
         judgments = self.pipeline.judge_now(rollouts)
         self._val_failures += judgments.failures
         self._val_reasons += judgments.reasons
-        self._val_captions += rollouts.truncated.numel()
+        self._val_captions += [caption for group in rollouts.captions for caption in group]
         rewards = self.val_rewards(rollouts, judgments).cpu()
         for name, values in metrics.caption_scores(
             rollouts, self.rewards.names, rewards, self.reward_transforms
@@ -258,17 +262,26 @@ class BalCapModule(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         for metric in (*self.val_rewards.rewards, *self.val_means.values()):
             metric.reset()
-        self._val_failures, self._val_reasons, self._val_captions = Counter(), [], 0
+        self._val_failures, self._val_reasons, self._val_captions = Counter(), [], []
 
     def on_validation_epoch_end(self) -> None:
         values = {name: self.val_rewards[name].compute() for name in self.rewards.names}
         values |= {name: metric.compute() for name, metric in self.val_means.items() if metric.update_called}
+        captions = [text for of_rank in gather_objects(self.trainer, self._val_captions) for text in of_rank]
         logged = {f"val/{name}": float(value) for name, value in values.items()}
+        logged |= {f"val/{name}": value for name, value in text_statistics(captions).items()}
         (logged["val/judge_failed"],) = sums(self.trainer, [float(self._val_failures.total())])
         where = f"validation at step {self.weights_step}"
-        warn_of_missing(self._val_failures, self._val_reasons, self._val_captions, where)
+        warn_of_missing(self._val_failures, self._val_reasons, len(self._val_captions), where)
         logged |= metrics.judge_costs(self.trainer, self.pipeline)
         log_metrics(self, logged, self.weights_step, prog_bar=True)
+
+    def test_step(self, run: BenchmarkRun, batch_idx: int) -> None:
+        """One benchmark; its result is in `benchmark_results`."""
+        self.benchmark_results.append(run.run(self.trainer, self.pipeline, TEST))
+
+    def on_test_start(self) -> None:
+        self.benchmark_results: list[Result] = []
 
     def predict_step(self, batch: CaptionBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One caption per image."""

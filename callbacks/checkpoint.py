@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -25,17 +26,27 @@ class RunCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_train_steps: optimizer steps between checkpoints, at least 1.
-        keep: how many older checkpoints stay beside the last one; -1 keeps all.
+        keep: how many checkpoints stay beside the last one, the newest or, with `monitor`, the best; -1 keeps all.
+        monitor: a metric that says which are best, such as ``bench/dcscore`` or ``val/b_capscore``, where it is known at a
+            checkpoint's step; null for the newest.
+        mode: whether more of it is better (``max``) or less.
         dirpath: set from the run folder.
     """
 
-    def __init__(self, every_n_train_steps: int = 25, keep: int = 1, dirpath: str | None = None) -> None:
+    def __init__(
+        self,
+        every_n_train_steps: int = 25,
+        keep: int = 1,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        dirpath: str | None = None,
+    ) -> None:
         super().__init__(
             dirpath=dirpath,
             filename="step-{step:08d}",
             auto_insert_metric_name=False,
-            monitor="step",
-            mode="max",
+            monitor=monitor or "step",
+            mode=mode if monitor else "max",
             save_last=True,
             save_top_k=max(-1, keep),
             every_n_train_steps=max(1, every_n_train_steps),
@@ -52,6 +63,13 @@ class RunCheckpoint(ModelCheckpoint):
             for name, (value, least) in self._given.items()
             if value < least
         ]
+
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Any]:
+        """A checkpoint of a step at which the metric is not known is worse than any other."""
+        candidates = super()._monitor_candidates(trainer)
+        assert self.monitor is not None
+        candidates.setdefault(self.monitor, torch.tensor(-torch.inf if self.mode == "max" else torch.inf))
+        return candidates
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

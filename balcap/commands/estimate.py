@@ -65,7 +65,18 @@ class BalCapTrainer(Trainer):
             estimate = make_estimate(self, model, datamodule, launch, Assumptions(**flags))
         except ValueError as error:  # DataError is one
             raise SystemExit(f"Cannot estimate: {error}") from None
-        estimate.show(Console(width=None if sys.stdout.isatty() else 120, highlight=False))
+        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        estimate.show(console)
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if getattr(callback, "benchmarks", None):
+                from balcap.commands.estimate_benchmarks import show_benchmarks
+
+                times = callback.evaluations(
+                    estimate.plan.batches * model.update_settings.updates_per_rollout
+                )
+                show_benchmarks(
+                    callback.benchmarks, model.judge, times, callback.limit, Assumptions(**flags), console
+                )
 
 
 def estimate_problems(module: BalCapModule, data: CaptionDataModule) -> list[str]:

@@ -75,7 +75,8 @@ class FakeClient:
         """See `balcap.judge.Client.call`."""
         task, model, reasoning = question.task, route.model, self.assume.reasoning_tokens
         try:
-            answer = json.dumps(task.encode(task.example(messages[0]["items"], **question.context)))
+            encoded = task.encode(task.example(messages[0]["items"], **question.context))
+            answer = encoded if task.schema is None else json.dumps(encoded)
         except NotImplementedError:
             raise CallFailed("rejected", "the task has no example() and encode() to answer with") from None
         if reasoning is None:
@@ -92,8 +93,11 @@ class FakeClient:
             content if isinstance(content, str) else "\n".join(part.get("text", "") for part in content)
             for content in contents
         ]
-        if self.assume.chars_per_token is None:  # who counts characters counts the messages alone
-            texts.append(json.dumps(response_format(question.task.name, question.task.schema)))
+        schema = question.task.schema
+        if (
+            schema is not None and self.assume.chars_per_token is None
+        ):  # who counts characters counts the messages alone
+            texts.append(json.dumps(response_format(question.task.name, schema)))
         images = [value for value in question.context.values() if isinstance(value, bytes)]
         given = self.assume.image_tokens
         tokens = [image_tokens(self.settings, model, image) if given is None else given for image in images]

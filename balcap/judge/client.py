@@ -181,9 +181,9 @@ class Client:
         ANSWERS.set(answers)
         try:
             router, settings = self._router(route)
-            if "schema" not in refused:  # litellm drops it where a model is known not to take it
-                form = response_format(question.task.name, question.task.schema)
-                settings = settings | {"response_format": form}
+            schema = question.task.schema
+            if schema is not None and "schema" not in refused:  # litellm drops it where a model takes none
+                settings = settings | {"response_format": response_format(question.task.name, schema)}
             # Decoding and encoding a picture takes long enough to hold up everybody else's answers.
             chat = await asyncio.to_thread(as_sent, messages, question.images, "system" not in refused)
             async with asyncio.timeout(timeout_s):
@@ -205,7 +205,7 @@ class Client:
             if 200 in answers:  # it is billed, whatever it was
                 failed.reply = self._reply(route, None, "", chat)
             raise failed from None
-        return self._read(route, response, chat)
+        return self._read(route, response, chat, is_json=question.task.schema is not None)
 
     def connect(self) -> None:
         """Import litellm and register our providers; the first time it takes seconds."""
@@ -252,7 +252,7 @@ class Client:
             self._routers[route.name] = router, settings
         return self._routers[route.name]
 
-    def _read(self, route: Route, response: Any, chat: list[Message]) -> Reply:
+    def _read(self, route: Route, response: Any, chat: list[Message], is_json: bool) -> Reply:
         """The answer with what it used; raises `CallFailed`."""
         if not getattr(response, "choices", None):
             raise invalid(route, "it holds no choice", self._reply(route, response, "", chat))
@@ -263,7 +263,7 @@ class Client:
             raise CallFailed("refused", f"{route.model} refused to answer", reply=reply)
         if finish == "content_filter":
             raise CallFailed("filtered", f"the content filter of {route.model} stopped it", reply=reply)
-        if finish == "length":
+        if finish == "length" and is_json:
             try:
                 extract_json(reply.text)
             except InvalidAnswer:
@@ -372,6 +372,15 @@ def load_provider(path: str) -> Any:
 def missing_keys(model: str) -> list[str]:
     """Environment variables that the provider of `model` needs and that are not set."""
     return import_litellm().validate_environment(model)["missing_keys"]
+
+
+def takes_sampling_parameters(model: str) -> bool:
+    """Whether a model takes a temperature; what it does not take is dropped. True where litellm does not know."""
+    try:
+        supported = import_litellm().get_supported_openai_params(model)
+    except Exception:  # it raises whatever it likes for models that it does not know
+        return True
+    return supported is None or "temperature" in supported
 
 
 def provider_of(model: str, providers: Mapping[str, str] | None = None) -> str | None:

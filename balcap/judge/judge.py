@@ -66,7 +66,9 @@ class Judge:
         if not items:
             return []
         settings, together = self.settings, together and len(items) > 1
-        question = Question(task(), context, settings.routes(task.name), settings.images, items, together)
+        question = Question(
+            task(), context, settings.routes(task.name, task.params), settings.images, items, together
+        )
         per_call = len(items) if together else (settings.per_call or {}).get(task.name, task.per_call)
         session = self._open()
         return await session.loop.here(session.gather(question, per_call))

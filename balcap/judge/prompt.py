@@ -83,9 +83,10 @@ class Question:
         """The chat as `Task.messages` writes it."""
         return self.task.messages(self.items, **self.context)
 
-    def parse(self, answer: dict[str, Any]) -> list[Any]:
-        """The answers in a JSON object, one per item; raises `InvalidAnswer`."""
-        return self.task.parse(self.task.read(answer), self.items, **self.context)
+    def parse(self, text: str) -> list[Any]:
+        """The answers in what the judge has written, one per item; raises `InvalidAnswer`."""
+        answer = text if self.task.schema is None else self.task.read(extract_json(text))
+        return self.task.parse(answer, self.items, **self.context)
 
 
 def _digest(content: Any) -> str:

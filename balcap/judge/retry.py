@@ -20,7 +20,7 @@ from typing import Any
 from balcap.judge.client import CallFailed, Client, Reply, invalid
 from balcap.judge.errors import BudgetSpent, FailureKind, InvalidAnswer, JudgeFailure, JudgeUnavailable
 from balcap.judge.ledger import Ledger
-from balcap.judge.prompt import Question, Route, extract_json, fence
+from balcap.judge.prompt import Question, Route, fence
 from balcap.judge.settings import JudgeSettings
 from balcap.judge.task import Message
 from balcap.utils.errors import RunStopped
@@ -180,7 +180,7 @@ class Retrier:
             reply = await self._client.call(question, route, chat, timeout)
             outcome = "invalid"
             try:
-                answer = question.parse(extract_json(reply.text))
+                answer = question.parse(reply.text)
             except InvalidAnswer as error:
                 raise invalid(route, str(error), reply) from None
             outcome = "ok"

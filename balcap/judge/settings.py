@@ -92,11 +92,11 @@ class JudgeSettings:
         """`deadline_s`, or its default."""
         return 3 * self.timeout_s if self.deadline_s is None else self.deadline_s
 
-    def routes(self, task: str) -> list[Route]:
-        """Who is asked for a kind of judgment: its judge, then the fallbacks."""
-        own = (self.per_task or {}).get(task, TaskModel())
+    def routes(self, task: str, params: Mapping[str, Any] | None = None) -> list[Route]:
+        """Who is asked for a kind of judgment, whose own `params` are given: its judge, then the fallbacks."""
+        own, shared = (self.per_task or {}).get(task, TaskModel()), {**(self.params or {}), **(params or {})}
         return [
-            Route(one.model or self.model, (self.params or {}) if one.params is None else one.params)
+            Route(one.model or self.model, shared if one.params is None else one.params)
             for one in (own, *(self.fallbacks or ()))
         ]
 

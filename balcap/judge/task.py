@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -42,16 +43,18 @@ class Task(ABC, Generic[AnswerT]):
     Attributes:
         name: the key in `Judgments`, in the counters and in ``model.judge.per_task``.
         version: part of the cache key; change it with every change of prompt, schema or parser.
-        schema: what the judge answers.
+        schema: what the judge answers; None for plain text, of which `parse` is given all.
         answer_type: type of the answer to one item, as pydantic reads it from JSON.
         per_call: most items in one call, unless ``model.judge.per_call`` says otherwise.
+        params: passed on with the judge's own ``params``, and stronger; ``model.judge.per_task`` replaces both.
     """
 
     name: ClassVar[str]
     version: ClassVar[str]
-    schema: ClassVar[type[Schema]]
+    schema: ClassVar[type[Schema] | None]
     answer_type: ClassVar[Any]
     per_call: ClassVar[int] = 1
+    params: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @abstractmethod
     def messages(self, items: Sequence[Any], **context: Any) -> list[Message]:
@@ -62,7 +65,7 @@ class Task(ABC, Generic[AnswerT]):
         """The answers in our own types, one per item.
 
         Args:
-            answer: an instance of `schema`.
+            answer: an instance of `schema`, or the text.
             items: what `messages` was given.
             context: likewise.
 
@@ -70,9 +73,9 @@ class Task(ABC, Generic[AnswerT]):
             InvalidAnswer: for a wrong length, unknown or repeated ids, numbers out of range.
         """
 
-    def encode(self, answers: Sequence[AnswerT]) -> dict[str, Any]:
-        """The JSON object that `parse` reads back as `answers`: for judges that run in this process, dry runs and
-        tests.
+    def encode(self, answers: Sequence[AnswerT]) -> Any:
+        """The JSON object, or the text, that `parse` reads back as `answers`: for judges that run in this process, dry
+        runs and tests.
 
         Raises:
             NotImplementedError: if the task does not say.
@@ -112,6 +115,7 @@ class Task(ABC, Generic[AnswerT]):
         Raises:
             InvalidAnswer: naming the fields that do not fit.
         """
+        assert self.schema is not None
         return _validated(self.schema.model_validate, answer)
 
     def dump(self, answer: AnswerT) -> str:

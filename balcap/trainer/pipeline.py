@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TRAIN, VALIDATE, PREDICT = 0, 1, 2
+TRAIN, VALIDATE, PREDICT, TEST = 0, 1, 2, 3
 """Stages; captions of each are drawn from numbers of their own."""
 
 
@@ -173,6 +173,31 @@ class RolloutPipeline:
         with self.seeded(stage, number):
             return self._generate(*self._encode(batch, fill=False), num_captions, sampling=sampling)
 
+    def sample_each(
+        self,
+        batches: Iterable[tuple[int, CaptionBatch]],
+        stage: int,
+        sampling: Sampling,
+        on_batch: Callable[[Sequence[str], Sequence[str]], None],
+    ) -> None:
+        """One caption for each image of some batches, which may be more or fewer than those of other ranks.
+
+        A collective at its beginning and end alone. A batch's captions depend on its number, not on the rank.
+
+        Args:
+            batches: with their numbers.
+            stage: whose random numbers are drawn.
+            sampling: how.
+            on_batch: is given the sample ids of each batch and their captions.
+        """
+        self._start_engine()
+        with self._failing_together():
+            for number, batch in batches:
+                batch, prompts = self._encode(batch, fill=False)
+                with seeded(self.trainer.strategy.root_device, self.seed, stage, number, 0):
+                    rollouts = self.engine.generate(batch, prompts, 1, sampling)
+                on_batch(batch.sample_ids, [captions[0] for captions in rollouts.captions])
+
     def _encode(self, batch: CaptionBatch, fill: bool) -> tuple[CaptionBatch, Prompts]:
         """The batch with its prompts, without images that the model's processor or template refuses: they are listed as
         bad rows. With `fill`, others of the batch take their places, so that every rank has as many.
@@ -214,17 +239,22 @@ class RolloutPipeline:
         resumed: Rollouts | None = None,
         sampling: Sampling | None = None,
     ) -> Rollouts:
-        """Captions from the engine, which starts with the first, unless there are some already."""
-        if not self._attached:
-            with self._failing_together():
-                self.engine.attach(self.policy)
-                self.engine.sync(self.policy, self.trainer.global_step)
-            self._attached = True
+        """Captions from the engine, unless there are some already."""
+        self._start_engine()
         with self._failing_together():
             if resumed is None:
                 sampling = sampling or self.sampling
                 return self.engine.generate(batch, prompts, num_captions, sampling, on_group_done)
         return resumed
+
+    def _start_engine(self) -> None:
+        """At its first use. A collective."""
+        if self._attached:
+            return
+        with self._failing_together():
+            self.engine.attach(self.policy)
+            self.engine.sync(self.policy, self.trainer.global_step)
+        self._attached = True
 
     @contextmanager
     def _failing_together(self) -> Iterator[None]:

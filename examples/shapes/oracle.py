@@ -18,10 +18,25 @@ import numpy as np
 from litellm import CustomLLM, ModelResponse
 from litellm.types.utils import Usage
 
-from balcap.judge.tasks import Decompose, Match, Rate, Rating, Recaption, Verdict, Verify
+from balcap.judge.tasks import (
+    Answer,
+    Compare,
+    Decompose,
+    ExtractFacts,
+    Fact,
+    Match,
+    MatchFacts,
+    Rate,
+    Rating,
+    Recaption,
+    Verdict,
+    Verify,
+    VerifyFacts,
+)
 from examples.shapes.captions import reference
 from examples.shapes.fluency import rate
 from examples.shapes.language import covered, is_pointable, is_true, read_fact, read_facts, say
+from examples.shapes.questions import choose
 from examples.shapes.scene import Scene, scene_of
 
 _FENCE = re.compile(r"<(\w+)>\n(.*?)\n</\1>", re.DOTALL)
@@ -59,6 +74,22 @@ def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
         return Rate().encode([Rating(*rate(caption["text"])) for caption in data["captions"]])
     if task == "recaption":
         return Recaption().encode([_description(_scene(images[0]), q["text"]) for q in data["questions"]])
+    if task == "answer":
+        chosen = (
+            choose(q["question"], list(q["options"].values()), data["caption"]) for q in data["questions"]
+        )
+        return Answer().encode(list(chosen))
+    if task == "compare":
+        return Compare().encode([_better(_scene(images[0]), p["first"], p["second"]) for p in data["pairs"]])
+    if task == "extract_facts":
+        told = (read_facts(caption["text"]) for caption in data["captions"])
+        return ExtractFacts().encode([[Fact(say(fact), is_pointable(fact)) for fact in of] for of in told])
+    if task == "match_facts":
+        known = [_fact(item["text"]) for item in data["annotated"]]
+        return MatchFacts().encode([[_matched(_fact(item["text"]), known) for item in data["facts"]]])
+    if task == "verify_facts":
+        scene = _scene(images[0])
+        return VerifyFacts().encode([[is_true(_fact(item["text"]), scene) for item in data["facts"]]])
     raise ValueError(f"shapes/oracle does not know the task {task!r}")
 
 
@@ -66,6 +97,29 @@ def _description(scene: Scene, question: str) -> str:
     """All that is true of the scene, in words that depend on the scene and the question alone."""
     seed = hashlib.sha256(f"{scene.to_json()}\n{question}".encode()).digest()
     return reference(scene, np.random.default_rng(list(seed)))
+
+
+def _matched(fact: Any, annotated: list[Any]) -> int | None:
+    """The annotated fact that says the same."""
+    return next(
+        (place for place, other in enumerate(annotated) if covered(other, {fact}) and other[0] == fact[0]),
+        None,
+    )
+
+
+def _better(scene: Scene, first: str, second: str) -> str:
+    gap = quality(scene, first) - quality(scene, second)
+    return "tie" if abs(gap) < 0.02 else "first" if gap > 0 else "second"
+
+
+def quality(scene: Scene, caption: str) -> float:
+    """What a reader who cannot see the picture is worth a caption: true facts, for the number of things; false ones weigh
+    twice, commentary a little; and half for how it reads."""
+    facts = read_facts(caption)
+    told = [fact for fact in facts if is_pointable(fact)]
+    true = sum(is_true(fact, scene) for fact in told)
+    content = true - 2 * (len(told) - true) - 0.3 * (len(facts) - len(told))
+    return content / (4 * len(scene.things) + 2) + 0.5 * sum(rate(caption)) / 3
 
 
 class Oracle(CustomLLM):

@@ -44,7 +44,7 @@ Answer with one JSON object and nothing else, one entry per question, with the i
 {"captions": [{"id": <id>, "caption": "<caption>"}, ...]}
 """  # noqa: E501
 
-_EXAMPLE = (
+EXAMPLE = (
     "A brown dog with a red collar sits on a wooden floor in front of a grey sofa. Its head is turned to the left, "
     "towards a low white table on which a green mug and two folded newspapers lie. Behind the sofa a wide window with "
     "half-drawn blue curtains lets in daylight, and a tall plant in a clay pot stands in the corner to the right of it. "
@@ -82,7 +82,7 @@ class Recaption(Task[str]):
 
     def example(self, items: Sequence[str], *, image: bytes) -> list[str]:  # type: ignore[override]
         """The same caption for every question."""
-        return [_EXAMPLE] * len(items)
+        return [EXAMPLE] * len(items)
 
     async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
         raise TypeError("recaption is asked about an image, not about the captions of a group")

@@ -1,0 +1,324 @@
+"""CaptionQA (arXiv 2511.21025): can a text-only LLM answer questions about an image from its caption alone?
+
+Every question has options, shuffled, and "cannot answer" beside them unless it is a yes/no question. Right is 1, wrong
+or unreadable 0, "cannot answer" 1 / options + 0.05, a little more than a guess. The leaderboard's score is the mean of
+the four domains' means; the authors' script prints the mean over questions. Both are reported, in percent.
+
+``official`` counts as the authors' code (bronyayang/CaptionQA at f729489) does: a question is yes/no if its options
+contain "yes" and "no" anywhere ("eyes", "none"), or if it begins with one of 19 words ("Is the dog black or white?"),
+and one random generator runs through all questions, so that the order of a question's options depends on those
+before it. Without it, yes/no questions are those whose options begin with yes and no, and each question's order depends on
+its image, its number and the seed alone: another subset of images asks the same questions.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from balcap.benchmarks.base import Benchmark, BenchmarkImage, Record, given, read_bytes
+from balcap.benchmarks.official import OfficialTask, Prompt, read_prompts
+from balcap.benchmarks.scores import Statistic
+from balcap.data.json_files import DataError
+from balcap.judge import Judge
+from balcap.judge.tasks.answer import Answer, Choice
+from balcap.rollout import Sampling
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+CANNOT = "Cannot answer from the caption"
+DOMAINS = ("natural", "document", "ecommerce", "embodiedai")
+_AUXILIARY = re.compile(
+    "(?:is|are|was|were|do|does|did|have|has|had|can|could|will|would|should|shall|may|might|must) "
+)
+
+
+@dataclass(frozen=True)
+class AskedQuestion:
+    """A question as it is asked.
+
+    Attributes:
+        number: its place among its image's questions, from 0.
+        text: the question.
+        options: in the order in which they are shown; `CANNOT` may be among them.
+        order: place in the data set's choices of each; their number for `CANNOT`.
+        answer: place of the right option in the data set's choices.
+        num_choices: of the data set.
+        category: of the question.
+    """
+
+    number: int
+    text: str
+    options: Sequence[str]
+    order: Sequence[int]
+    answer: int
+    num_choices: int
+    category: str
+
+    def score(self, shown: int | None) -> float:
+        """Points, in [0, 1], of the option at a place as shown; None for none."""
+        if shown is None:
+            return 0.0
+        if self.options[shown] == CANNOT:
+            return round(1 / self.num_choices + 0.05, 4)
+        return float(self.order[shown] == self.answer)
+
+
+def is_yes_no(question: str, choices: Sequence[Any], official: bool = False) -> bool:
+    """Whether a question gets no "cannot answer"."""
+    texts = [str(choice).strip().lower() for choice in choices]
+    if not official:
+        return all(any(re.match(rf"{word}\b", text) for text in texts) for word in ("yes", "no"))
+    if all(any(word in text for text in texts) for word in ("yes", "no")):
+        return True
+    return bool(_AUXILIARY.match(question.strip().lower()))
+
+
+def questions_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A row's questions: its list, or the row itself where that is one."""
+    if row.get("questions"):
+        return list(row["questions"])
+    return [row] if "question" in row else []
+
+
+def ask(
+    rows: Sequence[Mapping[str, Any]], seed: int = 0, official: bool = False
+) -> list[list[AskedQuestion]]:
+    """Each row's questions as they are asked, those without two choices or without a right one left out.
+
+    Args:
+        rows: with ``id`` and questions; officially all that have a caption, in the order of the data set.
+        seed: of the shuffling.
+        official: see the file's head.
+    """
+    shared = random.Random(seed)
+    asked: list[list[AskedQuestion]] = []
+    for row in rows:
+        asked.append([])
+        for number, question in enumerate(questions_of(row)):
+            draw = shared if official else random.Random(f"{seed}/{row.get('id')}/{number}")
+            if (one := _asked(number, question, draw, official)) is not None:
+                asked[-1].append(one)
+    return asked
+
+
+def _asked(
+    number: int, question: Mapping[str, Any], draw: random.Random, official: bool
+) -> AskedQuestion | None:
+    choices, answer, text = (
+        question.get("choices") or [],
+        question.get("answer"),
+        question.get("question", ""),
+    )
+    same = [isinstance(answer, str) and answer.strip() == str(choice).strip() for choice in choices]
+    if len(choices) < 2 or not any(same):
+        return None
+    options = [str(choice) for choice in choices]
+    if not is_yes_no(text, choices, official):
+        options.append(CANNOT)
+    order = list(range(len(options)))
+    draw.shuffle(order)
+    category = question.get("category") or ""
+    if isinstance(category, list):
+        category = category[0]
+    shown = [options[i] for i in order]
+    return AskedQuestion(number, text, shown, order, same.index(True), len(choices), category)
+
+
+def letter_of(text: str | None, num_options: int) -> int | None:
+    """The place that an answer in words names, None for none.
+
+    As the authors' code reads it: behind ``</think>``, behind ``Answer: ``, behind the first line break; then the first
+    letter that stands alone, in capitals ("a" and "I" count), if there is such an option; else the first number.
+    """
+    text = (text or "").strip()
+    for mark in ("</think>", "Answer: ", "\n"):
+        if mark in text:
+            text = text.split(mark, 1)[1]
+    if match := re.search(r"\b([A-Z])\b", text.upper()):
+        place = LETTERS.index(match[1])
+        if place < max(1, num_options):
+            return place
+    if match := re.search(r"\b([1-9][0-9]?)\b", text):
+        number = int(match[1])
+        if number <= max(1, num_options):
+            return number - 1
+    return None
+
+
+def prompt(caption: str, question: AskedQuestion) -> str:
+    """The user's message."""
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, question.options, strict=False))
+    return f"Caption:\n{caption}\n\nQuestion:\n{question.text}\n\nOptions:\n{options}\n\nAnswer:"
+
+
+# ── the benchmark ────────────────────────────────────────────────────────────────────────────────────
+
+
+class CaptionQAAnswer(OfficialTask):
+    """A question, in the authors' words."""
+
+    name = "captionqa_answer"
+    params: ClassVar = {"temperature": 0.0, "max_tokens": 4}
+
+    def example(self, items: Sequence[Prompt], **context: Any) -> list[str]:
+        """The first option."""
+        return ["A"] * len(items)
+
+
+_PREFIXES = dict(zip(("nat", "doc", "ecom", "emb"), DOMAINS, strict=True))
+
+
+class CaptionQA(Benchmark):
+    """CaptionQA, in percent: what a caption lets a reader answer about its image (arXiv 2511.21025).
+
+    ``captionqa`` is the leaderboard's mean of the domains, ``captionqa/questions`` the mean over questions; each domain
+    has its own.
+
+    Args:
+        data: ``Borise/CaptionQA`` on the hub, or a JSON file of the same rows: ``id`` (``nat_…``, ``doc_…``, ``ecom_…``,
+            ``emb_…``, or a ``domain`` beside it), ``images`` (names of files), ``questions`` with ``question``, ``choices``,
+            ``answer``, ``category``.
+        image_root: needed for a JSON file.
+        split: of the hub's data set.
+        sampling: of the captioner.
+        seed: of the order of options.
+        settings: as of `Benchmark`.
+    """
+
+    name = "captionqa"
+    tasks = (Answer,)
+    official_judge = "Qwen2.5-72B-Instruct"
+    source = (
+        "https://huggingface.co/datasets/Borise/CaptionQA and https://github.com/bronyayang/CaptionQA, qa.py"
+    )
+
+    def __init__(
+        self,
+        data: str = "Borise/CaptionQA",
+        split: str = "all",
+        sampling: Sampling = Sampling(temperature=0.7, max_tokens=500),  # noqa: B008  frozen
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(data, sampling=sampling, **settings)
+        self.split, self.seed = split, seed
+
+    def load(self) -> list[BenchmarkImage]:
+        images, rows = [], self._rows()
+        for number, row in enumerate(rows):
+            if not isinstance(row, Mapping) or row.get("id") is None:
+                raise self.row_error(number, "it has no id")
+            pictures = row.get("images") or [row.get("image")]
+            if len(pictures) != 1 or not pictures[0]:
+                raise self.row_error(number, f"it has {len(pictures)} images, not one")
+            images.append(BenchmarkImage(str(row["id"]), self._reader(pictures[0]), row))
+        questions = ask(rows, self.seed, self.official)
+        return [
+            BenchmarkImage(image.id, image.read, (_domain(image.row), asked))
+            for image, asked in zip(images, questions, strict=True)
+        ]
+
+    def _rows(self) -> Sequence[Mapping[str, Any]]:
+        if Path(self.data).expanduser().is_file():
+            return self.read_json()
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(self.data, split=self.split)
+            columns = {name: _undecoded(feature) for name, feature in rows.features.items()}
+            return list(rows.cast(datasets.Features(columns)))
+        except Exception as error:  # the hub, a cache, a builder: whatever they raise
+            raise DataError(
+                f"{self.name}: data {self.data} cannot be loaded: {error}; see {self.source}"
+            ) from None
+
+    def _reader(self, picture: Any) -> Callable[[], tuple[bytes, Image.Image]]:
+        if isinstance(picture, Mapping) and picture.get("bytes"):
+            return lambda: read_bytes(picture["bytes"])
+        return self.reader(picture["path"] if isinstance(picture, Mapping) else picture)
+
+    async def judge_caption(self, judge: Judge, image: BenchmarkImage, caption: str) -> Record:
+        domain, questions = image.row
+        ask_about = self._official if self.official else self._fixed
+        shown = await ask_about(judge, caption, questions)
+        points = [
+            None if isinstance(place, _Missing) else question.score(place)
+            for question, place in zip(questions, shown, strict=True)
+        ]
+        answered = [one for one in points if one is not None]
+        return {"domain": domain, "points": points, "failed": len(points) - len(answered)}
+
+    def statistics(self, ids: Sequence[str], records: Sequence[Record]) -> dict[str, Statistic]:
+        domains = {i: record.get("domain", "") for i, record in zip(ids, records, strict=True)}
+        questions = points_statistic(ids, records)
+        ids = questions.images
+        statistics = {
+            self.name: Statistic.of(ids, questions.totals, questions.weights, [domains[i] for i in ids]),
+            f"{self.name}/questions": questions,
+        }
+        for domain in sorted({domains[i] for i in ids}):
+            own = questions.select([i for i in ids if domains[i] == domain])
+            statistics[f"{self.name}/{domain}"] = own
+        return statistics
+
+    async def _fixed(
+        self, judge: Judge, caption: str, questions: Sequence[AskedQuestion]
+    ) -> list[int | _Missing | None]:
+        items: list[Choice] = [{"question": q.text, "options": q.options} for q in questions]
+        answers = given(await judge.ask(Answer, items, caption=caption))
+        return [_MISSING if answer is None else answer for answer in answers]
+
+    @cached_property
+    def _system(self) -> str:
+        return read_prompts(str(self.code), f"{self.name}: code", "system_prompt")["system_prompt"]
+
+    async def _official(
+        self, judge: Judge, caption: str, questions: Sequence[AskedQuestion]
+    ) -> list[int | _Missing | None]:
+        items: list[Prompt] = [{"prompt": prompt(caption, q), "draw": 0} for q in questions]
+        answers = given(await judge.ask(CaptionQAAnswer, items, system=self._system))
+        return [
+            _MISSING if text is None else letter_of(text, len(question.options))
+            for text, question in zip(answers, questions, strict=True)
+        ]
+
+
+def points_statistic(ids: Sequence[str], records: Sequence[Record]) -> Statistic:
+    """Mean over questions, in percent, of records with ``points``, None where an answer is missing."""
+    there = {
+        i: points
+        for i, record in zip(ids, records, strict=True)
+        if (points := [one for one in record.get("points", ()) if one is not None])
+    }
+    totals = [100 * sum(points) for points in there.values()]
+    return Statistic.of(list(there), totals, list(map(len, there.values())))
+
+
+class _Missing:
+    """No answer came, which is not an answer that names no option."""
+
+
+_MISSING = _Missing()
+
+
+def _domain(row: Mapping[str, Any]) -> str:
+    prefix = str(row["id"]).partition("_")[0]
+    return row.get("domain") or _PREFIXES.get(prefix, prefix)
+
+
+def _undecoded(feature: Any) -> Any:
+    """Images as the bytes that they are stored as."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, list | datasets.List):
+        return datasets.List(_undecoded(feature[0] if isinstance(feature, list) else feature.feature))
+    return feature
