@@ -97,7 +97,7 @@ class Prism(Benchmark):
             options = list(options.values())
         options, answer = [str(option) for option in options], str(row.get("answer") or "").strip()
         if "question" not in row or not 2 <= len(options) <= len(LETTERS):
-            raise self.row_error(number, f"it has a question and 2 to 26 choices? There are {len(options)}")
+            raise self.row_error(number, f"it needs a question and 2 to 26 choices, it has {len(options)}")
         if answer in options:
             place = options.index(answer)
         elif len(answer) == 1 and answer.upper() in LETTERS[: len(options)]:
