@@ -27,13 +27,16 @@ lock: $(VENV)/.installed
 
 data/shapes/shapes.json: $(VENV)/.installed
 	$(BIN)/python -m examples.shapes.dataset --out data/shapes --images 3000
+	$(BIN)/python -m examples.shapes.benchmarks --out data/shapes/benchmarks --images 200
 	touch $@
 
-## train on the embedded world, validate before and after, print what changed
+## train on the embedded world, validate before and after, print what changed; benchmarks of both policies
 demo: $(VENV)/.installed data/shapes/shapes.json
 	rm -rf $(RUN)
 	$(BIN)/python main.py fit --config configs/shapes.yaml --run_dir $(RUN) --seed_everything $(SEED)
 	$(BIN)/python -m examples.shapes.summary $(RUN)
+	$(BIN)/python main.py test --config configs/shapes.yaml --run_dir $(RUN) --ckpt_path last \
+	  --benchmark_eval.models '{base: assets/shapes-base}'
 
 ## the table of the README: three seeds of the demo
 seeds: $(VENV)/.installed data/shapes/shapes.json

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ Record = dict[str, Any]
 """What is known of one judged caption, as JSON: points, and ``failed``, the judgments that are missing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BenchmarkImage:
     """One image to caption.
 
@@ -130,6 +130,10 @@ class Benchmark(ABC):
     @abstractmethod
     def statistics(self, ids: Sequence[str], records: Sequence[Record]) -> dict[str, Statistic]:
         """Score name -> its statistic over the judged images; the first is the benchmark's own."""
+
+    def harness_input(self, captions: Mapping[BenchmarkImage, str]) -> tuple[str, str] | None:
+        """Name and text of the file that the authors' scripts score; None where there are none."""
+        return None
 
     # ---- for subclasses
 

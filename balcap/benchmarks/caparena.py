@@ -12,6 +12,7 @@ Without it, battles without a judgment are left out and reported, and words are 
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -173,6 +174,10 @@ class CapArena(Benchmark):
             statistics[f"{self.name}/{name}"] = own
         words = {i: record["words"] for i, record in zip(ids, (r for _, r in there), strict=True)}
         return statistics | {f"{self.name}/words": Statistic.of(list(words), list(words.values()))}
+
+    def harness_input(self, captions: Mapping[BenchmarkImage, str]) -> tuple[str, str]:
+        """As ``caparena_auto_eval.py --result_path`` reads it."""
+        return "caparena.json", json.dumps({i.id: text for i, text in captions.items()}, ensure_ascii=False)
 
     async def _fixed(
         self, judge: Judge, data: bytes, caption: str, other: str, reference: str, test_is_first: bool

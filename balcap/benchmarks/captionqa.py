@@ -13,13 +13,15 @@ its image, its number and the seed alone: another subset of images asks the same
 
 from __future__ import annotations
 
+import json
 import random
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from PIL import Image
 
@@ -88,7 +90,7 @@ def questions_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def ask(
-    rows: Sequence[Mapping[str, Any]], seed: int = 0, official: bool = False
+    rows: Sequence[Mapping[str, Any]], seed: int = 0, official: bool = False, by_domain: bool = False
 ) -> list[list[AskedQuestion]]:
     """Each row's questions as they are asked, those without two choices or without a right one left out.
 
@@ -96,13 +98,17 @@ def ask(
         rows: with ``id`` and questions; officially all that have a caption, in the order of the data set.
         seed: of the shuffling.
         official: see the file's head.
+        by_domain: officially, each domain begins anew, as in a run on its split alone.
     """
-    shared = random.Random(seed)
+    shared: dict[str, random.Random] = defaultdict(lambda: random.Random(seed))
     asked: list[list[AskedQuestion]] = []
     for row in rows:
         asked.append([])
         for number, question in enumerate(questions_of(row)):
-            draw = shared if official else random.Random(f"{seed}/{row.get('id')}/{number}")
+            if official:
+                draw = shared[domain_of(row) if by_domain else ""]
+            else:
+                draw = random.Random(f"{seed}/{row.get('id')}/{number}")
             if (one := _asked(number, question, draw, official)) is not None:
                 asked[-1].append(one)
     return asked
@@ -189,6 +195,8 @@ class CaptionQA(Benchmark):
         split: of the hub's data set.
         sampling: of the captioner.
         seed: of the order of options.
+        shuffle: officially, one order through all questions (``all``), as in a run on the split ``all``, or through those
+            of each domain (``domain``), as in four runs: the two give the options in other orders.
         settings: as of `Benchmark`.
     """
 
@@ -205,10 +213,11 @@ class CaptionQA(Benchmark):
         split: str = "all",
         sampling: Sampling = Sampling(temperature=0.7, max_tokens=500),  # noqa: B008  frozen
         seed: int = 0,
+        shuffle: Literal["all", "domain"] = "all",
         **settings: Any,
     ) -> None:
         super().__init__(data, sampling=sampling, **settings)
-        self.split, self.seed = split, seed
+        self.split, self.seed, self.shuffle = split, seed, shuffle
 
     def load(self) -> list[BenchmarkImage]:
         images, rows = [], self._rows()
@@ -219,9 +228,9 @@ class CaptionQA(Benchmark):
             if len(pictures) != 1 or not pictures[0]:
                 raise self.row_error(number, f"it has {len(pictures)} images, not one")
             images.append(BenchmarkImage(str(row["id"]), self._reader(pictures[0]), row))
-        questions = ask(rows, self.seed, self.official)
+        questions = ask(rows, self.seed, self.official, self.shuffle == "domain")
         return [
-            BenchmarkImage(image.id, image.read, (_domain(image.row), asked))
+            BenchmarkImage(image.id, image.read, (domain_of(image.row), asked))
             for image, asked in zip(images, questions, strict=True)
         ]
 
@@ -268,6 +277,10 @@ class CaptionQA(Benchmark):
             statistics[f"{self.name}/{domain}"] = own
         return statistics
 
+    def harness_input(self, captions: Mapping[BenchmarkImage, str]) -> tuple[str, str]:
+        """As ``qa.py --caption-path`` reads it."""
+        return "captionqa.json", json.dumps({i.id: text for i, text in captions.items()}, ensure_ascii=False)
+
     async def _fixed(
         self, judge: Judge, caption: str, questions: Sequence[AskedQuestion]
     ) -> list[int | _Missing | None]:
@@ -308,7 +321,7 @@ class _Missing:
 _MISSING = _Missing()
 
 
-def _domain(row: Mapping[str, Any]) -> str:
+def domain_of(row: Mapping[str, Any]) -> str:
     prefix = str(row["id"]).partition("_")[0]
     return row.get("domain") or _PREFIXES.get(prefix, prefix)
 

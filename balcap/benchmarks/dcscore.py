@@ -359,6 +359,14 @@ class DCScore(Benchmark):
             for name in names
         }
 
+    def harness_input(self, captions: Mapping[BenchmarkImage, str]) -> tuple[str, str]:
+        """As ``evaluation_decapbench.py --caption_file`` reads it."""
+        rows = (
+            {"image_path": i.id, "caption": text, "oracle_caption": i.row.get("oracle_caption", "")}
+            for i, text in captions.items()
+        )
+        return "dcscore.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
     async def _fixed(
         self, judge: Judge, row: Mapping[str, Any], data: bytes, caption: str
     ) -> ImageScore | None:

@@ -94,7 +94,8 @@ class BenchmarkRun:
 
     Args:
         benchmark: what is measured.
-        folder: for its files: ``captions.jsonl`` (image, caption), and ``judged.jsonl`` when it is done.
+        folder: for its files: ``captions.jsonl`` (image, caption) and, when it is done, ``judged.jsonl`` and what the
+            authors' scripts read.
         identity: what the captions depend on beside the benchmark: weights, processor. Captions of another captioner are
             never taken for this one's.
         judge: where the benchmark has none of its own.
@@ -253,6 +254,10 @@ class BenchmarkRun:
                         json.dumps({"image": i, "caption": captions[i], **records[i]}, ensure_ascii=False)
                         + "\n"
                     )
+            written = {image: captions[image.id] for image in self.images if image.id in captions}
+            if (harness := self.benchmark.harness_input(written)) is not None:
+                with atomic_write(self.folder / harness[0]) as file:
+                    file.write(harness[1])
         benchmark, model = self.benchmark, self.judge.settings.model
         comparable = bool(benchmark.official_judge) and model.lower().endswith(
             str(benchmark.official_judge).lower()

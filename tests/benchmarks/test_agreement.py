@@ -18,7 +18,10 @@ from examples.shapes.scene import scene_of
 
 def test_the_three_figures_by_hand() -> None:
     # human 1 2 3 4, metric 1 3 2 4: of six pairs five agree and one does not: tau = 4 / 6; rho = 1 - 6 * 2 / 60
-    rated = [Rated(f"{i}", human, metric) for i, (human, metric) in enumerate(zip((1, 2, 3, 4), (1, 3, 2, 4), strict=True))]
+    rated = [
+        Rated(f"{i}", human, metric)
+        for i, (human, metric) in enumerate(zip((1, 2, 3, 4), (1, 3, 2, 4), strict=True))
+    ]
     # right, wrong, a tie of the metric (half), a tie of the people (left out), a missing one (left out)
     pairs = [Pair("0", 1, 1), Pair("1", 1, -1), Pair("2", -1, 0), Pair("3", 0, 1), Pair("4", 1, math.nan)]
     found = agreement(rated, pairs)
@@ -48,7 +51,16 @@ def table(world: Path, tmp_path: Path) -> Path:
     for number, entry in enumerate(json.loads((world / "shapes.json").read_text())[:30]):
         scene, rng = scene_of((world / entry["image"]).read_bytes()), np.random.default_rng(number)
         shared = {"image": entry["image"], "reference": entry["conversations"][1]["value"]}
-        rows.append(shared | {"caption_1": clean(scene, rng), "caption_2": flawed(scene, rng), "human": 1, "len_1": 2, "len_2": 1})
+        rows.append(
+            shared
+            | {
+                "caption_1": clean(scene, rng),
+                "caption_2": flawed(scene, rng),
+                "human": 1,
+                "len_1": 2,
+                "len_2": 1,
+            }
+        )
     path = tmp_path / "people.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -57,7 +69,9 @@ def table(world: Path, tmp_path: Path) -> Path:
     return path
 
 
-JUDGE = json.dumps({"model": "shapes/oracle", "providers": {"shapes": "examples.shapes.oracle.Oracle"}, "cache": None})
+JUDGE = json.dumps(
+    {"model": "shapes/oracle", "providers": {"shapes": "examples.shapes.oracle.Oracle"}, "cache": None}
+)
 
 
 @pytest.mark.parametrize("metric", ["b_capscore", "precision", "compare"])

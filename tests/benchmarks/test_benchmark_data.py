@@ -24,12 +24,22 @@ def picture(colour: str) -> bytes:
 
 def test_prism_reads_a_tsv_whose_rows_share_an_image(tmp_path: Path) -> None:
     path = tmp_path / "mm.tsv"
-    row = {"index": "7", "question": "What colour?", "A": "red", "B": "blue", "C": "", "answer": "B", "hint": "Look."}
+    row = {
+        "index": "7",
+        "question": "What colour?",
+        "A": "red",
+        "B": "blue",
+        "C": "",
+        "answer": "B",
+        "hint": "Look.",
+    }
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*row, "image"], delimiter="\t")
         writer.writeheader()
         writer.writerow({**row, "image": base64.b64encode(picture("blue")).decode()})
-        writer.writerow({**row, "index": "8", "question": "Which?", "C": "green", "answer": "green", "image": "7"})
+        writer.writerow(
+            {**row, "index": "8", "question": "Which?", "C": "green", "answer": "green", "image": "7"}
+        )
     (image,) = Prism(data=str(path)).images()
     assert image.read()[1].getpixel((0, 0)) == (0, 0, 255)
     assert image.row == [
@@ -54,8 +64,14 @@ def test_prism_reads_json_lines_with_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ({"image": "a.png", "question": "Q?", "choices": ["x", "y"], "answer": "z"}, "the answer 'z' is none of"),
-        ({"image": "a.png", "question": "Q?", "choices": ["x"], "answer": "x"}, "it needs a question and 2 to 26"),
+        (
+            {"image": "a.png", "question": "Q?", "choices": ["x", "y"], "answer": "z"},
+            "the answer 'z' is none of",
+        ),
+        (
+            {"image": "a.png", "question": "Q?", "choices": ["x"], "answer": "x"},
+            "it needs a question and 2 to 26",
+        ),
         ({"question": "Q?", "choices": ["x", "y"], "answer": "x"}, "it has no image"),
         ([], "it is no object"),
     ],
@@ -78,7 +94,12 @@ def test_broken_base64_is_a_bad_image(tmp_path: Path) -> None:
 def test_captionqa_reads_a_data_set_with_images_in_it(tmp_path: Path) -> None:
     import datasets
 
-    question = {"question": "What colour?", "choices": ["red", "blue"], "answer": "red", "category": "Attribute"}
+    question = {
+        "question": "What colour?",
+        "choices": ["red", "blue"],
+        "answer": "red",
+        "category": "Attribute",
+    }
     features = datasets.Features(
         {
             "id": datasets.Value("string"),
@@ -116,7 +137,8 @@ def test_the_order_of_options_depends_on_the_question_alone(tmp_path: Path) -> N
     whole.write_text(json.dumps(rows))
     last.write_text(json.dumps(rows[2:]))
     options = [
-        [q.options for q in CaptionQA(data=str(path), image_root=str(tmp_path)).images()[-1].row[1]] for path in (whole, last)
+        [q.options for q in CaptionQA(data=str(path), image_root=str(tmp_path)).images()[-1].row[1]]
+        for path in (whole, last)
     ]
     assert options[0] == options[1]
     assert len({tuple(one) for one in options[0]}) > 1

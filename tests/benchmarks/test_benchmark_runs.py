@@ -103,6 +103,14 @@ def test_a_test_scores_all_five_and_says_how(test_arguments: Arguments, cli, tmp
     captions = (tmp_path / "run/benchmarks/policy/prism/captions.jsonl").read_text().splitlines()
     assert len(captions) == 24
     assert json.loads(captions[0]).keys() == {"image", "caption"}
+    folder = tmp_path / "run/benchmarks/policy"
+    lines = [json.loads(line) for line in (folder / "dcscore/dcscore.jsonl").read_text().splitlines()]
+    assert len(lines) == 24
+    assert all(line.keys() == {"image_path", "caption", "oracle_caption"} for line in lines)
+    assert all(
+        len(json.loads((folder / f"{name}/{name}.json").read_text())) == 24
+        for name in ("captionqa", "caparena")
+    )
     printed = capsys.readouterr().out
     assert "not comparable: officially gpt-4o-2024-05-13 judges" in printed
     assert "benchmarks.json" in printed.splitlines()[-1]

@@ -124,7 +124,9 @@ def test_dcscore_asks_once_three_times_and_three_times_with_the_image(dcscore: D
             "dcscore_match": lambda text: fenced(
                 [{**SHOWN[0], "matched_oracle_id": 0}, {**SHOWN[1], "matched_oracle_id": "None"}]
             ),
-            "dcscore_verify": lambda text: fenced([{**SHOWN[0], "verification": 1}, {**SHOWN[1], "verification": 0}]),
+            "dcscore_verify": lambda text: fenced(
+                [{**SHOWN[0], "verification": 1}, {**SHOWN[1], "verification": 0}]
+            ),
         }
     )
     record = judged(dcscore, judge, "A calm dog.")
@@ -140,19 +142,30 @@ def test_dcscore_asks_once_three_times_and_three_times_with_the_image(dcscore: D
     assert [part["type"] for part in messages[1]["content"]] == ["image", "text"]
     assert params == {"temperature": 0.3, "max_tokens": 2000}
     text = messages[1]["content"][1]["text"]
-    assert text == 'Verify ```json[\n  {"fact": "A dog."},\n  {"fact": "It is calm."},\n]\n``` by A brown dog.'
+    assert (
+        text == 'Verify ```json[\n  {"fact": "A dog."},\n  {"fact": "It is calm."},\n]\n``` by A brown dog.'
+    )
     assert messages[0] == {"role": "system", "content": "You are a helpful assistant."}
 
 
 def test_dcscore_starts_again_from_the_extraction_and_gives_up_after_five(dcscore: DCScore) -> None:
     judge = ScriptedJudge(
-        {"dcscore_extract": lambda text: fenced(FACTS), "dcscore_match": lambda text: "I cannot.", "dcscore_verify": str}
+        {
+            "dcscore_extract": lambda text: fenced(FACTS),
+            "dcscore_match": lambda text: "I cannot.",
+            "dcscore_verify": str,
+        }
     )
     assert judged(dcscore, judge, "A calm dog.") == {"failed": 1}
-    assert {name: len(calls) for name, calls in judge.asked.items()} == {"dcscore_extract": 5, "dcscore_match": 15}
+    assert {name: len(calls) for name, calls in judge.asked.items()} == {
+        "dcscore_extract": 5,
+        "dcscore_match": 15,
+    }
 
 
-def test_captionqa_takes_the_letter_and_a_failed_call_is_missing(code: str, tmp_path: Path, png: Path) -> None:
+def test_captionqa_takes_the_letter_and_a_failed_call_is_missing(
+    code: str, tmp_path: Path, png: Path
+) -> None:
     questions = [
         {"question": "What colour?", "choices": ["red", "blue"], "answer": "red", "category": "c"},
         {"question": "What size?", "choices": ["large", "small"], "answer": "small", "category": "c"},
@@ -174,7 +187,9 @@ def test_captionqa_takes_the_letter_and_a_failed_call_is_missing(code: str, tmp_
     (messages, params), *_ = judge.asked["captionqa_answer"]
     assert messages[0]["content"] == "One letter."
     assert params == {"temperature": 0.0, "max_tokens": 4}
-    assert messages[1]["content"][0]["text"].startswith("Caption:\nA red thing.\n\nQuestion:\nWhat colour?\n\nOptions:\nA. ")
+    assert messages[1]["content"][0]["text"].startswith(
+        "Caption:\nA red thing.\n\nQuestion:\nWhat colour?\n\nOptions:\nA. "
+    )
 
 
 @pytest.mark.parametrize(

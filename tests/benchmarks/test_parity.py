@@ -95,7 +95,7 @@ def test_dcscore_answers_are_parsed_as_the_authors_do(data: dict[str, Any]) -> N
 
 
 def captionqa_run(
-    data: dict[str, Any], images: list[dict[str, Any]], run: str
+    data: dict[str, Any], images: list[dict[str, Any]], run: str, by_domain: bool = False
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Each image with question number -> what was scored, of one run of the authors' script."""
     captioned = [
@@ -103,7 +103,7 @@ def captionqa_run(
         for image in images
         if image["row"].get("id") is not None and str(image["row"]["id"]) in data["captions"]
     ]
-    asked = captionqa.ask([image["row"] for image in captioned], official=True)
+    asked = captionqa.ask([image["row"] for image in captioned], official=True, by_domain=by_domain)
     for image, questions in zip(captioned, asked, strict=True):
         scored = {}
         for question in questions:
@@ -181,20 +181,12 @@ def assert_same(got: Any, expected: Any) -> None:
 @pytest.mark.parametrize("data", cases("captionqa.json"))
 @pytest.mark.parametrize(("run", "mean"), [("all", "all_domain_mean"), ("domain", "domain_runs_mean")])
 def test_captionqa_is_the_mean_of_the_domains(data: dict[str, Any], run: str, mean: str) -> None:
-    images: list[str] = []
-    totals: list[float] = []
-    weights: list[float] = []
-    domains: list[str] = []
-    for domain in captionqa.DOMAINS:
-        rows = [image for image in data["images"] if image["row"].get("domain") == domain]
-        whole = data["images"] if run == "all" else rows  # the shuffling goes on from domain to domain
-        for number, (image, scored) in enumerate(captionqa_run(data, whole, run)):
-            if image["row"]["domain"] == domain:
-                images.append(f"{domain} {number}")
-                totals.append(sum(one["score"] for one in scored.values()))
-                weights.append(len(scored))
-                domains.append(domain)
-    assert Statistic.of(images, totals, weights, domains).score().value == exact(data["expected"][mean])
+    done = list(captionqa_run(data, data["images"], run, by_domain=run == "domain"))
+    totals = [sum(one["score"] for one in scored.values()) for _, scored in done]
+    weights = [float(len(scored)) for _, scored in done]
+    domains = [image["row"]["domain"] for image, _ in done]
+    names = [str(number) for number in range(len(done))]
+    assert Statistic.of(names, totals, weights, domains).score().value == exact(data["expected"][mean])
 
 
 # ── CapArena ─────────────────────────────────────────────────────────────────────────────────────────

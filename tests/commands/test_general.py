@@ -15,7 +15,7 @@ import pytest
 from balcap.commands.general import TaskScore, gap, main, read_results, usable
 from balcap.utils.errors import UserError
 
-PROGRAM = '''
+PROGRAM = """
 import json, sys
 from pathlib import Path
 if "-c" in sys.argv:
@@ -33,7 +33,7 @@ for task in value("--tasks").split(","):
 (out / "2026_results.json").write_text(json.dumps({"results": results}))
 with open(Path(value("--output_path")).parent / "runs.txt", "a") as file:
     file.write(" ".join(sys.argv) + "\\n")
-'''
+"""
 
 
 @pytest.fixture
@@ -103,7 +103,10 @@ def _results(folder: Path, own: dict[str, Any]) -> None:
 
 
 def test_the_score_is_the_one_of_the_task_else_the_first(tmp_path: Path) -> None:
-    _results(tmp_path, {"mmstar": {"coarse,none": 0.1, "average,none": 0.5}, "other": {"alias": "x", "acc,none": 0.3}})
+    _results(
+        tmp_path,
+        {"mmstar": {"coarse,none": 0.1, "average,none": 0.5}, "other": {"alias": "x", "acc,none": 0.3}},
+    )
     found = read_results(tmp_path)
     assert {task: (score.metric, score.value) for task, score in found.items()} == {
         "mmstar": ("average", 0.5),
