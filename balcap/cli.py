@@ -33,6 +33,7 @@ from balcap.config import ConfigError, model_problems, trainer_problems  # noqa:
 from balcap.data import CaptionDataModule  # noqa: E402
 from balcap.judge import BudgetSpent  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
+from balcap.policy.identity import identity  # noqa: E402
 from balcap.trainer.checkpoint import CheckpointError, find_checkpoint, read_checkpoint  # noqa: E402
 from balcap.utils.errors import RunStopped, UserError  # noqa: E402
 from balcap.utils.run_folder import holds_fit, in_use, write_problem  # noqa: E402
@@ -257,19 +258,12 @@ class BalCapCLI(LightningCLI):
 
     def _caption_settings(self, model: BalCapModule, data: CaptionDataModule) -> dict[str, Any]:
         """What captions depend on, but for the images: those of one file are all alike in it."""
-        folder = Path(model.policy_config.model).expanduser()
-        checkpoint = self.checkpoint and [
-            str(self.checkpoint.resolve()),
-            read_checkpoint(self.checkpoint)["global_step"],
-        ]
         return {
-            **{f"model.policy.{name}": value for name, value in asdict(model.policy_config).items()},
-            "model.policy.model": str(folder.resolve()) if folder.is_dir() else model.policy_config.model,
+            **identity(model.policy_config, self.checkpoint),
             **{f"model.sampling.{name}": value for name, value in asdict(model.pipeline.sampling).items()},
             "model.predict_temperature": model.predict_temperature,
             "seed_everything": model.pipeline.seed if model.predict_temperature else None,
             "data.prompts": data.settings.prompts,
-            "ckpt_path": checkpoint,
         }
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -120,9 +120,7 @@ class BenchmarkEval(Callback):
             for benchmark in self.benchmarks:
                 whole, benchmark.limit = benchmark.limit, self.limit or benchmark.limit
                 try:
-                    run = self._run(
-                        benchmark, module, f"step-{step:08d}", {"run": self._folder.name, "step": step}
-                    )
+                    run = self._run(benchmark, module, f"step-{step:08d}", {"step": step}, fresh=True)
                     result = run.run(trainer, module.pipeline, TEST)
                 finally:
                     benchmark.limit = whole
@@ -143,9 +141,11 @@ class BenchmarkEval(Callback):
         """What ``test`` runs for one captioner."""
         return [self._run(benchmark, module, name, identity) for benchmark in self.benchmarks]
 
-    def _run(self, benchmark: Benchmark, module: Any, name: str, identity: Mapping[str, Any]) -> BenchmarkRun:
-        folder = self._folder / name / benchmark.name
-        return BenchmarkRun(benchmark, folder, identity, module.judge, self.batch_size, module.pipeline.seed)
+    def _run(
+        self, benchmark: Benchmark, module: Any, name: str, identity: Mapping[str, Any], fresh: bool = False
+    ) -> BenchmarkRun:
+        folder, seed = self._folder / name / benchmark.name, module.pipeline.seed
+        return BenchmarkRun(benchmark, folder, identity, module.judge, self.batch_size, seed, fresh)
 
     @property
     def _folder(self) -> Path:

@@ -81,6 +81,7 @@ class Benchmark(ABC):
         self.data, self.image_root, self.judge = data, image_root, judge
         self.prompt, self.sampling, self.limit = prompt, sampling, limit
         self.official, self.code = official, code
+        self._images: list[BenchmarkImage] = []
 
     def problems(self, key: str) -> list[str]:
         """What is wrong with the settings, each with the key to change."""
@@ -108,10 +109,10 @@ class Benchmark(ABC):
         Raises:
             DataError: the file is not as expected, naming what was found.
         """
-        images = self.load()
-        if not images:
+        self._images = self._images or self.load()
+        if not self._images:
             raise DataError(f"{self.name}: {self.data} holds no image; it comes from {self.source}")
-        return images[: self.limit]
+        return self._images[: self.limit]
 
     @property
     def prompt_version(self) -> str:

@@ -101,6 +101,7 @@ class BenchmarkRun:
         judge: where the benchmark has none of its own.
         batch_size: images of a batch that is captioned.
         seed: of the captions, where they are drawn.
+        fresh: begin anew, whatever the folder holds.
 
     Raises:
         DataError: the benchmark's file is not as expected.
@@ -115,11 +116,14 @@ class BenchmarkRun:
         judge: Judge | None,
         batch_size: int,
         seed: int = 0,
+        fresh: bool = False,
     ) -> None:
-        self.benchmark, self.folder, self.batch_size, self.seed = benchmark, folder, batch_size, seed
+        self.benchmark, self.folder, self.batch_size, self.fresh = benchmark, folder, batch_size, fresh
         own = benchmark.judge or judge
         if own is None:
             raise UserError(f"{benchmark.name}: there is no judge; set its judge or model.judge")
+        if judge is not None and own.settings.ledger is None:
+            own.settings.ledger = judge.settings.ledger
         self.judge = own
         self.identity = json.loads(
             json.dumps(
@@ -141,7 +145,11 @@ class BenchmarkRun:
         captions = self._read_captions()
         todo = [(number, batch) for number, batch in mine if any(image.id not in captions for image in batch)]
         self._caption(trainer, pipeline, stage, todo, captions)
-        records = self._judge(trainer, [image for _, batch in mine for image in batch], captions)
+        try:
+            records = self._judge(trainer, [image for _, batch in mine for image in batch], captions)
+        finally:
+            if self.benchmark.judge is not None:
+                self.judge.close()
         everyone: dict[str, Record] = {}
         for others in gather_objects(trainer, records):
             everyone |= others
@@ -159,6 +167,8 @@ class BenchmarkRun:
         wrong = None
         if trainer.is_global_zero:
             settings = self.folder / "captions.settings.json"
+            for path in [settings, *self._caption_files()] if self.fresh else []:
+                path.unlink(missing_ok=True)
             before = json.loads(settings.read_text()) if settings.is_file() else self.identity
             if other := sorted(key for key in self.identity if before.get(key) != self.identity[key]):
                 wrong = UserError(
@@ -211,13 +221,16 @@ class BenchmarkRun:
             try:
                 good.append((image.id, *image.read()))
             except BadImage as bad:
-                self.left_out[bad.cause] += 1
-                log.warning("%s: left out %s: %s", self.benchmark.name, image.id, bad)
+                self._leave_out(image, bad)
         if not good:
             return None
         ids, files, decoded = zip(*good, strict=True)
         prompts = [self.benchmark.prompt] * len(ids)
         return CaptionBatch(ids, decoded, files, prompts, [""] * len(ids))
+
+    def _leave_out(self, image: BenchmarkImage, bad: BadImage) -> None:
+        self.left_out[bad.cause] += 1
+        log.warning("%s: left out %s: %s", self.benchmark.name, image.id, bad)
 
     # ---- judgments
 
@@ -231,7 +244,12 @@ class BenchmarkRun:
 
         async def one(image: BenchmarkImage, slots: asyncio.Semaphore) -> None:
             async with slots:
-                records[image.id] = await self.benchmark.judge_caption(self.judge, image, captions[image.id])
+                try:
+                    records[image.id] = await self.benchmark.judge_caption(
+                        self.judge, image, captions[image.id]
+                    )
+                except BadImage as bad:  # it could be read when it was captioned
+                    self._leave_out(image, bad)
                 progress.add(1)
 
         async def everything() -> None:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from balcap.trainer.checkpoint import read_checkpoint
+from balcap.policy.identity import identity
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from balcap.benchmarks.runner import BenchmarkRun
     from balcap.module import BalCapModule
-    from balcap.policy import PolicyConfig
     from callbacks.benchmark_eval import BenchmarkEval
 
 POLICY = "policy"
@@ -67,11 +66,3 @@ def with_model(module: BalCapModule, model: str) -> BalCapModule:
     )
     other.judge = other.pipeline.judge = module.judge
     return other
-
-
-def identity(config: PolicyConfig, checkpoint: Path | None) -> dict[str, Any]:
-    """What captions depend on, of the policy."""
-    folder = Path(config.model).expanduser()
-    settings = asdict(config) | {"model": str(folder.resolve()) if folder.is_dir() else config.model}
-    step = checkpoint and [str(checkpoint.resolve()), read_checkpoint(checkpoint)["global_step"]]
-    return {**{f"model.policy.{name}": value for name, value in settings.items()}, "ckpt_path": step}

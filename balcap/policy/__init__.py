@@ -2,6 +2,7 @@
 
 - ``config.py`` what a YAML says of it, and what contradicts itself there
 - ``loading.py`` weights, adapters, freezing
+- ``identity.py`` which captioner it is, for files of captions
 - ``families/`` what each model family does in its own way, one file per family
 - ``prompts.py`` the one place that builds prompts
 - ``policy.py`` `Policy`: log-probs of captions under the policy and its reference

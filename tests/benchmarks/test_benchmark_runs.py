@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -135,6 +136,28 @@ def test_captions_of_other_weights_are_never_taken(
     other = test_arguments(names=("Prism",), **{"model.policy.model": folders["qwen"]})
     with pytest.raises(SystemExit, match=r"another model\.policy\.model.*--run_dir"):
         cli(other)
+
+
+def test_weights_that_were_replaced_are_others(test_arguments: Arguments, cli, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "assets/shapes-base", model)
+    arguments = test_arguments(names=("Prism",), **{"model.policy.model": model})
+    cli(arguments)
+    cli(arguments)
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    with pytest.raises(SystemExit, match=r"another weights.*--run_dir"):
+        cli(arguments)
+
+
+def test_an_evaluation_of_a_fit_never_takes_old_captions(test_arguments: Arguments, cli, tmp_path: Path) -> None:
+    folder = tmp_path / "run/benchmarks/step-00000002/captionqa"
+    options = {"trainer.max_steps": 2, "benchmark_eval.every_n_updates": 2, "benchmark_eval.at_ends": False}
+    folder.mkdir(parents=True)
+    (folder / "captions.settings.json").write_text("{}")
+    lines = ('{"image": "few_0000", "caption": "OLD"}', '{"image": "many_0000", "caption": "OLD"}')
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    cli(test_arguments("fit", names=("CaptionQA",), **options))
+    assert "OLD" not in (folder / "captions.jsonl").read_text()
 
 
 def test_a_test_that_is_killed_again_and_again_goes_on(

@@ -1,0 +1,35 @@
+"""Which captioner it is: what captions of it depend on, so that those of another are never taken for its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from balcap.policy.config import PolicyConfig
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def identity(config: PolicyConfig, checkpoint: Path | None) -> dict[str, Any]:
+    """Settings of the policy by their full names, and which weights they load, as JSON.
+
+    Files count by size and time: reading them would take as long as loading them.
+
+    Args:
+        config: of the policy.
+        checkpoint: whose weights are loaded into it; None for none.
+    """
+    folder = Path(config.model).expanduser()
+    settings = asdict(config) | {"model": str(folder.resolve()) if folder.is_dir() else config.model}
+    files = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)) if folder.is_dir() else []
+    return {
+        **{f"model.policy.{name}": value for name, value in settings.items()},
+        "weights": [_state(path) for path in files],
+        "ckpt_path": checkpoint and [str(checkpoint.resolve()), *_state(checkpoint)],
+    }
+
+
+def _state(path: Path) -> list[Any]:
+    status = path.stat()
+    return [path.name, status.st_size, status.st_mtime_ns]
