@@ -9,6 +9,7 @@
 - ``logps.py`` those of one padded sequence per caption: any model, and what the shared prefix is tested against
 - ``shared_prefix.py`` those of one packed sequence for all captions of some images; ``layout.py`` where
   everything stands in it, ``attention.py`` what sees what
+- ``windows.py`` attention of a vision tower, windows of one size in one call
 - ``head.py`` log-probs from hidden states, in chunks
 - ``flops.py`` model FLOPs, peaks of devices, memory
 """

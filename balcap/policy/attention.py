@@ -61,20 +61,22 @@ def shared_prefix_attention(
         scale: of the scores; None for 1 / sqrt(D).
     """
     key, value, grouped = _heads(query, key, value)
+    heads, shared = query.shape[1], key.shape[1]
+    qkv = torch.cat((query, key, value), 1)[0].transpose(0, 1)  # [N, Hq + 2 Hkv, D]
     out = []
-    for span, (index, real), mask in zip(layout.spans, layout.padded, layout.masks, strict=True):
-        prompt = slice(span.start, span.start + span.prompt)
-        q, k, v = (x[:, :, prompt] for x in (query, key, value))
+    for span, padded, mask in zip(layout.spans, layout.padded, layout.masks, strict=True):
+        prompt = qkv[None, span.start : span.start + span.prompt]
+        q, k, v = (x.transpose(1, 2) for x in prompt.split((heads, shared, shared), 2))
         attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
         out.append(attended[0].transpose(0, 1))  # [P, Hq, D]
         if not sum(span.captions):
             continue
-        G = len(span.captions)
-        q = _gather(query, index)  # [G, Hq, L, D]
-        k = torch.cat([k.expand(G, -1, -1, -1), _gather(key, index)], 2)
-        v = torch.cat([v.expand(G, -1, -1, -1), _gather(value, index)], 2)
+        G, L = padded.shape
+        captions = qkv.index_select(0, padded.tokens).unflatten(0, (G, L))
+        seen = torch.cat((prompt[:, :, heads:].expand(G, -1, -1, -1), captions[:, :, heads:]), 1)
+        q, (k, v) = captions[:, :, :heads].transpose(1, 2), seen.transpose(1, 2).split(shared, 1)
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-        out.append(attended.transpose(1, 2)[real])  # [sum of lengths, Hq, D]
+        out.append(attended.transpose(1, 2).flatten(0, 1).index_select(0, padded.kept))
     return torch.cat(out)[None]
 
 
@@ -84,8 +86,3 @@ def _heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, b
     if repeat == 1 or query.is_cuda:
         return key, value, repeat > 1
     return key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1), False
-
-
-def _gather(states: Tensor, index: Tensor) -> Tensor:
-    """``[1, H, N, D]`` at ``[G, L]`` -> ``[G, H, L, D]``."""
-    return states[0][:, index].transpose(0, 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -35,6 +36,20 @@ class PromptSpan:
     def end(self) -> int:
         """Index behind the last token."""
         return self.start + self.prompt + sum(self.captions)
+
+
+class PaddedCaptions(NamedTuple):
+    """An image's captions side by side.
+
+    Attributes:
+        shape: G, and L, the longest.
+        tokens: ``[G * L]`` indices of those of the sequence that stand there.
+        kept: ``[sum of lengths]`` places among these that are no padding, in the order of the sequence.
+    """
+
+    shape: tuple[int, int]
+    tokens: Int[Tensor, GL]  # noqa: F821
+    kept: Int[Tensor, M]  # noqa: F821
 
 
 class Layout:
@@ -74,9 +89,8 @@ class Layout:
         return torch.tensor(indices, dtype=torch.long, device=self.device)
 
     @cached_property
-    def padded(self) -> list[tuple[Int[Tensor, "G L"], Bool[Tensor, "G L"]]]:
-        """Per image: indices of its captions' tokens, padded on the right (with the prompt's last), and which
-        are real."""
+    def padded(self) -> list[PaddedCaptions]:
+        """Per image: its captions as a batch, padded on the right with the prompt's last token."""
         padded = []
         for span in self.spans:
             lengths = torch.tensor(span.captions, dtype=torch.long)
@@ -84,7 +98,9 @@ class Layout:
             real = steps < lengths[:, None]
             starts = span.start + span.prompt + lengths.cumsum(0) - lengths
             index = torch.where(real, starts[:, None] + steps, span.start + span.prompt - 1)
-            padded.append((index.to(self.device), real.to(self.device)))
+            kept = real.flatten().nonzero()[:, 0]  # here, on the CPU: a device would have to be waited for
+            shape = (len(lengths), len(steps))
+            padded.append(PaddedCaptions(shape, index.flatten().to(self.device), kept.to(self.device)))
         return padded
 
     @cached_property

@@ -68,6 +68,8 @@ class Policy(nn.Module):
         self.reference = reference
         if reference is not None:
             reference.requires_grad_(False).eval()
+        for one in filter(None, (model, reference)):
+            family_of(one).speed_up(base_of(one))
         self.shared_prefix = shared_prefix and prepare_shared_prefix(model)
         if self.shared_prefix and reference is not None:
             prepare_shared_prefix(reference)

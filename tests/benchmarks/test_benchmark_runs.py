@@ -149,7 +149,9 @@ def test_weights_that_were_replaced_are_others(test_arguments: Arguments, cli, t
         cli(arguments)
 
 
-def test_an_evaluation_of_a_fit_never_takes_old_captions(test_arguments: Arguments, cli, tmp_path: Path) -> None:
+def test_an_evaluation_of_a_fit_never_takes_old_captions(
+    test_arguments: Arguments, cli, tmp_path: Path
+) -> None:
     folder = tmp_path / "run/benchmarks/step-00000002/captionqa"
     options = {"trainer.max_steps": 2, "benchmark_eval.every_n_updates": 2, "benchmark_eval.at_ends": False}
     folder.mkdir(parents=True)

@@ -39,9 +39,10 @@ def test_the_layout_by_hand():
     layout = Layout([3, 2], [[3, 1], [0, 2]])
     assert layout.tokens == 8
     assert layout.predictors.tolist() == [2, 3, 4, 2, 6, 7]
-    index, real = layout.padded[0]
-    assert real.tolist() == [[True, True], [False, False]]
-    assert index[real].tolist() == [3, 4]
+    padded = layout.padded[0]
+    assert padded.shape == (2, 2)
+    assert padded.tokens.tolist() == [3, 4, 2, 2]  # the second caption's places hold the prompt's last token
+    assert padded.kept.tolist() == [0, 1]
     # rows: own tokens of the longest caption; columns: the 3 prompt tokens, then its own
     assert layout.masks[0].tolist() == [[True, True, True, True, False], [True] * 5]
     # (3 + 3) + (3 + 1) + (2 + 0) + (2 + 2)
@@ -57,7 +58,7 @@ def test_every_token_stands_once(images):
     prompts, captions = zip(*images, strict=True)
     layout = Layout(prompts, captions)
     assert layout.spans[-1].end == layout.tokens
-    own = [index[real] for index, real in layout.padded]
+    own = [padded.tokens[padded.kept] for padded in layout.padded]
     starts = [torch.arange(span.start, span.start + span.prompt) for span in layout.spans]
     assert sorted(torch.cat([*own, *starts]).tolist()) == list(range(layout.tokens))
     assert len(layout.predictors) == sum(map(sum, captions))
@@ -72,9 +73,10 @@ def test_attention_sees_the_prompt_and_itself(captions, prompt, kv_heads):
     query = torch.randn(1, 4, layout.tokens, 8, generator=generator)
     key, value = (torch.randn(1, kv_heads, layout.tokens, 8, generator=generator) for _ in "kv")
     out = shared_prefix_attention(query, key, value, layout)[0]  # [N, Hq, D]
-    for span, (index, real) in zip(layout.spans, layout.padded, strict=True):
+    for span in layout.spans:
         whole = torch.arange(span.start, span.start + span.prompt)
-        for own in [row[keep] for row, keep in zip(index, real, strict=True)]:
+        tokens = torch.arange(span.start + span.prompt, span.end)
+        for own in tokens.split(span.captions):
             where = torch.cat([whole, own])
             alone = scaled_dot_product_attention(
                 query[:, :, where],

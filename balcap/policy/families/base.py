@@ -88,6 +88,9 @@ class Family:
         head = model.get_output_embeddings()
         return [name for name in layers if model.get_submodule(name) is not head]
 
+    def speed_up(self, model: Any) -> None:
+        """Let parts of the model compute the same in fewer operators; the model is changed in place."""
+
     # ── prompts ──────────────────────────────────────────────────────────────────────────────────────
 
     def image_token_id(self, config: Any) -> int:

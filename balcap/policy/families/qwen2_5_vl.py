@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from balcap.policy import windows
 from balcap.policy.families.base import Family, num_weights
 
 
@@ -14,6 +15,10 @@ class Qwen2_5VL(Family):  # noqa: N801
 
     model_types = ("qwen2_5_vl", "qwen2_vl")
     text_types = ("qwen2_5_vl_text", "qwen2_vl_text")
+
+    def speed_up(self, model: Any) -> None:
+        """Windows of the tower in batches."""
+        windows.install(model.model.visual)
 
     def num_features(self, config: Any, item: dict[str, Tensor]) -> int:
         """Patches of the image's grid, merged two by two."""

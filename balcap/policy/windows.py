@@ -1,0 +1,90 @@
+"""Attention of a vision tower over windows: those of one size in one batched call, where transformers makes a call each.
+
+Exact: attention within a window does not depend on the others. A picture of Qwen2.5-VL's has up to a hundred windows of
+at most four sizes (whole ones, and those cut by the right and the lower edge).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MethodType
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of patches that stand side by side, sorted by size.
+
+    Attributes:
+        groups: (how many, patches of each), for each size.
+        order: ``[N]`` patches in that order; None where they stand so.
+        back: ``[N]`` the inverse.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    order: Int[Tensor, N] | None = None  # noqa: F821
+    back: Int[Tensor, N] | None = None  # noqa: F821
+
+    @classmethod
+    def of(cls, bounds: Tensor) -> Windows:
+        """Of W windows with these ``[W + 1]`` bounds; made once for a tensor, which all layers of a pass share: the device
+        must be asked."""
+        known = getattr(bounds, "balcap_windows", None)
+        if known is None:
+            known = bounds.balcap_windows = cls._of(bounds.tolist(), bounds.device)  # type: ignore[attr-defined]
+        return known
+
+    @classmethod
+    def _of(cls, bounds: list[int], device: torch.device) -> Windows:
+        lengths = [end - start for start, end in pairwise(bounds)]
+        sizes = sorted({length for length in lengths if length})
+        groups = tuple((lengths.count(size), size) for size in sizes)
+        if len(sizes) < 2:
+            return cls(groups)
+        starts = [bounds[at] for size in sizes for at, length in enumerate(lengths) if length == size]
+        spans = [size for count, size in groups for _ in range(count)]
+        order = torch.cat([torch.arange(at, at + size) for at, size in zip(starts, spans, strict=True)])
+        return cls(groups, order.to(device), order.argsort().to(device))
+
+
+def install(tower: Any) -> None:
+    """Let the attention layers of a tower that compute queries, keys and values in one go (Qwen's) work so, where they
+    use torch's own attention; flash attention takes windows of any sizes in one call by itself."""
+    for module in tower.modules():
+        fits = all(hasattr(module, name) for name in ("qkv", "proj", "num_heads", "scaling"))
+        if fits and module.config._attn_implementation == "sdpa" and "forward" not in vars(module):
+            module.forward = MethodType(_forward, module)
+
+
+def _forward(
+    attention: Any,
+    hidden_states: Float[Tensor, "N H"],
+    cu_seqlens: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    **options: Any,
+) -> Float[Tensor, "N H"]:
+    """As the layer's own forward."""
+    windows, tokens = Windows.of(cu_seqlens), len(hidden_states)
+    projected = attention.qkv(hidden_states).view(tokens, 3, attention.num_heads, -1)
+    cos, sin = (part.float()[:, None, None] for part in position_embeddings)
+    both = projected[:, :2].float()
+    turned = torch.cat((-both[..., both.shape[-1] // 2 :], both[..., : both.shape[-1] // 2]), -1)
+    rotated = torch.addcmul(both * cos, turned, sin).to(projected.dtype)
+    qkv = torch.cat((rotated, projected[:, 2:]), 1)  # [N, 3, heads, D]
+    if windows.order is not None:
+        qkv = qkv.index_select(0, windows.order)
+    parts, start = [], 0
+    for count, size in windows.groups:
+        group = qkv[start : start + count * size].view(count, size, *qkv.shape[1:])
+        query, key, value = group.permute(2, 0, 3, 1, 4)  # [count, heads, size, D] each
+        attended = scaled_dot_product_attention(query, key, value, scale=attention.scaling)
+        parts.append(attended.transpose(1, 2).reshape(count * size, -1))
+        start += count * size
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return attention.proj(out if windows.back is None else out.index_select(0, windows.back))

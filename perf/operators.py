@@ -1,0 +1,92 @@
+"""Operators that the host must issue: for one update, and for one pass of the vision tower.
+
+    python perf/operators.py           Qwen2.5-VL-3B's depth, P 1,312, G 8, captions of 200 to 300 tokens; a minute
+    python perf/operators.py --quick   G 2
+
+A GPU that waits for Python is bound by this number and not by arithmetic. It depends on the depth of the model and not
+on its width, so the model is narrow and runs on a CPU. Counted are the operators of torch that make new values, forward,
+recomputation and backward; views are free. Fused kernels count once. On a CPU, keys and values of grouped queries are
+repeated by operators that a GPU does not need; they are counted.
+
+ours, naive, TRL  as in `perf/update.py`; the loss, the optimizer and the encoding of the prompt are left out alike
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from balcap.policy.families import base_of, family_of
+from perf.report import arguments, report
+from perf.update_case import Case, build, work_of
+from perf.update_variants import NAIVE, OURS, TRL, variant
+
+warnings.simplefilter("ignore")
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts by name, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func.namespace != "prim":
+            self.counts[str(func.overloadpacket).removeprefix("aten.")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def of_update(case: Case, name: str) -> Counter[str]:
+    """Operators of one update, the second: the first makes what is kept."""
+    model, processor = build(case)
+    work = work_of(case, model, processor)
+    one = variant(name, model, processor, case)
+    one.update(work)
+    with CountOperators() as counted:
+        one.update(work)
+    return counted.counts
+
+
+def of_vision(case: Case) -> Counter[str]:
+    """Operators of one pass of the vision tower as the policy makes it."""
+    model, processor = build(case)
+    work = work_of(case, model, processor)
+    policy = variant(OURS, model, processor, case).policy
+    base = base_of(policy.model)
+    with torch.no_grad(), CountOperators() as counted:
+        family_of(base).image_features(base, work.prompts.images([0], policy.device))
+    return counted.counts
+
+
+def main() -> None:
+    """Count, and print."""
+    quick = arguments(__doc__).parse_args().quick
+    captions, longest = (2, 220) if quick else (8, 300)
+    case = Case("3b-narrow", 1312, captions, shortest=200, longest=longest, checkpointing=True)
+    counts = {name: of_update(case, name) for name in (OURS, NAIVE, TRL)}
+    vision = of_vision(case)
+    attention = sum(count for name, count in vision.items() if "scaled_dot_product" in name)
+    totals = {name: sum(each.values()) for name, each in counts.items()}
+    rows = [
+        [f"update, {name}", totals[name], ", ".join(f"{op[:18]} {n}" for op, n in each.most_common(4))]
+        for name, each in counts.items()
+    ]
+    rows.append(["vision pass", sum(vision.values()), f"of attention {attention}"])
+    figures = {"update": totals, "vision": sum(vision.values()), "vision_attention": attention}
+    report(f"Operators, 36 layers, P 1,312, G {captions}", ["", "operators", "of them"], rows, figures)
+
+
+if __name__ == "__main__":
+    main()
