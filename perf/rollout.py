@@ -1,16 +1,16 @@
-"""Captions from vLLM in the trainer's process against HF ``generate``.
+"""Captions sampled on the policy itself and from vLLM in the trainer's process, against HF ``generate``.
 
     python perf/rollout.py                          a CPU: the embedded world's policy, about three minutes
     python perf/rollout.py --quick                  a few captions: shows that it runs
     python perf/rollout.py --size 3b|7b             a GPU: random weights, bfloat16
 
-Needs vLLM (``pip install -e ".[vllm]"``, or on a CPU the environment of ``make test-vllm``).
+vLLM is measured where it is installed (``pip install -e ".[vllm]"``, or on a CPU the environment of ``make test-vllm``).
 
-Both engines caption images of one batch with the same policy, in this process; HF first, because vLLM changes the
-threads of a CPU when it starts. Caption tokens per second, end of sequence included; medians. HF captions as many
-images as fit into one call of ``generate``, which is its rate for any number; vLLM gets the weights anew before each
-run, as in training, so that its caches are empty. On CPUs HF runs under bfloat16 autocast, as in training; vLLM knows
-no autocast and computes in float32.
+All engines caption images of one batch with the same policy, in this process; HF ``generate`` and the policy itself in
+turns, then vLLM, because it changes the threads of a CPU when it starts. Caption tokens per second, end of sequence
+included; medians. HF captions as many images as fit into one call, which is its rate for any number; vLLM gets the weights
+anew before each run, as in training, so that its caches are empty. Large sizes run under bfloat16 autocast, as in training;
+vLLM knows no autocast.
 
 The policy's log-probs of vLLM's captions must be vLLM's own: mean |difference| at most 0.1, which bfloat16 keeps and
 other weights, images or prompts do not. Else there are no figures.
@@ -24,6 +24,7 @@ import tempfile
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,7 +43,7 @@ from perf import update_case
 from perf.report import arguments, batches, report, seconds_of
 from tests.wide_heads import write_wide_base
 
-HF, VLLM = "HF generate", "vLLM in process"
+HF, OURS, VLLM = "HF generate", "each prompt once", "vLLM in process"
 PROMPT_PIXELS = 896**2  # of the large sizes: 1,024 image tokens
 LIMIT = 0.1  # nats
 
@@ -84,41 +85,50 @@ def write_model(case: Case, folder: Path) -> None:
 
 
 def engines(case: Case, model: Path, data: Path) -> dict[str, Any]:
-    """Rates of both engines, and how far vLLM's log-probs are from the policy's.
+    """Rates of the engines, and how far vLLM's log-probs are from the policy's; None where it is not installed.
 
     Raises:
-        RuntimeError: the engine's captions are not the policy's.
+        RuntimeError: vLLM's captions are not the policy's.
     """
     limits = {"min_pixels": case.pixels, "max_pixels": case.pixels}
     policy = Policy.load(PolicyConfig(str(model), dtype=case.dtype, **limits), False).to(case.device)
     batch = next(iter(batches(data, case.images, data / "run")))
     sampling = Sampling(max_tokens=case.max_tokens)
-    hf, vllm = HFGenerate(case.at_once), VLLMInProcess(enforce_eager=case.device == "cpu")
-    hf.attach(policy)
-    vllm.attach(policy)
-    vllm.sync(policy, 0)
+    own = {HF: HFGenerate(case.at_once, shared_prompts=False), OURS: HFGenerate(case.at_once)}
+    for engine in own.values():
+        engine.attach(policy)
     few = min(case.images, max(1, case.at_once // case.captions))
 
     def draw(engine: Any, images: int) -> tuple[float, Any]:
         """Caption tokens per second, and the captions."""
         part, made = batch.select(range(images)), []
         prompts = policy.encode(part)
-        with autocast(case) if engine is hf else nullcontext():
+        with autocast(case) if engine in own.values() else nullcontext():
             seconds = seconds_of(lambda: made.append(engine.generate(part, prompts, case.captions, sampling)))
         return int(made[0].completion_mask.sum()) / seconds, made[0]
 
-    draw(hf, 1)
-    slow = median(draw(hf, few)[0] for _ in range(case.runs))
+    rates: dict[str, list[float]] = {name: [] for name in own}
+    for engine in own.values():
+        draw(engine, 1)
+    for _ in range(case.runs):
+        for name, engine in own.items():
+            rates[name].append(draw(engine, few)[0])
+    medians: dict[str, float | None] = {name: median(each) for name, each in rates.items()}
+    if find_spec("vllm") is None:
+        return {"tokens_per_s": medians | {VLLM: None}}
+    vllm = VLLMInProcess(enforce_eager=case.device == "cpu")
+    vllm.attach(policy)
+    vllm.sync(policy, 0)
     start_s = seconds_of(lambda: draw(vllm, 1))
     difference = mismatch(case, policy, draw(vllm, min(2, few))[1])
     if difference > LIMIT:
         raise RuntimeError(f"vLLM's log-probs differ from the policy's by {difference:.3f} on average")
-    rates = []
+    fast = []
     for _ in range(case.runs):
         vllm.sync(policy, 0)  # as before every step: nothing of these images is left in its caches
-        rates.append(draw(vllm, case.images)[0])
+        fast.append(draw(vllm, case.images)[0])
     vllm.close()
-    return {"tokens_per_s": {HF: slow, VLLM: median(rates)}, "mismatch_mean": difference, "start_s": start_s}
+    return {"tokens_per_s": medians | {VLLM: median(fast)}, "mismatch_mean": difference, "start_s": start_s}
 
 
 def mismatch(case: Case, policy: Any, rollouts: Any) -> float:
@@ -129,9 +139,9 @@ def mismatch(case: Case, policy: Any, rollouts: Any) -> float:
     return float((own.float().cpu() - rollouts.sampler_logps)[mask].abs().mean())
 
 
-def autocast(case: Case) -> torch.autocast:
-    """As the trainer computes."""
-    return torch.autocast(case.device, torch.bfloat16)
+def autocast(case: Case) -> Any:
+    """As the trainer computes: the demo in float32."""
+    return nullcontext() if case.size == "shapes" else torch.autocast(case.device, torch.bfloat16)
 
 
 def plan(options: Namespace) -> Case:
@@ -156,7 +166,10 @@ def main() -> None:
         measured = engines(case, model, data)
     rates = measured["tokens_per_s"]
     title = f"{case.images} images x {case.captions} captions"
-    ratio = {"rollout_ratio_hf": rates[VLLM] / rates[HF]}
+    ratio = {"rollout_ratio_hf": rates[VLLM] / rates[HF] if rates[VLLM] else None}
+    ratio["prompts_once_ratio_hf"] = rates[OURS] / rates[HF]
+    if rates[VLLM] is None:
+        print("vLLM is not installed here; it is not measured")
     report(
         title,
         ("engine", "caption tokens / s"),

@@ -1,4 +1,4 @@
-"""Rollouts with HF ``generate`` on the policy itself: always the current weights, needs nothing else."""
+"""Rollouts on the policy itself: always the current weights, needs nothing else."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from balcap.policy.families import base_of
 from balcap.rollout.base import Drawn, RolloutEngine, Sampling, check_init_args, stop_token_ids
+from balcap.rollout.decode import can_decode, decode
 from balcap.types import CaptionBatch
 
 if TYPE_CHECKING:
@@ -64,22 +65,27 @@ def _for_sampling(model: Any) -> Iterator[None]:
 
 
 class HFGenerate(RolloutEngine):
-    """HF ``generate`` on the policy.
+    """Sampling on the policy itself: each prompt read once where its family allows it, else HF ``generate``.
 
     Args:
-        max_sequences: captions per call of ``generate``; more are sampled in turns.
+        max_sequences: captions that are sampled at once; more are sampled in turns.
+        shared_prompts: read each prompt, and its image, once for all its captions, and let captions that have ended leave
+            the batch (`balcap.rollout.decode`); false, and families that share no prefix, use HF ``generate``.
     """
 
     on_policy = True
 
-    def __init__(self, max_sequences: int = 256) -> None:
+    def __init__(self, max_sequences: int = 256, shared_prompts: bool = True) -> None:
         check_init_args({f"max_sequences: {max_sequences} must be at least 1": max_sequences >= 1})
         super().__init__()
-        self.max_sequences = max_sequences
+        self.max_sequences, self.shared_prompts = max_sequences, shared_prompts
 
     def _draw(
         self, policy: Policy, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
     ) -> Generator[Drawn]:
+        if self.shared_prompts and can_decode(policy.model) and num_captions <= self.max_sequences:
+            yield from self._decode(policy, prompts, len(batch), num_captions, sampling)
+            return
         rows = [b for b in range(len(batch)) for _ in range(num_captions)]
         drawn: list[tuple[Tensor, Tensor]] = []  # tokens and log-probs of captions
         done = 0
@@ -91,6 +97,22 @@ class HFGenerate(RolloutEngine):
                     tokens, logps = zip(*drawn[done * num_captions :][:num_captions], strict=True)
                     yield done, tokens, logps
                     done += 1
+
+    def _decode(
+        self, policy: Policy, prompts: Prompts, images: int, num_captions: int, sampling: Sampling
+    ) -> Generator[Drawn]:
+        """Whole images at a time."""
+        stops, banned = stop_token_ids(policy), policy.encoder.banned_token_ids
+        size = self.max_sequences // num_captions
+        with _for_sampling(policy.model):
+            for start in range(0, images, size):
+                turn = range(start, min(start + size, images))
+                tokens, logps = decode(
+                    policy.model, prompts, turn, num_captions, sampling, stops, banned, policy.device
+                )
+                groups = zip(turn, tokens.split(num_captions), logps.split(num_captions), strict=True)
+                for image, of_image, their_logps in groups:
+                    yield image, list(of_image), list(their_logps)
 
 
 def _turn(policy: Policy, prompts: Prompts, rows: list[int], sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -47,8 +47,13 @@ def test_the_layout_by_hand():
     assert layout.masks[0].tolist() == [[True, True, True, True, False], [True] * 5]
     # (3 + 3) + (3 + 1) + (2 + 0) + (2 + 2)
     assert layout.separate == 16
+    # four captions, each with the longest prompt, 3, and the longest caption, 3
+    assert layout.separate_padded == 4 * (3 + 3)
     # forwarded caption tokens 2 + 0 + 0 + 1 of the cells 2 * 2 + 2 * 1
     assert layout.padding == pytest.approx(1 - 3 / 6)
+    nothing = Layout([2], [[0, 0]])
+    assert (nothing.separate_padded, nothing.padding) == (2 * (2 + 1), 0)
+    assert nothing.padded[0].shape == (2, 0)
 
 
 @given(

@@ -1,4 +1,5 @@
-"""Captions that HF samples from the policy: whose distribution it is, where they end, what they carry."""
+"""Captions sampled on the policy itself: whose distribution it is, where they end, what they carry. With each prompt read
+once and with HF ``generate``, alike."""
 
 from __future__ import annotations
 
@@ -10,13 +11,21 @@ from torch import Tensor
 
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
-from balcap.rollout import Sampling
+from balcap.rollout import Sampling, hf
 from balcap.rollout.base import pack, until_stop
 from balcap.rollout.hf import HFGenerate, _Recorder
 from balcap.types import CaptionBatch, Rollouts
 from tests.tiny_models import batch_of, mixed_batch, own_logits, picture
 
 Load = Callable[..., Policy]
+
+
+@pytest.fixture(autouse=True, params=["decode", "generate"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How captions are sampled."""
+    if request.param == "generate":
+        monkeypatch.setattr(hf, "can_decode", lambda model: False)
+    return request.param
 
 
 def sample(
@@ -244,21 +253,23 @@ def check_ends(policy: Policy, rollouts: Rollouts, max_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("engine_size", [256, 9, 4, 2, 1])
-def test_ends_lengths_and_turns(load: Load, engine_size: int, monkeypatch: pytest.MonkeyPatch):
+def test_ends_lengths_and_turns(load: Load, engine_size: int, way: str, monkeypatch: pytest.MonkeyPatch):
     policy = load()
     bias(policy, [eos(policy)], 4.0)
     sizes = []
-    generate = policy.model.generate
+    turn = getattr(hf, "_turn" if way == "generate" or engine_size < 3 else "decode")
 
-    def counted(**kwargs):
-        sizes.append(len(kwargs["input_ids"]))
-        return generate(**kwargs)
+    def counted(*args):
+        tokens, logps = turn(*args)
+        sizes.append(len(tokens))
+        return tokens, logps
 
-    monkeypatch.setattr(policy.model, "generate", counted)
+    monkeypatch.setattr(hf, turn.__name__, counted)
     rollouts = sample(policy, engine_size=engine_size, max_tokens=10)
     assert sum(sizes) == 9
     assert max(sizes) <= engine_size
-    assert len(sizes) == -(-9 // engine_size)
+    whole_images = way == "decode" and engine_size >= 3
+    assert len(sizes) == (-(-3 // (engine_size // 3)) if whole_images else -(-9 // engine_size))
     assert rollouts.token_ids.shape[:2] == (3, 3)
     assert rollouts.truncated.any()
     assert not rollouts.truncated.all()
@@ -373,7 +384,7 @@ def test_reference_lengths_are_tokens_of_the_policy(load: Load):
 # ── the engine ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_training_mode_is_restored(load: Load, monkeypatch: pytest.MonkeyPatch):
+def test_training_mode_is_restored(load: Load):
     policy = load()
     for mode in (True, False):
         policy.model.train(mode)
@@ -382,10 +393,10 @@ def test_training_mode_is_restored(load: Load, monkeypatch: pytest.MonkeyPatch):
     policy.model.train()
     own = policy.model.generation_config
 
-    def fails(**kwargs):
+    def fails(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(policy.model, "generate", fails)
+    policy.model.register_forward_pre_hook(fails)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         sample(policy, 1)
     assert policy.model.training
@@ -442,3 +453,38 @@ def test_a_closed_engine_says_so(load: Load):
     engine.close()
     with pytest.raises(RuntimeError, match="no policy; call attach and sync first"):
         engine.generate(batch, prompts, 1, Sampling())
+
+
+# ── each prompt once ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_likeliest_captions_are_those_of_generate(load: Load, monkeypatch: pytest.MonkeyPatch):
+    policy = load()
+    bias(policy, [eos(policy)], 2.0)  # some end before others, and leave the batch
+    ours = sample(policy, 2, temperature=0.0, max_tokens=30)
+    monkeypatch.setattr(hf, "can_decode", lambda model: False)
+    theirs = sample(policy, 2, temperature=0.0, max_tokens=30)
+    assert torch.equal(ours.token_ids, theirs.token_ids)
+    torch.testing.assert_close(ours.sampler_logps, theirs.sampler_logps, atol=1e-5, rtol=0)
+    assert torch.equal(ours.token_ids[:, 0], ours.token_ids[:, 1])
+
+
+def test_prompts_are_read_once_and_ended_captions_leave(load: Load, way: str):
+    policy = load()
+    bias(policy, [eos(policy)], 4.0)
+    shapes = []
+
+    def record(module, args, kwargs):
+        shapes.append(tuple(kwargs["input_ids"].shape))
+
+    policy.model.register_forward_pre_hook(record, with_kwargs=True)
+    rollouts = sample(policy, 8, max_tokens=40)
+    rows = [rows for rows, _ in shapes]
+    if way == "generate":
+        assert set(rows) == {24}
+        return
+    assert shapes[0][0] == 3
+    assert rows[1] <= 24
+    assert rows[1:] == sorted(rows[1:], reverse=True)
+    under_way = [int((rollouts.completion_mask.sum(-1) > step).sum()) for step in range(1, len(rows))]
+    assert all(alive <= size <= alive / 0.75 + 1 for alive, size in zip(under_way, rows[1:], strict=True))
