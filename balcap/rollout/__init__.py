@@ -1,7 +1,7 @@
 """Engines that sample captions.
 
 ``base.py``  the contract of an engine, `Sampling`, and from sampled tokens to `Rollouts`
-``hf.py``    HF ``generate`` on the policy itself: needs nothing else
+``hf.py``    on the policy itself: needs nothing else; ``decode.py`` reads each prompt once for its captions
 ``vllm/``    vLLM in the trainer's process, or as servers on other GPUs and hosts
 """
 
