@@ -28,6 +28,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa:
 from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException  # noqa: E402
 
+from balcap.commands.benchmark import config_of, run_test  # noqa: E402
 from balcap.commands.estimate import HERE, BalCapTrainer, estimate_problems  # noqa: E402
 from balcap.config import ConfigError, model_problems, trainer_problems  # noqa: E402
 from balcap.data import CaptionDataModule  # noqa: E402
@@ -231,7 +232,7 @@ class BalCapCLI(LightningCLI):
             raise ConfigError([*self._problems(), f"trainer: {error}"]) from None
         assert isinstance(self.model, BalCapModule)
         problems = trainer_problems(trainer, self.model, str(self.subcommand))
-        if problems := [*self._problems(), *problems]:
+        if problems := list(dict.fromkeys([*self._problems(), *problems])):
             raise ConfigError(problems)
         return trainer
 
@@ -244,6 +245,11 @@ class BalCapCLI(LightningCLI):
             return self._run_problems + self._test_problems(self.model)
         judges = self.subcommand != "predict"
         problems = [*model_problems(self.model, judges), *self.datamodule.problems(str(self.subcommand))]
+        if self.subcommand == "fit":
+            monitor, evaluation = (
+                self._get(self.config_init, part) for part in ("checkpoint", "benchmark_eval")
+            )
+            problems += evaluation.monitor_problems(monitor.monitor)
         if self.subcommand == "predict":
             captions = self._get(self.config_init, "captions")
             captions.settings = self._caption_settings(self.model, self.datamodule)
@@ -254,7 +260,12 @@ class BalCapCLI(LightningCLI):
         """Of benchmarks, the policy and the judge, where a benchmark has none of its own."""
         benchmarks = self._get(self.config_init, "benchmark_eval")
         judges = any(benchmark.judge is None for benchmark in benchmarks.benchmarks)
-        return [*model_problems(model, judges), *benchmarks.problems(needed=True)]
+        others = [
+            problem.replace("model.policy.model", f"benchmark_eval.models.{name}", 1)
+            for name, other in benchmarks.models.items()
+            for problem in config_of(model.policy_config, other).problems()
+        ]
+        return [*model_problems(model, judges), *benchmarks.problems(needed=True), *others]
 
     def _caption_settings(self, model: BalCapModule, data: CaptionDataModule) -> dict[str, Any]:
         """What captions depend on, but for the images: those of one file are all alike in it."""
@@ -287,8 +298,6 @@ class BalCapCLI(LightningCLI):
             raise SystemExit(f"Error: {error}") from None
 
     def _test(self) -> None:
-        from balcap.commands.benchmark import run_test
-
         assert isinstance(self.model, BalCapModule)
         evaluation = self._get(self.config_init, "benchmark_eval")
         run_test(self.trainer, self.model, evaluation, self.checkpoint)

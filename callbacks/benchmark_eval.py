@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,11 @@ from balcap.benchmarks.base import Benchmark
 from balcap.benchmarks.runner import BenchmarkRun, Result
 from balcap.benchmarks.scores import difference
 from balcap.trainer.pipeline import TEST
+from balcap.utils.errors import UserError
 from balcap.utils.files import atomic_write
+
+POLICY = "policy"
+"""Name of the config's own captioner in tables."""
 
 
 class BenchmarkEval(Callback):
@@ -64,6 +70,11 @@ class BenchmarkEval(Callback):
             problems.append(
                 "benchmark_eval.benchmarks: there is none to run; docs/benchmarks.md shows how to name them"
             )
+        for name in self.models:
+            if name == POLICY or not re.fullmatch(r"\w[\w.-]*", name):
+                problems.append(
+                    f"benchmark_eval.models: {name!r} cannot be a name: letters, digits, dots and dashes, and not {POLICY}"
+                )
         names = [benchmark.name for benchmark in self.benchmarks]
         problems += [
             f"benchmark_eval.benchmarks: there are two of the name {name}"
@@ -74,6 +85,19 @@ class BenchmarkEval(Callback):
             for number, benchmark in enumerate(self.benchmarks):
                 problems += benchmark.problems(f"benchmark_eval.benchmarks[{number}].init_args")
         return problems
+
+    def monitor_problems(self, monitor: str) -> list[str]:
+        """Why a checkpoint's ``monitor`` would never be known."""
+        if not monitor.startswith("bench/"):
+            return []
+        if not self.every_n_updates:
+            return [f"checkpoint.monitor: {monitor} is never known; set benchmark_eval.every_n_updates"]
+        names = [benchmark.name for benchmark in self.benchmarks]
+        if monitor.split("/")[1] not in names:
+            return [
+                f"checkpoint.monitor: no benchmark gives {monitor}; there are {', '.join(names) or 'none'}"
+            ]
+        return []
 
     def evaluations(self, steps: int) -> int:
         """How often a fit of so many optimizer steps evaluates."""
@@ -125,9 +149,10 @@ class BenchmarkEval(Callback):
                 finally:
                     benchmark.limit = whole
                 for name, entry in result.entries().items():
-                    logged[f"bench/{name}"] = entry["score"]
+                    named = {f"bench/{name}": entry["score"]}
                     if name == benchmark.name:
-                        logged |= {f"bench/{name}_{end}": entry[end] for end in ("low", "high")}
+                        named |= {f"bench/{name}_{end}": entry[end] for end in ("low", "high")}
+                    logged |= {key: math.nan if value is None else value for key, value in named.items()}
                 logged[f"bench/{benchmark.name}/failed"] = float(result.failed)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -152,7 +177,7 @@ class BenchmarkEval(Callback):
         return Path(self.dirpath or "benchmarks")
 
     def write(self, results: Mapping[str, list[Result]]) -> None:
-        """``benchmarks.json`` of the first captioner; of several, also ``benchmarks/comparison.json``. Prints the table.
+        """``benchmarks.json`` of the first captioner; of several, also ``benchmarks/comparison.json``.
 
         Args:
             results: captioner -> its results.
@@ -167,7 +192,25 @@ class BenchmarkEval(Callback):
         differences = list(_differences(results))
         with atomic_write(self._folder / "comparison.json") as file:
             json.dump({"models": entries, "differences": differences}, file, indent=2)
-        print_table(results, entries, differences)
+
+    def show(self, results: Mapping[str, list[Result]]) -> None:
+        """Prints the table.
+
+        Raises:
+            UserError: a benchmark has no score at all.
+        """
+        entries = {
+            name: {score: entry for result in own for score, entry in result.entries().items()}
+            for name, own in results.items()
+        }
+        print_table(results, entries, list(_differences(results)))
+        for name, own in results.items():
+            for result in own:
+                if not entries[name][result.name]["n"]:
+                    raise UserError(
+                        f"{result.name} of {name} has no score: {result.failed} judgments are missing; left out: "
+                        f"{dict(result.left_out) or 'nothing'}. The log above says why"
+                    )
 
 
 def _differences(results: Mapping[str, list[Result]]) -> Iterator[dict[str, Any]]:
@@ -179,8 +222,14 @@ def _differences(results: Mapping[str, list[Result]]) -> Iterator[dict[str, Any]
                 if score == mine.name:
                     gap = difference(mine.statistics[score], theirs.statistics[score])
                     yield {"score": score, "model": name, "base": base} | {
-                        "difference": gap.value, "low": gap.low, "high": gap.high, "n": gap.n,
+                        "difference": _number(gap.value), "low": _number(gap.low), "high": _number(gap.high),
+                        "n": gap.n,
                     }  # fmt: skip
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
 
 
 def print_table(
@@ -206,6 +255,8 @@ def print_table(
     table.add_row("length of captions", *words)
     console.print(table)
     for gap in differences:
+        if gap["low"] is None:
+            continue
         line = f"{gap['model']} - {gap['base']}, {gap['score']}: {gap['difference']:+.1f}"
         console.print(
             f"{line} [{gap['low']:+.1f}, {gap['high']:+.1f}] on the same {gap['n']} images", markup=False
@@ -221,4 +272,7 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return "-"
     missing = f", {entry['failed']} missing" if entry["failed"] else ""
+    if entry["low"] is None:
+        value = "-" if entry["score"] is None else f"{entry['score']:.1f}"
+        return f"{value} (n {entry['n']}{missing})"
     return f"{entry['score']:.1f} [{entry['low']:.1f}, {entry['high']:.1f}] (n {entry['n']}{missing})"

@@ -53,7 +53,7 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self._given = {"every_n_train_steps": (every_n_train_steps, 1), "keep": (keep, -1)}
-        self._interrupted = self._agreed = False
+        self._interrupted = self._agreed = self._monitor_seen = False
         self._handler_before: Any = None
 
     def problems(self) -> list[str]:
@@ -68,6 +68,7 @@ class RunCheckpoint(ModelCheckpoint):
         """A checkpoint of a step at which the metric is not known is worse than any other."""
         candidates = super()._monitor_candidates(trainer)
         assert self.monitor is not None
+        self._monitor_seen = self._monitor_seen or self.monitor in candidates
         candidates.setdefault(self.monitor, torch.tensor(-torch.inf if self.mode == "max" else torch.inf))
         return candidates
 
@@ -96,6 +97,14 @@ class RunCheckpoint(ModelCheckpoint):
         self._agreed = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
         if self._agreed:  # now, where Lightning's loops expect a checkpoint; the step is logged after this
             self._save_last(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if not self._monitor_seen and self.best_model_path:
+            rank_zero_info(
+                f"checkpoint.monitor: {self.monitor} was known at no checkpoint, so none is the best; metrics.csv has "
+                "the names"
+            )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

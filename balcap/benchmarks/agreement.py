@@ -139,12 +139,26 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path} holds no list of rows")
     for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {number}: it is no object")
         wanted = {"image", "human"} | ({"caption_1", "caption_2"} if _is_pair(row) else {"caption"})
         if missing := sorted(wanted - {key for key, value in row.items() if value is not None}):
             raise DataError(f"{path}, row {number}: it has no {', '.join(missing)}; it has {', '.join(row)}")
+        texts = [row[key] for key in sorted(wanted - {"human"})]
+        if wrong := next((value for value in texts if not isinstance(value, str)), None):
+            raise DataError(f"{path}, row {number}: {wrong!r} is no text")
+        if not _is_pair(row) and not _is_number(row["human"]):
+            raise DataError(f"{path}, row {number}: human is {row['human']!r}, which is no number")
         if _is_pair(row) and str(row["human"]).strip().lower() not in ("1", "2", *_TIES):
             raise DataError(f"{path}, row {number}: human is {row['human']!r}; it is 1, 2, or 0 for a tie")
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
 
 
 def _is_pair(row: Mapping[str, Any]) -> bool:
@@ -287,11 +301,13 @@ def main(args: Sequence[str] | None = None) -> None:
         "--judge", type=Judge | None, default=None, help="The judge, as model.judge of a config."
     )
     parser.add_argument("--config", action="config")
-    options = parser.instantiate_classes(parser.parse_args(args))
+    options = parser.instantiate(parser.parse_args(args))
     rows, metric = read_table(Path(options.table)), options.metric
     missing: Mapping[str, str] = {}
     if metric.startswith("column:"):
         name = metric.removeprefix("column:")
+        if not any(key in (name, f"{name}_1", f"{name}_2") for row in rows for key in row):
+            raise DataError(f"metric: {options.table} has no column {name}; it has {', '.join(rows[0])}")
         rated, pairs = compare_with_people(rows, lambda row, which: _column(rows[row], name, which), None)
     else:
         judged = _judged(options, rows, metric)
@@ -302,7 +318,8 @@ def main(args: Sequence[str] | None = None) -> None:
             judged.prefer if metric == "compare" else None,
         )
     console = Console(highlight=False, width=110)
-    for name, score in agreement(rated, pairs).items():
+    scores = agreement(rated, pairs)
+    for name, score in scores.items():
         console.print(
             f"{name:18} {score.value:+.3f} [{score.low:+.3f}, {score.high:+.3f}]  ({score.n} images)",
             markup=False,
@@ -317,6 +334,8 @@ def main(args: Sequence[str] | None = None) -> None:
             f"{left} of {len(metrics)} rows and pairs have no judgment and are left out{why}",
             markup=False,
         )
+    if not scores:
+        raise DataError("there is nothing to compare: no row has both a judgment and a person's preference")
 
 
 def _column(row: Mapping[str, Any], name: str, which: str) -> float:
@@ -334,11 +353,21 @@ def _judged(options: Any, rows: Sequence[Mapping[str, Any]], metric: str) -> Jud
         raise DataError(f"metric: {metric} needs --judge.model and --image_root")
     if problems := options.judge.problems("judge"):
         raise DataError("; ".join(problems))
+    if not Path(options.image_root).expanduser().is_dir():
+        raise DataError(f"image_root: there is no folder {options.image_root}")
+    if metric in ("recall", "b_capscore"):
+        without = [number for number, row in enumerate(rows) if not row.get("reference")]
+        if without:
+            raise DataError(f"metric: {metric} needs a column reference; row {without[0]} has none")
     if metric == "compare" and not all(map(_is_pair, rows)):
         raise DataError("metric: compare is about pairs; the rows have one caption each")
     judged = JudgedMetric(options.judge, ImageFolder(options.image_root), metric)
     try:
         judged.judge_all(rows)
+        if (stopped := options.judge.stopped) is not None:
+            raise DataError(
+                f"stopped: {stopped}. What was paid for is in the judge's cache; the same command goes on"
+            )
     finally:
         options.judge.close()
     return judged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,10 +43,14 @@ class BCapScore(Benchmark):
 
     def load(self) -> list[BenchmarkImage]:
         table, _ = load_rows(self.data, None, self.cache_dir)
+        self.skipped = Counter()
         options, images = DataSettings(), []
         names, first = table.column("sample_id"), table.data.column("first").to_pylist()
         for row, name in enumerate(names):
-            if first[row] != row or table[row]["problem"]:
+            if first[row] != row:
+                continue
+            if problem := table[row]["problem"]:
+                self.skipped[problem] += 1
                 continue
             rows = [table[other] for other in table.same_image(row)]
             images.append(BenchmarkImage(name, self.reader(name), references_of(rows, options, name, 0)))

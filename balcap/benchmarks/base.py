@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ class Benchmark(ABC):
         name: of the score.
         official_judge: whom the authors ask; with another, scores are not comparable with theirs.
         source: where data and images come from.
+        skipped: cause -> rows of the file that cannot be used, once it is loaded.
         tasks: the questions to the judge.
     """
 
@@ -81,6 +83,7 @@ class Benchmark(ABC):
         self.data, self.image_root, self.judge = data, image_root, judge
         self.prompt, self.sampling, self.limit = prompt, sampling, limit
         self.official, self.code = official, code
+        self.skipped: Counter[str] = Counter()
         self._images: list[BenchmarkImage] = []
 
     def problems(self, key: str) -> list[str]:
@@ -109,9 +112,26 @@ class Benchmark(ABC):
         Raises:
             DataError: the file is not as expected, naming what was found.
         """
-        self._images = self._images or self.load()
         if not self._images:
-            raise DataError(f"{self.name}: {self.data} holds no image; it comes from {self.source}")
+            try:
+                self._images = self.load()
+            except (
+                AttributeError,
+                TypeError,
+                KeyError,
+                IndexError,
+                UnicodeError,
+            ) as error:  # whatever stands in a row
+                what = f"{type(error).__name__}: {error}"
+                raise DataError(
+                    f"{self.name}: {self.data} is not as expected ({what}); {self.source} has the format"
+                ) from error
+        if not self._images:
+            why = ", ".join(f"{count} {cause}" for cause, count in self.skipped.items()) or "it is empty"
+            raise DataError(f"{self.name}: {self.data} holds no image that can be used: {why}")
+        counts = Counter(image.id for image in self._images)
+        if twice := [image for image, count in counts.items() if count > 1]:
+            raise DataError(f"{self.name}: {self.data} has two rows for {twice[0]}; each image stands once")
         return self._images[: self.limit]
 
     @property
@@ -132,6 +152,15 @@ class Benchmark(ABC):
     def statistics(self, ids: Sequence[str], records: Sequence[Record]) -> dict[str, Statistic]:
         """Score name -> its statistic over the judged images; the first is the benchmark's own."""
 
+    def identity(self) -> dict[str, Any]:
+        """Which images and questions: captions of another file, or folder, are not taken for theirs."""
+        path = Path(self.data).expanduser()
+        root = self.image_root and str(Path(self.image_root).expanduser().resolve())
+        if not path.exists():
+            return {"data": self.data, "image_root": root}
+        status = path.stat()
+        return {"data": [str(path.resolve()), status.st_size, status.st_mtime_ns], "image_root": root}
+
     def harness_input(self, captions: Mapping[BenchmarkImage, str]) -> tuple[str, str] | None:
         """Name and text of the file that the authors' scripts score; None where there are none."""
         return None
@@ -147,14 +176,27 @@ class Benchmark(ABC):
         path = Path(self.data).expanduser()
         try:
             text = path.read_text(encoding="utf-8-sig")
-            if path.suffix == ".jsonl":
-                return [json.loads(line) for line in text.split("\n") if line.strip()]
-            return json.loads(text)
+            if path.suffix != ".jsonl":
+                return json.loads(text)
+            rows = []
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    try:
+                        rows.append(json.loads(line))
+                    except ValueError as error:
+                        raise DataError(
+                            f"{self.name}: {path}, line {number} cannot be read: {error}"
+                        ) from None
+            return rows
+        except DataError:
+            raise
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{self.name}: {path} cannot be read: {error}") from None
 
     def reader(self, name: str) -> Callable[[], tuple[bytes, Image.Image]]:
         """Reads an image of `image_root`."""
+        if not isinstance(name, str):
+            raise DataError(f"{self.name}: {self.data} names an image {name!r}, which is no file name")
         if self.image_root is None:
             raise DataError(f"{self.name}: image_root is needed, the folder of its images ({self.source})")
         folder = ImageFolder(self.image_root)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,11 +117,17 @@ def ask(
 def _asked(
     number: int, question: Mapping[str, Any], draw: random.Random, official: bool
 ) -> AskedQuestion | None:
+    if not isinstance(question, Mapping):
+        raise TypeError(f"the question {question!r} is no object")
     choices, answer, text = (
         question.get("choices") or [],
         question.get("answer"),
         question.get("question", ""),
     )
+    if not official and answer is not None:
+        answer = str(answer)
+        if len(answer) == 1 and answer not in map(str, choices) and answer.upper() in LETTERS[: len(choices)]:
+            answer = str(choices[LETTERS.index(answer.upper())])  # a letter, as in other sets
     same = [isinstance(answer, str) and answer.strip() == str(choice).strip() for choice in choices]
     if len(choices) < 2 or not any(same):
         return None
@@ -229,9 +235,14 @@ class CaptionQA(Benchmark):
                 raise self.row_error(number, f"it has {len(pictures)} images, not one")
             images.append(BenchmarkImage(str(row["id"]), self._reader(pictures[0]), row))
         questions = ask(rows, self.seed, self.official, self.shuffle == "domain")
+        self.skipped = Counter()
+        for row, asked in zip(rows, questions, strict=True):
+            if missing := max(1, len(questions_of(row))) - len(asked):
+                self.skipped["no_question_with_a_right_choice"] += missing
         return [
             BenchmarkImage(image.id, image.read, (domain_of(image.row), asked))
             for image, asked in zip(images, questions, strict=True)
+            if asked
         ]
 
     def _rows(self) -> Sequence[Mapping[str, Any]]:

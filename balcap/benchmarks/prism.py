@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -85,11 +86,14 @@ class Prism(Benchmark):
             raise self.row_error(number, "it has no image")
         if not self.data.endswith(".tsv"):
             return str(picture), None
-        index = str(row.get("index", number))
         if len(picture) < 64:  # the index of the row that holds the picture
-            return f"row {picture}", encoded.get(picture)
-        encoded[index] = picture
-        return f"row {index}", picture
+            if picture not in encoded:
+                raise self.row_error(
+                    number, f"its image is that of row {picture}, which does not come before it"
+                )
+            picture = encoded[picture]
+        encoded[str(row.get("index", number))] = picture
+        return f"image {hashlib.sha256(picture.encode()).hexdigest()[:16]}", picture
 
     def _question(self, row: Mapping[str, Any], number: int) -> Question:
         options = row.get("choices") or row.get("options") or [row[c] for c in LETTERS if row.get(c)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,12 +81,11 @@ class Result:
         entries = {}
         for name, statistic in self.statistics.items():
             score = statistic.score()
-            entries[name] = {
-                "score": score.value,
-                "low": score.low,
-                "high": score.high,
-                "n": score.n,
-            } | shared
+            numbers = {"score": score.value, "low": score.low, "high": score.high}
+            known = {
+                key: None if math.isnan(value) else value for key, value in numbers.items()
+            }  # JSON has no NaN
+            entries[name] = known | {"n": score.n} | shared
         return entries
 
 
@@ -127,11 +127,18 @@ class BenchmarkRun:
         self.judge = own
         self.identity = json.loads(
             json.dumps(
-                {**identity, "prompt": benchmark.prompt, "sampling": asdict(benchmark.sampling), "seed": seed}
+                {
+                    **identity,
+                    **benchmark.identity(),
+                    "prompt": benchmark.prompt,
+                    "sampling": asdict(benchmark.sampling),
+                    "seed": seed,
+                }
             )
         )
         self.images = benchmark.images()
         self.left_out: Counter[str] = Counter()
+        self._skipped = benchmark.skipped  # of the file, alike on all ranks
 
     def run(self, trainer: Trainer, pipeline: RolloutPipeline, stage: int) -> Result:
         """Caption what has no caption, have it judged, and score. A collective: all ranks call it, all get the result.
@@ -154,7 +161,7 @@ class BenchmarkRun:
         for others in gather_objects(trainer, records):
             everyone |= others
         left_out: Counter[str] = sum(gather_objects(trainer, self.left_out), Counter())
-        return self._finish(trainer, everyone, left_out)
+        return self._finish(trainer, everyone, left_out + self._skipped)
 
     def _batches(self) -> Iterator[tuple[int, Sequence[BenchmarkImage]]]:
         for number, start in enumerate(range(0, len(self.images), self.batch_size)):
@@ -169,7 +176,7 @@ class BenchmarkRun:
             settings = self.folder / "captions.settings.json"
             for path in [settings, *self._caption_files()] if self.fresh else []:
                 path.unlink(missing_ok=True)
-            before = json.loads(settings.read_text()) if settings.is_file() else self.identity
+            before = _read_settings(settings) if settings.is_file() else self.identity
             if other := sorted(key for key in self.identity if before.get(key) != self.identity[key]):
                 wrong = UserError(
                     f"{self.folder} holds captions that were made with another {', '.join(other)}; choose another folder "
@@ -307,6 +314,14 @@ class BenchmarkRun:
         if result.failed:
             rank_zero_info(f"{benchmark.name}: {result.failed} judgments are missing, and in no score")
         return result
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Empty where the file is broken: then nobody knows whose captions they are."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return {}
 
 
 class _Progress:

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 from torch.utils.data import DataLoader, IterableDataset
 
 from balcap.policy.identity import identity
+from callbacks.benchmark_eval import POLICY
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from balcap.benchmarks.runner import BenchmarkRun
     from balcap.module import BalCapModule
+    from balcap.policy import PolicyConfig
     from callbacks.benchmark_eval import BenchmarkEval
-
-POLICY = "policy"
-"""Name of the config's own captioner in tables."""
 
 
 class _Runs(IterableDataset):
@@ -54,15 +53,20 @@ def run_test(
         trainer.test(own, loader, ckpt_path=path, verbose=False, weights_only=True)
         results[name] = own.benchmark_results
         del own.policy  # the next one needs its memory
+        if trainer.is_global_zero:
+            evaluation.write(results)
     if trainer.is_global_zero:
-        evaluation.write(results)
+        evaluation.show(results)
+
+
+def config_of(config: PolicyConfig, model: str) -> PolicyConfig:
+    """Of another captioner, with the same precision."""
+    return replace(config, model=model, revision=None, lora=None, min_pixels=None, max_pixels=None)
 
 
 def with_model(module: BalCapModule, model: str) -> BalCapModule:
     """A module without weights yet, for another captioner with the same engine, precision and judge."""
     other = copy.deepcopy(module)
-    other.policy_config = replace(
-        module.policy_config, model=model, revision=None, lora=None, min_pixels=None, max_pixels=None
-    )
+    other.policy_config = config_of(module.policy_config, model)
     other.judge = other.pipeline.judge = module.judge
     return other

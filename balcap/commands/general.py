@@ -11,6 +11,7 @@ whose 95 % interval lies below 0 is flagged as a regression.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
@@ -152,6 +153,7 @@ def main(args: Sequence[str] | None = None) -> None:
     add(
         "--model",
         type=str,
+        required=True,
         help="Folder or hub id; a run folder stands for its export, an adapter is merged first.",
     )
     add("--base", type=str | None, default=None, help="What it is compared with; null for its scores alone.")
@@ -193,7 +195,11 @@ def usable(model: str, out: Path) -> str:
         return str(folder) if folder.is_dir() else model
     from balcap.commands.export import main as export
 
-    merged = out / "merged"
+    state = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("adapter_*"))
+    ]
+    digest = hashlib.sha256(json.dumps([str(folder.resolve()), state]).encode()).hexdigest()[:12]
+    merged = out / f"merged-{digest}"  # of this very adapter
     if not (merged / "config.json").is_file():
         export(["--model.policy.model", str(folder), "--out", str(merged), "--merge"])
     return str(merged)
@@ -205,14 +211,17 @@ def evaluate(model: str, folder: Path, options: Any) -> dict[str, TaskScore]:
     Raises:
         UserError: it fails; its own output is on the console.
     """
-    settings = {
-        "model": model,
-        "tasks": options.tasks,
-        "model_type": options.model_type,
-        "limit": options.limit,
-    }
+    folder_of = Path(model)
+    weights = [
+        [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+        for pattern in ("*.safetensors", "*.bin")
+        for path in sorted(folder_of.glob(pattern) if folder_of.is_dir() else ())
+    ]
+    settings = {"model": model, "weights": weights, "tasks": options.tasks, "model_type": options.model_type}
+    settings |= {"limit": options.limit, "arguments": options.arguments}
+    folder = folder / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     kept = folder / "settings.json"
-    if kept.is_file() and json.loads(kept.read_text()) == settings:
+    if kept.is_file():
         return read_results(folder)
     command = [options.python, "-m", "lmms_eval", "--model", options.model_type]
     command += ["--model_args", f"pretrained={model}", "--tasks", ",".join(options.tasks)]
@@ -260,4 +269,8 @@ def report(scores: Mapping[str, Mapping[str, TaskScore]], out: Path) -> None:
     console.print(table)
     worse = [row["task"] for row in rows if row.get("regression")]
     if "base" in scores:
-        print(f"Regressions beyond noise: {', '.join(worse) or 'none'}. Results in {out / 'general.json'}")
+        unknown = [row["task"] for row in rows if math.isnan(row.get("low", math.nan))]
+        also = f" (no interval, so unknown: {', '.join(unknown)})" if unknown else ""
+        print(
+            f"Regressions beyond noise: {', '.join(worse) or 'none'}{also}. Results in {out / 'general.json'}"
+        )

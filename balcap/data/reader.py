@@ -81,7 +81,11 @@ class ImageFolder:
         Raises:
             BadImage: ``outside_image_root``, ``missing_file`` or ``unreadable_file``.
         """
-        name = name.removeprefix(f"{str(self.root).rstrip('/')}/")  # written absolutely
+        for root in (
+            self.root,
+            self.root.absolute(),
+        ):  # written absolutely, below a root that may be relative
+            name = name.removeprefix(f"{str(root).rstrip('/')}/")
         parts = PurePosixPath(name).parts
         if not parts or "\0" in name:
             raise BadImage("unreadable_file", f"{name!r} is not a file name")

@@ -14,6 +14,7 @@ import pytest
 from balcap.benchmarks.agreement import Pair, Rated, agreement, main, pairs_of, read_table
 from examples.shapes.captions import clean, flawed
 from examples.shapes.scene import scene_of
+from tests.judge_server import JudgeServer
 
 
 def test_the_three_figures_by_hand() -> None:
@@ -69,6 +70,13 @@ def table(world: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def server():
+    server = JudgeServer()
+    yield server
+    server.close()
+
+
 JUDGE = json.dumps(
     {"model": "shapes/oracle", "providers": {"shapes": "examples.shapes.oracle.Oracle"}, "cache": None}
 )
@@ -86,8 +94,8 @@ def test_the_worlds_judge_agrees_with_its_people(table: Path, world: Path, metri
 def test_a_column_needs_no_judge(table: Path, capsys) -> None:
     main([str(table), "--metric", "column:len"])
     assert "pairwise_accuracy  +1.000 [+1.000, +1.000]  (30 images)" in capsys.readouterr().out
-    main([str(table), "--metric", "column:none"])
-    assert "30 of 30 rows and pairs have no judgment" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has no column none; it has image"):
+        main([str(table), "--metric", "column:none"])
 
 
 @pytest.mark.parametrize(
@@ -97,6 +105,9 @@ def test_a_column_needs_no_judge(table: Path, capsys) -> None:
         ([{"image": "a", "caption_1": "x", "human": 1}], "row 0: it has no caption_2"),
         ([{"image": "a", "caption_1": "x", "caption_2": "y", "human": "left"}], "human is 'left'"),
         ({}, "holds no list of rows"),
+        (["x"], "row 0: it is no object"),
+        ([{"image": "a", "caption": ["x"], "human": 1}], "row 0: \\['x'\\] is no text"),
+        ([{"image": "a", "caption": "x", "human": "good"}], "row 0: human is 'good', which is no number"),
     ],
 )
 def test_tables_that_cannot_be_used(rows: Any, why: str, tmp_path: Path) -> None:
@@ -111,3 +122,27 @@ def test_what_is_missing_is_named(table: Path) -> None:
         main([str(table), "--metric", "cider"])
     with pytest.raises(ValueError, match="needs --judge"):
         main([str(table)])
+
+
+def test_what_cannot_be_scored_is_refused_before_anything_is_paid(
+    table: Path, world: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {key: value for key, value in row.items() if key != "reference"}
+        for row in csv.DictReader(table.open())
+    ]
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="b_capscore needs a column reference; row 0 has none"):
+        main([str(path), "--image_root", str(world), f"--judge={JUDGE}"])
+    with pytest.raises(ValueError, match="image_root: there is no folder /no/such"):
+        main([str(table), "--image_root", "/no/such", f"--judge={JUDGE}"])
+
+
+def test_a_judge_that_stops_is_said(table: Path, world: Path, server) -> None:
+    server.always = "500"
+    judge = json.dumps(
+        {"model": "openai/gpt-4o-mini", "cache": None, "retries": 0, "params": {"api_base": server.url}}
+    )
+    with pytest.raises(ValueError, match=r"stopped: the judge is not available"):
+        main([str(table), "--metric", "linguistic", "--image_root", str(world), f"--judge={judge}"])

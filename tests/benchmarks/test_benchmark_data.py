@@ -48,6 +48,35 @@ def test_prism_reads_a_tsv_whose_rows_share_an_image(tmp_path: Path) -> None:
     ]
 
 
+def test_a_picture_that_stands_in_several_rows_is_one_image(tmp_path: Path) -> None:
+    encoded = [base64.b64encode(picture(colour)).decode() for colour in ("red", "blue", "red")]
+    ids = []
+    for name, order in (("a.tsv", encoded), ("b.tsv", encoded[::-1])):
+        lines = [f"{i}\tQ?\tx\ty\tA\t{image}" for i, image in enumerate(order)]
+        (tmp_path / name).write_text("\n".join(["index\tquestion\tA\tB\tanswer\timage", *lines]) + "\n")
+        images = Prism(data=str(tmp_path / name)).images()
+        assert sorted(len(image.row) for image in images) == [1, 2]
+        ids.append({image.id for image in images})
+    assert ids[0] == ids[1]
+
+
+def test_an_answer_may_be_a_letter_or_a_number(tmp_path: Path) -> None:
+    questions = [
+        {"question": "Q?", "choices": ["x", "y"], "answer": "B"},
+        {"question": "R?", "choices": [1, 2, 3], "answer": 3},
+    ]
+    path = tmp_path / "qa.json"
+    path.write_text(json.dumps([{"id": "nat_1", "images": ["a.png"], "questions": questions}]))
+    for official, answers in ((False, [1, 2]), (True, [])):
+        benchmark = CaptionQA(data=str(path), image_root=str(tmp_path), official=official)
+        if official:
+            with pytest.raises(ValueError, match="2 no_question_with_a_right_choice"):
+                benchmark.images()
+            continue
+        ((_, asked),) = [image.row for image in benchmark.images()]
+        assert [question.answer for question in asked] == answers
+
+
 def test_prism_reads_json_lines_with_files(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture("red"))
     rows = [

@@ -149,6 +149,51 @@ def test_weights_that_were_replaced_are_others(test_arguments: Arguments, cli, t
         cli(arguments)
 
 
+def test_other_questions_or_pictures_are_other_captions(
+    test_arguments: Arguments, cli, twins: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "twins"
+    shutil.copytree(twins, copy)
+    arguments = [arg.replace(str(twins), str(copy)) for arg in test_arguments(names=("Prism",))]
+    cli(arguments)
+    elsewhere = [arg.replace(f'"image_root": "{copy}"', f'"image_root": "{twins}"') for arg in arguments]
+    with pytest.raises(SystemExit, match="another image_root"):
+        cli(elsewhere)
+    (copy / "prism.json").write_text((copy / "prism.json").read_text() + " ")
+    with pytest.raises(SystemExit, match="another data"):
+        cli(arguments)
+
+
+def test_names_of_captioners_are_names(test_arguments: Arguments, cli, tmp_path: Path) -> None:
+    models = json.dumps({"policy": "a/b", "../out": "a/b", "fine": str(tmp_path / "none")})
+    with pytest.raises(ConfigError) as refused:
+        cli(test_arguments(names=("Prism",), **{"benchmark_eval.models": models}))
+    keys = sorted(problem.split(":")[0] for problem in refused.value.problems)
+    assert keys == ["benchmark_eval.models", "benchmark_eval.models", "benchmark_eval.models.fine"]
+
+
+def test_a_monitor_that_is_never_known_is_refused(test_arguments: Arguments, cli) -> None:
+    options = {"trainer.max_steps": 2, "checkpoint.monitor": "bench/dcscor"}
+    with pytest.raises(ConfigError, match=r"never known; set benchmark_eval\.every_n_updates"):
+        cli(test_arguments("fit", **options))
+    with pytest.raises(ConfigError, match=r"no benchmark gives bench/dcscor; there are dcscore"):
+        cli(test_arguments("fit", names=("DCScore",), **options, **{"benchmark_eval.every_n_updates": 1}))
+
+
+def test_no_score_is_no_success(test_arguments: Arguments, cli, tmp_path: Path) -> None:
+    server = JudgeServer(answer)
+    server.always = "500"
+    try:
+        judge = {"model": "openai/gpt-4o-mini", "retries": 0, "max_failed_share": 1.0, "cache": None}
+        judge["params"] = {"api_base": server.url}
+        arguments = [a for a in test_arguments(names=("Prism",)) if not a.startswith("--model.judge.cache")]
+        with pytest.raises(SystemExit, match="prism of policy has no score: 96 judgments are missing"):
+            cli([*arguments, f"--model.judge={json.dumps(judge)}"])
+    finally:
+        server.close()
+    assert results(tmp_path / "run")["prism"]["score"] is None
+
+
 def test_an_evaluation_of_a_fit_never_takes_old_captions(
     test_arguments: Arguments, cli, tmp_path: Path
 ) -> None:
@@ -350,6 +395,11 @@ def test_what_cannot_work_is_one_list(test_arguments: Arguments, cli, tmp_path: 
         (CaptionQA, '[{"images": ["a.png"]}]', "row 0: it has no id"),
         (CaptionQA, '[{"id": "nat_1", "images": ["a.png", "b.png"]}]', "row 0: it has 2 images"),
         (CaptionQA, "[]", "holds no image"),
+        (CaptionQA, '[{"id": "nat_1", "images": ["a.png"]}]', "1 no_question_with_a_right_choice"),
+        (CaptionQA, '[{"id": "nat_1", "images": ["a.png"], "questions": ["what"]}]', "is not as expected"),
+        (DCScore, '{"image_name": 7, "oracle_facts": []}\n', "names an image 7"),
+        (DCScore, '{"image_name": "a", "oracle_facts": []}\n' * 2, "has two rows for a"),
+        (DCScore, '{"image_name": "a", "oracle_facts": []}\n{\n', "line 2"),
     ],
 )
 def test_files_that_are_not_as_expected(kind: Any, content: str, why: str, tmp_path: Path) -> None:

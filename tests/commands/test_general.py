@@ -31,7 +31,7 @@ for task in value("--tasks").split(","):
     lines = [json.dumps({"doc_id": i, "anls": score}) for i, score in enumerate(scores)]
     (out / f"2026_samples_{task}.jsonl").write_text("\\n".join(lines))
 (out / "2026_results.json").write_text(json.dumps({"results": results}))
-with open(Path(value("--output_path")).parent / "runs.txt", "a") as file:
+with open(Path(value("--output_path")).parents[1] / "runs.txt", "a") as file:
     file.write(" ".join(sys.argv) + "\\n")
 """
 
@@ -63,6 +63,37 @@ def test_a_regression_is_flagged_and_nothing_runs_twice(python: str, tmp_path: P
     assert "--log_samples --limit 400" in runs[0]
     main(arguments)
     assert len((out / "runs.txt").read_text().splitlines()) == 2
+    main([*arguments, "--arguments", "[--apply_chat_template]"])
+    assert len((out / "runs.txt").read_text().splitlines()) == 4, "other arguments are other results"
+
+
+def test_weights_that_were_replaced_run_anew(python: str, tmp_path: Path) -> None:
+    model, out = tmp_path / "tuned", tmp_path / "general"
+    model.mkdir()
+    for content in ("one", "another"):
+        (model / "model.safetensors").write_text(content)
+        main(["--model", str(model), "--out", str(out), "--python", python, "--tasks", "[docvqa_val]"])
+    assert len((out / "runs.txt").read_text().splitlines()) == 2
+
+
+def test_two_adapters_are_merged_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = []
+
+    def export(arguments: list[str]) -> None:
+        merged.append(arguments[1])
+        out = Path(arguments[arguments.index("--out") + 1])
+        out.mkdir(parents=True)
+        (out / "config.json").write_text("{}")
+
+    monkeypatch.setattr("balcap.commands.export.main", export)
+    folders = []
+    for name in ("a", "b", "a"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        if not (tmp_path / name / "adapter_config.json").exists():
+            (tmp_path / name / "adapter_config.json").write_text("{}")
+        folders.append(usable(str(tmp_path / name), tmp_path / "out"))
+    assert folders[0] == folders[2] != folders[1]
+    assert merged == [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
 def test_an_environment_without_lmms_eval_is_named() -> None:
