@@ -27,11 +27,14 @@ lock: $(VENV)/.installed
 
 data/shapes/shapes.json: $(VENV)/.installed
 	$(BIN)/python -m examples.shapes.dataset --out data/shapes --images 3000
+	touch $@
+
+data/shapes/benchmarks/caparena.json: $(VENV)/.installed
 	$(BIN)/python -m examples.shapes.benchmarks --out data/shapes/benchmarks --images 200
 	touch $@
 
 ## train on the embedded world, validate before and after, print what changed; benchmarks of both policies
-demo: $(VENV)/.installed data/shapes/shapes.json
+demo: $(VENV)/.installed data/shapes/shapes.json data/shapes/benchmarks/caparena.json
 	rm -rf $(RUN)
 	$(BIN)/python main.py fit --config configs/shapes.yaml --run_dir $(RUN) --seed_everything $(SEED)
 	$(BIN)/python -m examples.shapes.summary $(RUN)
