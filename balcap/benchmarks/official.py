@@ -30,6 +30,7 @@ class OfficialTask(Task[str]):
     version = "1"  # the prompt itself is in the key
     schema = None
     answer_type = str
+    one_item = True
 
     def messages(  # type: ignore[override]
         self, items: Sequence[Prompt], *, system: str, image: bytes | None = None

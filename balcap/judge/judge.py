@@ -70,6 +70,7 @@ class Judge:
             task(), context, settings.routes(task.name, task.params), settings.images, items, together
         )
         per_call = len(items) if together else (settings.per_call or {}).get(task.name, task.per_call)
+        per_call = 1 if task.one_item else per_call
         session = self._open()
         return await session.loop.here(session.gather(question, per_call))
 

@@ -46,6 +46,7 @@ class Task(ABC, Generic[AnswerT]):
         schema: what the judge answers; None for plain text, of which `parse` is given all.
         answer_type: type of the answer to one item, as pydantic reads it from JSON.
         per_call: most items in one call, unless ``model.judge.per_call`` says otherwise.
+        one_item: a call holds one item, whatever `per_call` says.
         params: passed on with the judge's own ``params``, and stronger; ``model.judge.per_task`` replaces both.
     """
 
@@ -54,6 +55,7 @@ class Task(ABC, Generic[AnswerT]):
     schema: ClassVar[type[Schema] | None]
     answer_type: ClassVar[Any]
     per_call: ClassVar[int] = 1
+    one_item: ClassVar[bool] = False
     params: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @abstractmethod

@@ -38,7 +38,8 @@ class ScriptedJudge(Judge):
     """Answers each kind of question from a function of its messages, and keeps what it was asked."""
 
     def __init__(self, answers: dict[str, Callable[[str], str | None]]) -> None:
-        super().__init__("openai/gpt-4o-mini", cache=None, retries=0, max_failed_share=1.0)
+        several = {"dcscore_match": 3, "dcscore_verify": 3}  # they hold one all the same
+        super().__init__("openai/gpt-4o-mini", cache=None, retries=0, max_failed_share=1.0, per_call=several)
         self.answers = answers
         self.asked: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 

@@ -155,7 +155,7 @@ class MatchFacts(_OfCaption, Task[list[int | None]]):
     version = "1"
     schema = MatchedFacts
     answer_type = list[int | None]
-    per_call = 1
+    one_item = True
 
     def messages(self, items: Sequence[DrawnFacts], *, annotated: Sequence[str]) -> list[Message]:  # type: ignore[override]
         (item,) = items
@@ -192,7 +192,7 @@ class VerifyFacts(_OfCaption, Task[list[bool]]):
     version = "1"
     schema = VerifiedFacts
     answer_type = list[bool]
-    per_call = 1
+    one_item = True
 
     def messages(self, items: Sequence[DrawnFacts], *, image: bytes, reference: str) -> list[Message]:  # type: ignore[override]
         (item,) = items
