@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from balcap.benchmarks.base import Benchmark
 from balcap.benchmarks.runner import BenchmarkRun, Result
-from balcap.benchmarks.scores import difference
+from balcap.benchmarks.scores import difference, known
 from balcap.trainer.pipeline import TEST
 from balcap.utils.errors import UserError
 from balcap.utils.files import atomic_write
@@ -142,13 +142,10 @@ class BenchmarkEval(Callback):
         logged: dict[str, float] = {}
         with isolate_rng():
             for benchmark in self.benchmarks:
-                whole, benchmark.limit = benchmark.limit, self.limit or benchmark.limit
-                try:
-                    run = self._run(benchmark, module, f"step-{step:08d}", {"step": step}, fresh=True)
-                    result = run.run(trainer, module.pipeline, TEST)
-                finally:
-                    benchmark.limit = whole
-                for name, entry in result.entries().items():
+                where = self._folder / f"step-{step:08d}" / benchmark.name
+                run = self._run(benchmark, module, where, {"step": step}, fresh=True, limit=self.limit)
+                result = run.run(trainer, module.pipeline, TEST)
+                for name, entry in result.entries.items():
                     named = {f"bench/{name}": entry["score"]}
                     if name == benchmark.name:
                         named |= {f"bench/{name}_{end}": entry[end] for end in ("low", "high")}
@@ -164,13 +161,13 @@ class BenchmarkEval(Callback):
 
     def runs(self, module: Any, name: str, identity: Mapping[str, Any]) -> list[BenchmarkRun]:
         """What ``test`` runs for one captioner."""
-        return [self._run(benchmark, module, name, identity) for benchmark in self.benchmarks]
+        return [self._run(one, module, self._folder / name / one.name, identity) for one in self.benchmarks]
 
     def _run(
-        self, benchmark: Benchmark, module: Any, name: str, identity: Mapping[str, Any], fresh: bool = False
+        self, benchmark: Benchmark, module: Any, folder: Path, identity: Mapping[str, Any], **options: Any
     ) -> BenchmarkRun:
-        folder, seed = self._folder / name / benchmark.name, module.pipeline.seed
-        return BenchmarkRun(benchmark, folder, identity, module.judge, self.batch_size, seed, fresh)
+        seed = module.pipeline.seed
+        return BenchmarkRun(benchmark, folder, identity, module.judge, self.batch_size, seed, **options)
 
     @property
     def _folder(self) -> Path:
@@ -182,10 +179,7 @@ class BenchmarkEval(Callback):
         Args:
             results: captioner -> its results.
         """
-        entries = {
-            name: {score: entry for result in own for score, entry in result.entries().items()}
-            for name, own in results.items()
-        }
+        entries = _entries(results)
         first = next(iter(entries))
         with atomic_write(self._folder.parent / "benchmarks.json") as file:
             json.dump(entries[first], file, indent=2)
@@ -199,10 +193,7 @@ class BenchmarkEval(Callback):
         Raises:
             UserError: a benchmark has no score at all.
         """
-        entries = {
-            name: {score: entry for result in own for score, entry in result.entries().items()}
-            for name, own in results.items()
-        }
+        entries = _entries(results)
         print_table(results, entries, list(_differences(results)))
         for name, own in results.items():
             for result in own:
@@ -213,23 +204,22 @@ class BenchmarkEval(Callback):
                     )
 
 
+def _entries(results: Mapping[str, list[Result]]) -> dict[str, dict[str, Any]]:
+    """Captioner -> score name -> its entry."""
+    return {
+        name: {score: entry for result in own for score, entry in result.entries.items()}
+        for name, own in results.items()
+    }
+
+
 def _differences(results: Mapping[str, list[Result]]) -> Iterator[dict[str, Any]]:
     """Each captioner against the last named, on the same images."""
     *others, base = results
     for name in others:
         for mine, theirs in zip(results[name], results[base], strict=True):
-            for score in mine.statistics.keys() & theirs.statistics.keys():
-                if score == mine.name:
-                    gap = difference(mine.statistics[score], theirs.statistics[score])
-                    yield {"score": score, "model": name, "base": base} | {
-                        "difference": _number(gap.value), "low": _number(gap.low), "high": _number(gap.high),
-                        "n": gap.n,
-                    }  # fmt: skip
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(value) else value
+            gap = difference(mine.statistics[mine.name], theirs.statistics[mine.name])
+            named = {"score": mine.name, "model": name, "base": base, "difference": known(gap.value)}
+            yield {**named, **gap.interval(), "n": gap.n}
 
 
 def print_table(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import json
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +28,12 @@ import numpy as np
 
 from balcap.benchmarks.scores import RESAMPLES, Score
 from balcap.data.images import BadImage
-from balcap.data.json_files import DataError
+from balcap.data.json_files import DataError, read_json, read_text
 from balcap.data.reader import ImageFolder
 from balcap.judge import Group, Judge, Match, Rate, Task, Verify
 from balcap.judge.tasks.compare import Compare
+from balcap.rewards.b_capscore import b_capscore
+from balcap.rewards.base import per_rollout
 from balcap.rewards.linguistic import score_linguistic
 from balcap.rewards.precision import score_precision
 from balcap.rewards.recall import score_recall
@@ -126,16 +128,11 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: it cannot be read, or a row lacks what it needs, with its number.
     """
-    try:
-        with path.expanduser().open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix in (".csv", ".tsv"):
-                rows: Any = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-            elif path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in file if line.strip()]
-            else:
-                rows = json.load(file)
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+    if path.suffix in (".csv", ".tsv"):
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        rows: Any = list(csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter))
+    else:
+        rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path} holds no list of rows")
     for number, row in enumerate(rows):
@@ -269,19 +266,14 @@ class JudgedMetric:
         }
         tasks = needs.get(self.metric, (Verify, Match, Rate))
         judged = await group.judgments(tasks)
-        for place, caption in enumerate(captions):
-            parts = [
-                math.nan if (answer := judged[task.name][0][place]) is None else score(answer)
-                for task, score in (
-                    (Verify, score_precision),
-                    (Match, score_recall),
-                    (Rate, score_linguistic),
-                )
-                if task in tasks
-            ]
-            self._scores[image, caption] = (
-                0.0 if 0.0 in parts else len(parts) / sum(1 / part for part in parts)
-            )
+        of_task: tuple[tuple[Any, Any], ...] = (
+            (Verify, score_precision),
+            (Match, score_recall),
+            (Rate, score_linguistic),
+        )
+        parts = [per_rollout(judged[task.name], score)[0] for task, score in of_task if task in tasks]
+        scores = parts[0] if len(parts) == 1 else b_capscore(*parts)  # NaN where one is missing
+        self._scores |= {(image, text): float(score) for text, score in zip(captions, scores, strict=True)}
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
 
+from balcap.benchmarks.official import read_prompts
 from balcap.benchmarks.scores import Statistic
 from balcap.data.images import decode_image
-from balcap.data.json_files import DataError
+from balcap.data.json_files import DataError, read_json
 from balcap.data.reader import ImageFolder, within_large
 from balcap.judge import Judge, JudgeFailure, Task
 from balcap.rollout import Sampling
+from balcap.utils.files import file_state
 
 Record = dict[str, Any]
 """What is known of one judged caption, as JSON: points, and ``failed``, the judgments that are missing."""
@@ -62,12 +64,14 @@ class Benchmark(ABC):
         source: where data and images come from.
         skipped: cause -> rows of the file that cannot be used, once it is loaded.
         tasks: the questions to the judge.
+        official_prompts: names of the authors' prompts in their code; none where there is no official way.
     """
 
     name: ClassVar[str]
     official_judge: ClassVar[str | None] = None
     source: ClassVar[str]
     tasks: ClassVar[tuple[type[Task[Any]], ...]]
+    official_prompts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -91,10 +95,7 @@ class Benchmark(ABC):
         problems = [] if self.judge is None else self.judge.problems(f"{key}.judge")
         if self.limit is not None and self.limit < 1:
             problems.append(f"{key}.limit: {self.limit} must be at least 1, or null for all images")
-        if self.official and self.code is None:
-            problems.append(
-                f"{key}.code: official runs ask in the authors' own words; clone {self.source} and name their file"
-            )
+        problems += self._official_problems(key) if self.official else []
         at = Path(self.data).expanduser()
         if not at.exists() and (at.suffix or self.data.startswith((".", "/", "~"))):
             problems.append(f"{key}.data: there is no {self.data}; it comes from {self.source}")
@@ -105,6 +106,24 @@ class Benchmark(ABC):
         # at a temperature of 0 a captioner takes the likeliest tokens
         rules = Sampling(self.sampling.temperature or 1.0, self.sampling.top_p, self.sampling.max_tokens)
         return [*problems, *rules.problems(f"{key}.sampling")]
+
+    def _official_problems(self, key: str) -> list[str]:
+        if not self.official_prompts:
+            return [f"{key}.official: {self.name} has no official judge or prompts; leave it out"]
+        if self.code is None:
+            return [
+                f"{key}.code: official runs ask in the authors' own words; clone {self.source} and name their file"
+            ]
+        try:
+            _ = self.prompts
+        except DataError as error:
+            return [f"{key}.{error}"]
+        return []
+
+    @cached_property
+    def prompts(self) -> dict[str, str]:
+        """The authors' own, as templates; raises `DataError`."""
+        return read_prompts(str(self.code), *self.official_prompts)
 
     def images(self) -> list[BenchmarkImage]:
         """The images, in a fixed order.
@@ -156,10 +175,8 @@ class Benchmark(ABC):
         """Which images and questions: captions of another file, or folder, are not taken for theirs."""
         path = Path(self.data).expanduser()
         root = self.image_root and str(Path(self.image_root).expanduser().resolve())
-        if not path.exists():
-            return {"data": self.data, "image_root": root}
-        status = path.stat()
-        return {"data": [str(path.resolve()), status.st_size, status.st_mtime_ns], "image_root": root}
+        data = [str(path.resolve()), *file_state(path)] if path.exists() else self.data
+        return {"data": data, "image_root": root}
 
     def harness_input(self, captions: Mapping[BenchmarkImage, str]) -> tuple[str, str] | None:
         """Name and text of the file that the authors' scripts score; None where there are none."""
@@ -168,30 +185,8 @@ class Benchmark(ABC):
     # ---- for subclasses
 
     def read_json(self) -> Any:
-        """The rows of the file, a JSON document or one per line.
-
-        Raises:
-            DataError: it is neither.
-        """
-        path = Path(self.data).expanduser()
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            if path.suffix != ".jsonl":
-                return json.loads(text)
-            rows = []
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    try:
-                        rows.append(json.loads(line))
-                    except ValueError as error:
-                        raise DataError(
-                            f"{self.name}: {path}, line {number} cannot be read: {error}"
-                        ) from None
-            return rows
-        except DataError:
-            raise
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"{self.name}: {path} cannot be read: {error}") from None
+        """The rows of the file; raises `DataError`."""
+        return read_json(self.data)
 
     def reader(self, name: str) -> Callable[[], tuple[bytes, Image.Image]]:
         """Reads an image of `image_root`."""

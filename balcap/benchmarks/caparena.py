@@ -17,12 +17,11 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 from balcap.benchmarks.base import Benchmark, BenchmarkImage, Record, given
-from balcap.benchmarks.official import OfficialTask, Prompt, read_prompts
+from balcap.benchmarks.official import OfficialTask, Prompt
 from balcap.benchmarks.scores import Statistic
 from balcap.judge import Judge
 from balcap.judge.tasks.compare import Compare
@@ -120,6 +119,7 @@ class CapArena(Benchmark):
 
     name = "caparena"
     tasks = (Compare,)
+    official_prompts = ("system_prompt_with_ref", "compare_prompt")
     official_judge = "gpt-4o-2024-08-06"
     source = "https://github.com/njucckevin/CapArena, readme and vlm_as_a_judge.py"
 
@@ -189,18 +189,12 @@ class CapArena(Benchmark):
         outcome = _OUTCOMES[better]
         return outcome if test_is_first else _MIRRORED[outcome]
 
-    @cached_property
-    def _prompts(self) -> dict[str, str]:
-        return read_prompts(str(self.code), f"{self.name}: code", "system_prompt_with_ref", "compare_prompt")
-
     async def _official(
         self, judge: Judge, data: bytes, caption: str, other: str, reference: str, test_is_first: bool
     ) -> Outcome | None:
         first, second = (caption, other) if test_is_first else (other, caption)
-        text = self._prompts["compare_prompt"].format(
-            caption_1=first, caption_2=second, caption_ref=reference
-        )
-        system = self._prompts["system_prompt_with_ref"]
+        text = self.prompts["compare_prompt"].format(caption_1=first, caption_2=second, caption_ref=reference)
+        system = self.prompts["system_prompt_with_ref"]
         for call in range(CALLS):
             item: Prompt = {"prompt": text, "draw": call}
             (said,) = given(await judge.ask(CapArenaCompare, [item], system=system, image=data))

@@ -19,14 +19,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from PIL import Image
 
 from balcap.benchmarks.base import Benchmark, BenchmarkImage, Record, given, read_bytes
-from balcap.benchmarks.official import OfficialTask, Prompt, read_prompts
+from balcap.benchmarks.official import OfficialTask, Prompt
 from balcap.benchmarks.scores import Statistic
 from balcap.data.json_files import DataError
 from balcap.judge import Judge
@@ -208,6 +207,7 @@ class CaptionQA(Benchmark):
 
     name = "captionqa"
     tasks = (Answer,)
+    official_prompts = ("system_prompt",)
     official_judge = "Qwen2.5-72B-Instruct"
     source = (
         "https://huggingface.co/datasets/Borise/CaptionQA and https://github.com/bronyayang/CaptionQA, qa.py"
@@ -267,13 +267,8 @@ class CaptionQA(Benchmark):
     async def judge_caption(self, judge: Judge, image: BenchmarkImage, caption: str) -> Record:
         domain, questions = image.row
         ask_about = self._official if self.official else self._fixed
-        shown = await ask_about(judge, caption, questions)
-        points = [
-            None if isinstance(place, _Missing) else question.score(place)
-            for question, place in zip(questions, shown, strict=True)
-        ]
-        answered = [one for one in points if one is not None]
-        return {"domain": domain, "points": points, "failed": len(points) - len(answered)}
+        points = await ask_about(judge, caption, questions)
+        return {"domain": domain, "points": points, "failed": points.count(None)}
 
     def statistics(self, ids: Sequence[str], records: Sequence[Record]) -> dict[str, Statistic]:
         domains = {i: record.get("domain", "") for i, record in zip(ids, records, strict=True)}
@@ -294,22 +289,19 @@ class CaptionQA(Benchmark):
 
     async def _fixed(
         self, judge: Judge, caption: str, questions: Sequence[AskedQuestion]
-    ) -> list[int | _Missing | None]:
+    ) -> list[float | None]:
+        """Points of each question, None where no answer came."""
         items: list[Choice] = [{"question": q.text, "options": q.options} for q in questions]
-        answers = given(await judge.ask(Answer, items, caption=caption))
-        return [_MISSING if answer is None else answer for answer in answers]
-
-    @cached_property
-    def _system(self) -> str:
-        return read_prompts(str(self.code), f"{self.name}: code", "system_prompt")["system_prompt"]
+        answers = zip(questions, given(await judge.ask(Answer, items, caption=caption)), strict=True)
+        return [None if place is None else question.score(place) for question, place in answers]
 
     async def _official(
         self, judge: Judge, caption: str, questions: Sequence[AskedQuestion]
-    ) -> list[int | _Missing | None]:
+    ) -> list[float | None]:
         items: list[Prompt] = [{"prompt": prompt(caption, q), "draw": 0} for q in questions]
-        answers = given(await judge.ask(CaptionQAAnswer, items, system=self._system))
+        answers = given(await judge.ask(CaptionQAAnswer, items, system=self.prompts["system_prompt"]))
         return [
-            _MISSING if text is None else letter_of(text, len(question.options))
+            None if text is None else question.score(letter_of(text, len(question.options)))
             for text, question in zip(answers, questions, strict=True)
         ]
 
@@ -325,14 +317,8 @@ def points_statistic(ids: Sequence[str], records: Sequence[Record]) -> Statistic
     return Statistic.of(list(there), totals, list(map(len, there.values())))
 
 
-class _Missing:
-    """No answer came, which is not an answer that names no option."""
-
-
-_MISSING = _Missing()
-
-
 def domain_of(row: Mapping[str, Any]) -> str:
+    """Of a row: its ``domain``, or by the prefix of its id."""
     prefix = str(row["id"]).partition("_")[0]
     return row.get("domain") or _PREFIXES.get(prefix, prefix)
 

@@ -12,7 +12,7 @@ DCScore is 100 times the mean over images of (F1 of all facts + F1 of the releva
 trials: three matchings by three verifications.
 
 ``official`` counts exactly as the authors' code (MAGAer13/DeCapBench at 9f3fb10) does, quirks included; see
-`official_image`. Without it: facts are known by their number and not by their text; the relevant pass shares an
+`official_try`. Without it: facts are known by their number and not by their text; the relevant pass shares an
 annotated fact among relevant predictions alone; a caption without facts, or without relevant ones, scores 0 there
 instead of leaving the mean; and an answer that the judge does not give costs its trial, not the image.
 """
@@ -26,12 +26,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from statistics import fmean
 from typing import Any, ClassVar
 
 from balcap.benchmarks.base import Benchmark, BenchmarkImage, Record, given
-from balcap.benchmarks.official import OfficialTask, Prompt, read_prompts
+from balcap.benchmarks.official import OfficialTask, Prompt
 from balcap.benchmarks.scores import Statistic
 from balcap.judge import Judge
 from balcap.judge.tasks.facts import ExtractFacts, MatchFacts, VerifyFacts
@@ -313,6 +312,7 @@ class DCScore(Benchmark):
 
     name = "dcscore"
     tasks = (ExtractFacts, MatchFacts, VerifyFacts)
+    official_prompts = ("extract_prompt", "match_prompt", "verify_prompt")
     official_judge = "gpt-4o-2024-05-13"
     source = "https://github.com/MAGAer13/DeCapBench, eval/ (images: https://github.com/google/imageinwords)"
 
@@ -395,11 +395,6 @@ class DCScore(Benchmark):
 
     # ---- in the authors' words
 
-    @cached_property
-    def _prompts(self) -> dict[str, str]:
-        names = ("extract_prompt", "match_prompt", "verify_prompt")
-        return read_prompts(str(self.code), f"{self.name}: code", *names)
-
     async def _official(
         self, judge: Judge, row: Mapping[str, Any], data: bytes, caption: str
     ) -> ImageScore | None:
@@ -419,7 +414,7 @@ class DCScore(Benchmark):
             items: list[Prompt] = [{"prompt": text, "draw": attempt * draws + draw} for draw in range(draws)]
             return given(await judge.ask(task, items, system=SYSTEM, **context))
 
-        prompts, oracle = self._prompts, row["oracle_facts"]
+        prompts, oracle = self.prompts, row["oracle_facts"]
         (extract,) = await say(DCScoreExtract, prompts["extract_prompt"].format(caption=caption), 1)
         shown = _listing(without_relevance(parse_answer(extract)))
         annotated = _listing([{"id": number, "fact": fact} for number, fact in enumerate(oracle)])

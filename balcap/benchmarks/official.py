@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from balcap.data.json_files import DataError
-from balcap.judge.task import Group, Items, Message, Task
+from balcap.judge.task import Message, StandaloneTask
 
 
 class Prompt(TypedDict):
@@ -21,7 +21,7 @@ class Prompt(TypedDict):
     draw: int
 
 
-class OfficialTask(Task[str]):
+class OfficialTask(StandaloneTask[str]):
     """A question in the authors' words: system message, image if there is one, text. The answer is text.
 
     Subclasses give `name` and the authors' sampling parameters.
@@ -46,16 +46,12 @@ class OfficialTask(Task[str]):
     def encode(self, answers: Sequence[str]) -> str:
         return answers[0]
 
-    async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
-        raise TypeError(f"{self.name} is asked by its benchmark, not about the captions of a group")
 
-
-def read_prompts(path: str | Path, where: str, *names: str) -> dict[str, str]:
+def read_prompts(path: str | Path, *names: str) -> dict[str, str]:
     """String constants and f-strings of a Python file, by the name that they are first assigned to; nothing is run.
 
     Args:
         path: the file.
-        where: key of the setting, and where the repository is, for the message.
         names: which.
 
     Returns:
@@ -67,7 +63,7 @@ def read_prompts(path: str | Path, where: str, *names: str) -> dict[str, str]:
     try:
         tree = ast.parse(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{where}: {path} cannot be read: {error}") from None
+        raise DataError(f"code: {path} cannot be read: {error}") from None
     found: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -75,7 +71,7 @@ def read_prompts(path: str | Path, where: str, *names: str) -> dict[str, str]:
             if name in names and template is not None:
                 found.setdefault(name, template)
     if missing := [name for name in names if name not in found]:
-        raise DataError(f"{where}: {path} defines no text {', '.join(missing)}; is it another version?")
+        raise DataError(f"code: {path} defines no text {', '.join(missing)}; is it another version?")
     return found
 
 

@@ -10,10 +10,10 @@ import base64
 import binascii
 import csv
 import hashlib
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -22,6 +22,7 @@ from balcap.benchmarks.base import Benchmark, BenchmarkImage, Record, given, rea
 from balcap.benchmarks.captionqa import points_statistic
 from balcap.benchmarks.scores import Statistic
 from balcap.data.images import BadImage
+from balcap.data.json_files import read_text
 from balcap.judge import Judge
 from balcap.judge.tasks.answer import LETTERS, Answer, Choice
 
@@ -49,12 +50,6 @@ class Prism(Benchmark):
     def __init__(self, data: str, **settings: Any) -> None:
         super().__init__(data, **settings)
 
-    def problems(self, key: str) -> list[str]:
-        problems = super().problems(key)
-        return [text for text in problems if not text.startswith(f"{key}.code")] + (
-            [f"{key}.official: Prism has no official set or judge; leave it out"] if self.official else []
-        )
-
     def load(self) -> list[BenchmarkImage]:
         rows = self._tsv() if self.data.endswith(".tsv") else self.read_json()
         questions: dict[str, list[Question]] = {}
@@ -72,8 +67,7 @@ class Prism(Benchmark):
 
     def _tsv(self) -> list[dict[str, str]]:
         csv.field_size_limit(sys.maxsize)  # images stand in the cells
-        with Path(self.data).expanduser().open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file, delimiter="\t"))
+        return list(csv.DictReader(io.StringIO(read_text(self.data)), delimiter="\t"))
 
     def _image(self, row: Mapping[str, Any], number: int, encoded: dict[str, str]) -> tuple[str, str | None]:
         """Id of a row's image, and its base64 text if that is how it is given. Rows may name the row that has it."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from balcap.benchmarks.base import Benchmark, BenchmarkImage, Record
-from balcap.benchmarks.scores import Statistic
+from balcap.benchmarks.scores import Statistic, known
 from balcap.data.images import BadImage
 from balcap.judge import Judge
 from balcap.judge.client import takes_sampling_parameters
@@ -67,6 +67,7 @@ class Result:
     prompt_version: str
     caption_words: float
 
+    @cached_property
     def entries(self) -> dict[str, dict[str, Any]]:
         """Score name -> score, low, high, n and how it came about, as JSON."""
         shared = {
@@ -81,11 +82,7 @@ class Result:
         entries = {}
         for name, statistic in self.statistics.items():
             score = statistic.score()
-            numbers = {"score": score.value, "low": score.low, "high": score.high}
-            known = {
-                key: None if math.isnan(value) else value for key, value in numbers.items()
-            }  # JSON has no NaN
-            entries[name] = known | {"n": score.n} | shared
+            entries[name] = {"score": known(score.value), **score.interval(), "n": score.n, **shared}
         return entries
 
 
@@ -102,6 +99,7 @@ class BenchmarkRun:
         batch_size: images of a batch that is captioned.
         seed: of the captions, where they are drawn.
         fresh: begin anew, whatever the folder holds.
+        limit: images that are taken, within the benchmark's own; None for all of these.
 
     Raises:
         DataError: the benchmark's file is not as expected.
@@ -117,6 +115,7 @@ class BenchmarkRun:
         batch_size: int,
         seed: int = 0,
         fresh: bool = False,
+        limit: int | None = None,
     ) -> None:
         self.benchmark, self.folder, self.batch_size, self.fresh = benchmark, folder, batch_size, fresh
         own = benchmark.judge or judge
@@ -136,7 +135,7 @@ class BenchmarkRun:
                 }
             )
         )
-        self.images = benchmark.images()
+        self.images = benchmark.images()[:limit]
         self.left_out: Counter[str] = Counter()
         self._skipped = benchmark.skipped  # of the file, alike on all ranks
 
@@ -219,7 +218,11 @@ class BenchmarkRun:
             captions.update(new)
             progress.add(len(ids))
 
+        unreadable = self.left_out.total()
         pipeline.sample_each(read(), stage, self.benchmark.sampling, keep)
+        without = sum(image.id not in captions for _, images in todo for image in images)
+        self.left_out["refused_by_processor"] += without - (self.left_out.total() - unreadable)
+        self.left_out = +self.left_out
 
     def _read(self, images: Sequence[BenchmarkImage]) -> CaptionBatch | None:
         """The images that can be read, as one batch."""
@@ -287,11 +290,9 @@ class BenchmarkRun:
         comparable = bool(benchmark.official_judge) and model.lower().endswith(
             str(benchmark.official_judge).lower()
         )
-        notes = (
-            []
-            if comparable or not benchmark.official_judge
-            else [f"not comparable: officially {benchmark.official_judge} judges"]
-        )
+        notes = []
+        if benchmark.official_judge and not comparable:
+            notes.append(f"not comparable: officially {benchmark.official_judge} judges")
         if comparable and not benchmark.official:
             notes.append("not comparable: asked in our words (official: false)")
         if model.partition("/")[0] not in (

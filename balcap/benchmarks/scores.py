@@ -27,6 +27,15 @@ class Score:
     high: float
     n: int
 
+    def interval(self) -> dict[str, float | None]:
+        """``low`` and ``high`` for JSON."""
+        return {"low": known(self.low), "high": known(self.high)}
+
+
+def known(value: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
+
 
 @dataclass(frozen=True)
 class Statistic:
@@ -92,7 +101,8 @@ class Statistic:
 def difference(one: Statistic, other: Statistic, seed: int = 0) -> Score:
     """`one` minus `other` on the images that both have: a paired bootstrap, in which every draw takes the same images of
     both. Its interval is narrower than the two scores suggest, since an easy image is easy for both."""
-    common = [image for image in one.images if image in set(other.images)]
+    theirs_too = set(other.images)
+    common = [image for image in one.images if image in theirs_too]
     ours, theirs = one.select(common), other.select(common)
     return _bootstrap(lambda index, axis=-1: ours(index, axis) - theirs(index, axis), len(common), seed)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from balcap.benchmarks.scores import Score, Statistic, difference
+from balcap.policy.identity import weights_state
 from balcap.utils.errors import UserError
 from balcap.utils.files import atomic_write
 
@@ -195,14 +196,15 @@ def usable(model: str, out: Path) -> str:
         return str(folder) if folder.is_dir() else model
     from balcap.commands.export import main as export
 
-    state = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("adapter_*"))
-    ]
-    digest = hashlib.sha256(json.dumps([str(folder.resolve()), state]).encode()).hexdigest()[:12]
+    digest = _digest([str(folder.resolve()), weights_state(folder)])
     merged = out / f"merged-{digest}"  # of this very adapter
     if not (merged / "config.json").is_file():
         export(["--model.policy.model", str(folder), "--out", str(merged), "--merge"])
     return str(merged)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def evaluate(model: str, folder: Path, options: Any) -> dict[str, TaskScore]:
@@ -211,15 +213,14 @@ def evaluate(model: str, folder: Path, options: Any) -> dict[str, TaskScore]:
     Raises:
         UserError: it fails; its own output is on the console.
     """
-    folder_of = Path(model)
-    weights = [
-        [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-        for pattern in ("*.safetensors", "*.bin")
-        for path in sorted(folder_of.glob(pattern) if folder_of.is_dir() else ())
-    ]
-    settings = {"model": model, "weights": weights, "tasks": options.tasks, "model_type": options.model_type}
+    settings = {
+        "model": model,
+        "weights": weights_state(model),
+        "tasks": options.tasks,
+        "model_type": options.model_type,
+    }
     settings |= {"limit": options.limit, "arguments": options.arguments}
-    folder = folder / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    folder = folder / _digest(settings)
     kept = folder / "settings.json"
     if kept.is_file():
         return read_results(folder)
@@ -253,13 +254,13 @@ def report(scores: Mapping[str, Mapping[str, TaskScore]], out: Path) -> None:
         row: dict[str, Any] = {"task": task, "metric": own.metric, "model": own.value}
         if base is not None:
             change = gap(own, base)
-            row |= {"base": base.value, "difference": change.value, "low": change.low, "high": change.high}
+            row |= {"base": base.value, "difference": change.value, **change.interval()}
             row |= {"n": change.n, "regression": change.high < 0}
         rows.append(row)
         flag = "  regression" if row.get("regression") else ""
-        shown = (
-            "" if base is None else f"{row['difference']:+.4g} [{row['low']:+.4g}, {row['high']:+.4g}]{flag}"
-        )
+        shown = "" if base is None else f"{row['difference']:+.4g}"
+        if row.get("low") is not None:
+            shown += f" [{row['low']:+.4g}, {row['high']:+.4g}]{flag}"
         table.add_row(
             task, own.metric, f"{own.value:.4g}", "" if base is None else f"{base.value:.4g}", shown
         )
@@ -269,7 +270,7 @@ def report(scores: Mapping[str, Mapping[str, TaskScore]], out: Path) -> None:
     console.print(table)
     worse = [row["task"] for row in rows if row.get("regression")]
     if "base" in scores:
-        unknown = [row["task"] for row in rows if math.isnan(row.get("low", math.nan))]
+        unknown = [row["task"] for row in rows if row.get("low") is None]
         also = f" (no interval, so unknown: {', '.join(unknown)})" if unknown else ""
         print(
             f"Regressions beyond noise: {', '.join(worse) or 'none'}{also}. Results in {out / 'general.json'}"

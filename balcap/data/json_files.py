@@ -44,6 +44,34 @@ def parse_rows(path: str | Path) -> Iterator[Any]:
         raise DataError(f"data.data: {path} {content}; expected a JSON array, [{{...}}, ...], or JSON lines")
 
 
+def read_json(path: str | Path) -> Any:
+    """A JSON document whole, or the list of the lines of a ``.jsonl`` file; UTF-8 and UTF-16.
+
+    Raises:
+        DataError: it cannot be read, with the line.
+    """
+    text, number = read_text(path), 0
+    try:
+        if not str(path).endswith(".jsonl"):
+            return _DECODER.decode(text)
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):  # noqa: B007  the error names it
+            if line.strip():
+                rows.append(_DECODER.decode(line.strip()))
+        return rows
+    except (ValueError, RecursionError) as error:
+        where = f", line {number}," if number else ""
+        raise DataError(f"{path}{where} cannot be read: {error}") from None
+
+
+def read_text(path: str | Path) -> str:
+    """A text file; raises `DataError` where it cannot be opened."""
+    try:
+        return _text(Path(path).expanduser().read_bytes())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
 def _text(data: bytes) -> str:
     """Bytes that are not UTF-8 become U+FFFD, which costs the row in which they stand, not the file."""
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"

@@ -139,6 +139,14 @@ class Task(ABC, Generic[AnswerT]):
         return [None if one is None else self.combine(one) for one in answers]
 
 
+class StandaloneTask(Task[AnswerT]):
+    """One that is asked by itself, and not about the captions of a group."""
+
+    async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
+        """Not to be had: TypeError."""
+        raise TypeError(f"{self.name} is not asked about the captions of a group")
+
+
 @cache
 def _adapter(task: type[Task[Any]]) -> TypeAdapter[Any]:
     return TypeAdapter(task.answer_type)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from balcap.policy.config import PolicyConfig
+from balcap.utils.files import file_state
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -22,14 +23,14 @@ def identity(config: PolicyConfig, checkpoint: Path | None) -> dict[str, Any]:
     """
     folder = Path(config.model).expanduser()
     settings = asdict(config) | {"model": str(folder.resolve()) if folder.is_dir() else config.model}
-    files = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)) if folder.is_dir() else []
     return {
         **{f"model.policy.{name}": value for name, value in settings.items()},
-        "weights": [_state(path) for path in files],
-        "ckpt_path": checkpoint and [str(checkpoint.resolve()), *_state(checkpoint)],
+        "weights": weights_state(folder),
+        "ckpt_path": checkpoint and [str(checkpoint.resolve()), *file_state(checkpoint)],
     }
 
 
-def _state(path: Path) -> list[Any]:
-    status = path.stat()
-    return [path.name, status.st_size, status.st_mtime_ns]
+def weights_state(folder: str | Path) -> list[list[Any]]:
+    """Of the files of weights in a folder, adapters' too; empty for a hub id."""
+    folder = Path(folder).expanduser()
+    return [file_state(path) for pattern in _WEIGHTS for path in sorted(folder.glob(pattern))]

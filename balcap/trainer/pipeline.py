@@ -188,12 +188,18 @@ class RolloutPipeline:
             batches: with their numbers.
             stage: whose random numbers are drawn.
             sampling: how.
-            on_batch: is given the sample ids of each batch and their captions.
+            on_batch: is given the sample ids of each batch and their captions, without those that the model's processor
+                refuses.
         """
         self._start_engine()
         with self._failing_together():
             for number, batch in batches:
-                batch, prompts = self._encode(batch, fill=False)
+                good, prompts = self._accepted(batch)
+                if not good:
+                    continue
+                if prompts is None:
+                    batch = batch.select(good)
+                    prompts = self.policy.encode(batch)
                 with seeded(self.trainer.strategy.root_device, self.seed, stage, number, 0):
                     rollouts = self.engine.generate(batch, prompts, 1, sampling)
                 on_batch(batch.sample_ids, [captions[0] for captions in rollouts.captions])
@@ -205,10 +211,26 @@ class RolloutPipeline:
         Raises:
             UserError: it refuses all of them.
         """
+        good, prompts = self._accepted(batch, self._leave_out)
+        if prompts is not None:
+            return batch, prompts
+        if not good:
+            raise UserError(
+                f"model.policy: the model's processor refuses all images of a batch, such as {batch.sample_ids[0]}; the log "
+                "above says why"
+            )
+        rows = [row if row in good else good[row % len(good)] for row in range(len(batch))] if fill else good
+        return batch.select(rows), self.policy.encode(batch.select(rows))
+
+    def _accepted(
+        self, batch: CaptionBatch, on_refused: Callable[[str, str], None] | None = None
+    ) -> tuple[list[int], Prompts | None]:
+        """Rows of a batch that the model's processor and template accept, and their prompts where all are; the others are
+        logged, and reported."""
         try:
-            return batch, self.policy.encode(batch)
+            return list(range(len(batch))), self.policy.encode(batch)
         except Exception:  # processors raise whatever they like
-            good, refused = [], ""
+            good = []
         for row, sample_id in enumerate(batch.sample_ids):
             try:
                 self.policy.encode(batch.select([row]))
@@ -216,14 +238,13 @@ class RolloutPipeline:
             except Exception as error:
                 refused = f"{sample_id}: {type(error).__name__}: {error}"
                 log.warning("skipped: the model's processor refuses %s", refused)
-                if (data := getattr(self.trainer, "datamodule", None)) is not None:
-                    data.leave_out(sample_id, "refused_by_processor", refused)
-        if not good:
-            raise UserError(
-                f"model.policy: the model's processor refuses all images of a batch, such as {refused}"
-            )
-        rows = [row if row in good else good[row % len(good)] for row in range(len(batch))] if fill else good
-        return batch.select(rows), self.policy.encode(batch.select(rows))
+                if on_refused is not None:
+                    on_refused(sample_id, refused)
+        return good, None
+
+    def _leave_out(self, sample_id: str, why: str) -> None:
+        if (data := getattr(self.trainer, "datamodule", None)) is not None:
+            data.leave_out(sample_id, "refused_by_processor", why)
 
     def sync(self) -> None:
         """Give the engine, which has sampled, the policy's weights."""

@@ -39,6 +39,12 @@ def atomic_write(path: str | Path, mode: str = "w", **options: Any) -> Iterator[
         raise
 
 
+def file_state(path: str | Path) -> list[Any]:
+    """Name, bytes and time of a file's last change: what tells it from another without reading it."""
+    status = os.stat(path)
+    return [Path(path).name, status.st_size, status.st_mtime_ns]
+
+
 @contextlib.contextmanager
 def replaced_folder(path: str | Path) -> Iterator[Path]:
     """A new folder to fill, which takes the place of `path` when the block ends.

@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from balcap.benchmarks.agreement import Pair, Rated, agreement, main, pairs_of, read_table
+from balcap.benchmarks.agreement import JudgedMetric, Pair, Rated, agreement, main, pairs_of, read_table
+from balcap.data.reader import ImageFolder
+from balcap.judge import Judge, Rate, Rating
 from examples.shapes.captions import clean, flawed
+from examples.shapes.oracle import answer
 from examples.shapes.scene import scene_of
+from tests.judge_replies import task_of
 from tests.judge_server import JudgeServer
 
 
@@ -146,3 +150,27 @@ def test_a_judge_that_stops_is_said(table: Path, world: Path, server) -> None:
     )
     with pytest.raises(ValueError, match=r"stopped: the judge is not available"):
         main([str(table), "--metric", "linguistic", "--image_root", str(world), f"--judge={judge}"])
+
+
+def test_a_missing_judgment_is_missing_though_another_is_zero(world: Path, tmp_path: Path) -> None:
+    """The language of an empty-handed caption is rated 0, and its precision cannot be had: NaN, not 0."""
+    entry = json.loads((world / "shapes.json").read_text())[0]
+
+    def half(messages: Any) -> dict[str, Any]:
+        if task_of(messages) == "rate":
+            return Rate().encode([Rating(0.0, 0.0, 0.0)])
+        if task_of(messages) == "verify":
+            return {"verdicts": []}  # never as many as were asked for
+        return answer(messages)
+
+    server = JudgeServer(half)
+    params = {"api_base": server.url}
+    judge = Judge("openai/gpt-4o-mini", cache=None, retries=0, max_failed_share=1.0, params=params)
+    try:
+        judged = JudgedMetric(judge, ImageFolder(world), "b_capscore")
+        row = {"image": entry["image"], "caption": "There is a red circle.", "reference": "A red circle."}
+        judged.judge_all([row])
+        assert math.isnan(judged.score(entry["image"], row["caption"]))
+    finally:
+        judge.close()
+        server.close()

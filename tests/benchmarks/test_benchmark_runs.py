@@ -21,6 +21,7 @@ import torch
 
 from balcap.benchmarks import CaptionQA, DCScore
 from balcap.config import ConfigError
+from balcap.policy.prompts import PromptEncoder
 from examples.shapes.benchmarks import write_benchmarks
 from examples.shapes.oracle import answer
 from tests.judge_server import JudgeServer
@@ -37,7 +38,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def test_arguments(fit_arguments, twins: Path, tmp_path: Path) -> Arguments:
+def benchmark_arguments(fit_arguments, twins: Path, tmp_path: Path) -> Arguments:
     """Arguments of a ``test`` that takes seconds."""
 
     def arguments(command: str = "test", names: tuple[str, ...] = (), **options: object) -> list[str]:
@@ -85,8 +86,10 @@ def finished(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def test_a_test_scores_all_five_and_says_how(test_arguments: Arguments, cli, tmp_path: Path, capsys) -> None:
-    cli(test_arguments())
+def test_a_test_scores_all_five_and_says_how(
+    benchmark_arguments: Arguments, cli, tmp_path: Path, capsys
+) -> None:
+    cli(benchmark_arguments())
     found = results(tmp_path / "run")
     assert found.keys() >= NAMES
     for name in NAMES:
@@ -118,10 +121,10 @@ def test_a_test_scores_all_five_and_says_how(test_arguments: Arguments, cli, tmp
 
 
 def test_captioners_are_compared_on_the_same_images(
-    test_arguments: Arguments, cli, tmp_path: Path, capsys
+    benchmark_arguments: Arguments, cli, tmp_path: Path, capsys
 ) -> None:
     models = json.dumps({"base": str(ROOT / "assets/shapes-base")})
-    cli(test_arguments(names=("CaptionQA",), **{"benchmark_eval.models": models}))
+    cli(benchmark_arguments(names=("CaptionQA",), **{"benchmark_eval.models": models}))
     comparison = json.loads((tmp_path / "run/benchmarks/comparison.json").read_text())
     assert comparison["models"]["policy"] == comparison["models"]["base"]
     (gap,) = comparison["differences"]
@@ -130,18 +133,18 @@ def test_captioners_are_compared_on_the_same_images(
 
 
 def test_captions_of_other_weights_are_never_taken(
-    test_arguments: Arguments, cli, folders, tmp_path: Path
+    benchmark_arguments: Arguments, cli, folders, tmp_path: Path
 ) -> None:
-    cli(test_arguments(names=("Prism",)))
-    other = test_arguments(names=("Prism",), **{"model.policy.model": folders["qwen"]})
+    cli(benchmark_arguments(names=("Prism",)))
+    other = benchmark_arguments(names=("Prism",), **{"model.policy.model": folders["qwen"]})
     with pytest.raises(SystemExit, match=r"another model\.policy\.model.*--run_dir"):
         cli(other)
 
 
-def test_weights_that_were_replaced_are_others(test_arguments: Arguments, cli, tmp_path: Path) -> None:
+def test_weights_that_were_replaced_are_others(benchmark_arguments: Arguments, cli, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(ROOT / "assets/shapes-base", model)
-    arguments = test_arguments(names=("Prism",), **{"model.policy.model": model})
+    arguments = benchmark_arguments(names=("Prism",), **{"model.policy.model": model})
     cli(arguments)
     cli(arguments)
     os.utime(model / "model.safetensors", ns=(1, 1))
@@ -150,11 +153,11 @@ def test_weights_that_were_replaced_are_others(test_arguments: Arguments, cli, t
 
 
 def test_other_questions_or_pictures_are_other_captions(
-    test_arguments: Arguments, cli, twins: Path, tmp_path: Path
+    benchmark_arguments: Arguments, cli, twins: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "twins"
     shutil.copytree(twins, copy)
-    arguments = [arg.replace(str(twins), str(copy)) for arg in test_arguments(names=("Prism",))]
+    arguments = [arg.replace(str(twins), str(copy)) for arg in benchmark_arguments(names=("Prism",))]
     cli(arguments)
     elsewhere = [arg.replace(f'"image_root": "{copy}"', f'"image_root": "{twins}"') for arg in arguments]
     with pytest.raises(SystemExit, match="another image_root"):
@@ -164,29 +167,33 @@ def test_other_questions_or_pictures_are_other_captions(
         cli(arguments)
 
 
-def test_names_of_captioners_are_names(test_arguments: Arguments, cli, tmp_path: Path) -> None:
+def test_names_of_captioners_are_names(benchmark_arguments: Arguments, cli, tmp_path: Path) -> None:
     models = json.dumps({"policy": "a/b", "../out": "a/b", "fine": str(tmp_path / "none")})
     with pytest.raises(ConfigError) as refused:
-        cli(test_arguments(names=("Prism",), **{"benchmark_eval.models": models}))
+        cli(benchmark_arguments(names=("Prism",), **{"benchmark_eval.models": models}))
     keys = sorted(problem.split(":")[0] for problem in refused.value.problems)
     assert keys == ["benchmark_eval.models", "benchmark_eval.models", "benchmark_eval.models.fine"]
 
 
-def test_a_monitor_that_is_never_known_is_refused(test_arguments: Arguments, cli) -> None:
+def test_a_monitor_that_is_never_known_is_refused(benchmark_arguments: Arguments, cli) -> None:
     options = {"trainer.max_steps": 2, "checkpoint.monitor": "bench/dcscor"}
     with pytest.raises(ConfigError, match=r"never known; set benchmark_eval\.every_n_updates"):
-        cli(test_arguments("fit", **options))
+        cli(benchmark_arguments("fit", **options))
     with pytest.raises(ConfigError, match=r"no benchmark gives bench/dcscor; there are dcscore"):
-        cli(test_arguments("fit", names=("DCScore",), **options, **{"benchmark_eval.every_n_updates": 1}))
+        cli(
+            benchmark_arguments("fit", names=("DCScore",), **options, **{"benchmark_eval.every_n_updates": 1})
+        )
 
 
-def test_no_score_is_no_success(test_arguments: Arguments, cli, tmp_path: Path) -> None:
+def test_no_score_is_no_success(benchmark_arguments: Arguments, cli, tmp_path: Path) -> None:
     server = JudgeServer(answer)
     server.always = "500"
     try:
         judge = {"model": "openai/gpt-4o-mini", "retries": 0, "max_failed_share": 1.0, "cache": None}
         judge["params"] = {"api_base": server.url}
-        arguments = [a for a in test_arguments(names=("Prism",)) if not a.startswith("--model.judge.cache")]
+        arguments = [
+            a for a in benchmark_arguments(names=("Prism",)) if not a.startswith("--model.judge.cache")
+        ]
         with pytest.raises(SystemExit, match="prism of policy has no score: 96 judgments are missing"):
             cli([*arguments, f"--model.judge={json.dumps(judge)}"])
     finally:
@@ -195,7 +202,7 @@ def test_no_score_is_no_success(test_arguments: Arguments, cli, tmp_path: Path) 
 
 
 def test_an_evaluation_of_a_fit_never_takes_old_captions(
-    test_arguments: Arguments, cli, tmp_path: Path
+    benchmark_arguments: Arguments, cli, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run/benchmarks/step-00000002/captionqa"
     options = {"trainer.max_steps": 2, "benchmark_eval.every_n_updates": 2, "benchmark_eval.at_ends": False}
@@ -203,23 +210,23 @@ def test_an_evaluation_of_a_fit_never_takes_old_captions(
     (folder / "captions.settings.json").write_text("{}")
     lines = ('{"image": "few_0000", "caption": "OLD"}', '{"image": "many_0000", "caption": "OLD"}')
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
-    cli(test_arguments("fit", names=("CaptionQA",), **options))
+    cli(benchmark_arguments("fit", names=("CaptionQA",), **options))
     assert "OLD" not in (folder / "captions.jsonl").read_text()
 
 
 def test_a_test_that_is_killed_again_and_again_goes_on(
-    test_arguments: Arguments, cli, tmp_path: Path
+    benchmark_arguments: Arguments, cli, tmp_path: Path
 ) -> None:
-    cli(test_arguments(run_dir=tmp_path / "whole", **{"model.judge.cache": tmp_path / "whole.sqlite"}))
+    cli(benchmark_arguments(run_dir=tmp_path / "whole", **{"model.judge.cache": tmp_path / "whole.sqlite"}))
     draw, kills = random.Random(0), 0
     for _ in range(int(os.environ.get("BALCAP_KILLS", "2"))):
-        process = run_command(test_arguments())
+        process = run_command(benchmark_arguments())
         time.sleep(draw.uniform(4, 14))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
     assert kills
-    finished(run_command(test_arguments()))
+    finished(run_command(benchmark_arguments()))
     assert results(tmp_path / "run") == results(tmp_path / "whole")
     for path in (tmp_path / "run/benchmarks/policy").glob("*/captions.jsonl"):
         images = [json.loads(line)["image"] for line in path.read_text().splitlines()]
@@ -228,7 +235,7 @@ def test_a_test_that_is_killed_again_and_again_goes_on(
     whole = sqlite3.connect(tmp_path / "whole.sqlite").execute("SELECT count(*) FROM answers").fetchone()
     assert stored == whole
     before = _calls(tmp_path / "run")
-    cli(test_arguments())
+    cli(benchmark_arguments())
     assert _calls(tmp_path / "run") == before, "everything is in the cache"
 
 
@@ -236,10 +243,10 @@ def _calls(run: Path) -> int:
     return sqlite3.connect(run / "judge_ledger.sqlite").execute("SELECT count(*) FROM calls").fetchone()[0]
 
 
-def test_two_processes_give_the_numbers_of_one(test_arguments: Arguments, cli, tmp_path: Path) -> None:
+def test_two_processes_give_the_numbers_of_one(benchmark_arguments: Arguments, cli, tmp_path: Path) -> None:
     sampled = {"model.judge.cache": None}
-    one = test_arguments(run_dir=tmp_path / "one", **sampled)
-    two = test_arguments(run_dir=tmp_path / "two", **sampled)
+    one = benchmark_arguments(run_dir=tmp_path / "one", **sampled)
+    two = benchmark_arguments(run_dir=tmp_path / "two", **sampled)
     two[two.index("--trainer.devices=1")] = "--trainer.devices=2"
     both = [
         [arg.replace('"temperature": 0.0', '"temperature": 1.0') for arg in arguments]  # drawn, not decided
@@ -252,14 +259,16 @@ def test_two_processes_give_the_numbers_of_one(test_arguments: Arguments, cli, t
     assert files == ["captions.jsonl", "captions.rank1.jsonl"]
 
 
-def test_judgments_that_fail_are_missing_and_no_zero(test_arguments: Arguments, cli, tmp_path: Path) -> None:
-    cli(test_arguments(run_dir=tmp_path / "whole"))
+def test_judgments_that_fail_are_missing_and_no_zero(
+    benchmark_arguments: Arguments, cli, tmp_path: Path
+) -> None:
+    cli(benchmark_arguments(run_dir=tmp_path / "whole"))
     server = JudgeServer(answer, fault_share=0.3, faults=("500", "truncated", "refusal"), seed=1)
     try:
         judge = {"model": "openai/gpt-4o-mini", "retries": 0, "max_failed_share": 1.0, "cache": None}
         judge["params"] = {"api_base": server.url, "api_key": "os.environ/NO_KEY"}
         os.environ["NO_KEY"] = "x"
-        arguments = [a for a in test_arguments() if not a.startswith("--model.judge.cache")]
+        arguments = [a for a in benchmark_arguments() if not a.startswith("--model.judge.cache")]
         cli([*arguments, f"--model.judge={json.dumps(judge)}"])
     finally:
         server.close()
@@ -293,7 +302,7 @@ def test_judgments_that_fail_are_missing_and_no_zero(test_arguments: Arguments, 
 
 
 def test_a_fit_evaluates_and_keeps_the_best_checkpoint(
-    test_arguments: Arguments, cli, tmp_path: Path
+    benchmark_arguments: Arguments, cli, tmp_path: Path
 ) -> None:
     options = {
         "trainer.max_steps": 3,
@@ -301,7 +310,7 @@ def test_a_fit_evaluates_and_keeps_the_best_checkpoint(
         "benchmark_eval.limit": 8,
         "checkpoint.monitor": "bench/captionqa",
     }
-    cli(test_arguments("fit", names=("CaptionQA", "DCScore"), **options))
+    cli(benchmark_arguments("fit", names=("CaptionQA", "DCScore"), **options))
     rows = [row for row in metrics(tmp_path / "run") if row.get("bench/captionqa")]
     assert [int(row["step"]) for row in rows] == [0, 2, 3]
     for row in rows:
@@ -315,7 +324,7 @@ def test_a_fit_evaluates_and_keeps_the_best_checkpoint(
     assert kept == ["step-00000002.ckpt"]
     folders = sorted(path.name for path in (tmp_path / "run/benchmarks").iterdir())
     assert folders == ["step-00000000", "step-00000002", "step-00000003"]
-    without = test_arguments(
+    without = benchmark_arguments(
         "fit", names=("CaptionQA",), run_dir=tmp_path / "without", **{"trainer.max_steps": 3}
     )
     cli(without)
@@ -328,15 +337,35 @@ def test_a_fit_evaluates_and_keeps_the_best_checkpoint(
     assert state["callbacks"]["BenchmarkEval"] == {"done_step": 2}
 
 
-def test_a_checkpoint_is_tested_as_it_is(test_arguments: Arguments, cli, tmp_path: Path) -> None:
+def test_images_that_the_processor_refuses_are_left_out(
+    benchmark_arguments: Arguments, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = PromptEncoder.encode
+
+    def refuses(self: PromptEncoder, batch: Any) -> Any:
+        if any(i.endswith("000003.png") for i in batch.sample_ids if i.startswith("shapes/077")):
+            raise ValueError("no such picture")
+        return encode(self, batch)
+
+    monkeypatch.setattr(PromptEncoder, "encode", refuses)
+    options = {"trainer.max_steps": 1, "benchmark_eval.every_n_updates": 1, "benchmark_eval.at_ends": False}
+    cli(benchmark_arguments("fit", names=("DCScore",), **options))
+    folder = tmp_path / "run/benchmarks/step-00000001/dcscore"
+    assert len((folder / "captions.jsonl").read_text().splitlines()) == 23
+    cli(benchmark_arguments(names=("DCScore",), run_dir=tmp_path / "test"))
+    entry = results(tmp_path / "test")["dcscore"]
+    assert (entry["n"], entry["left_out"]) == (23, {"refused_by_processor": 1})
+
+
+def test_a_checkpoint_is_tested_as_it_is(benchmark_arguments: Arguments, cli, tmp_path: Path) -> None:
     cli(
-        test_arguments(
+        benchmark_arguments(
             "fit", names=("Prism",), **{"trainer.max_steps": 2, "model.optimizer.init_args.lr": 0.01}
         )
     )
-    cli([*test_arguments(names=("Prism",)), "--ckpt_path", "last"])
+    cli([*benchmark_arguments(names=("Prism",)), "--ckpt_path", "last"])
     cli(
-        test_arguments(
+        benchmark_arguments(
             names=("Prism",), run_dir=tmp_path / "export", **{"model.policy.model": tmp_path / "run/export"}
         )
     )
@@ -346,9 +375,9 @@ def test_a_checkpoint_is_tested_as_it_is(test_arguments: Arguments, cli, tmp_pat
     assert captions[0] == captions[1]
 
 
-def test_an_estimate_says_what_benchmarks_cost(test_arguments: Arguments, cli, capsys) -> None:
+def test_an_estimate_says_what_benchmarks_cost(benchmark_arguments: Arguments, cli, capsys) -> None:
     options = {"trainer.max_steps": 4, "benchmark_eval.every_n_updates": 2}
-    cli(test_arguments("estimate", **options))
+    cli(benchmark_arguments("estimate", **options))
     printed = capsys.readouterr().out
     table = printed[printed.index("one run of each benchmark") :]
     for name, calls in (
@@ -361,8 +390,8 @@ def test_an_estimate_says_what_benchmarks_cost(test_arguments: Arguments, cli, c
     assert "Within the fit they run 3 times" in table
 
 
-def test_what_cannot_work_is_one_list(test_arguments: Arguments, cli, tmp_path: Path) -> None:
-    arguments = test_arguments(names=("DCScore",), **{"benchmark_eval.limit": 0})
+def test_what_cannot_work_is_one_list(benchmark_arguments: Arguments, cli, tmp_path: Path) -> None:
+    arguments = benchmark_arguments(names=("DCScore",), **{"benchmark_eval.limit": 0})
     place = next(i for i, a in enumerate(arguments) if a.startswith("--benchmark_eval.benchmarks="))
     entry = {
         "class_path": "balcap.benchmarks.DCScore",
@@ -379,12 +408,21 @@ def test_what_cannot_work_is_one_list(test_arguments: Arguments, cli, tmp_path: 
         cli(arguments)
     keys = [problem.split(":")[0] for problem in refused.value.problems]
     first = "benchmark_eval.benchmarks[0].init_args"
+    unofficial = {
+        "class_path": "balcap.benchmarks.Prism",
+        "init_args": {"data": str(tmp_path), "official": True},
+    }
+    wrong_code = {**entry, "init_args": {**entry["init_args"], "code": "/no/such.py"}}
+    arguments[place] = f"--benchmark_eval.benchmarks={json.dumps([wrong_code, unofficial])}"
+    with pytest.raises(ConfigError, match=r"code: /no/such\.py cannot be read") as also:
+        cli(arguments)
+    assert any("prism has no official judge" in problem for problem in also.value.problems)
     for key in ("limit", "code", "data", "image_root", "trials"):
         assert f"{first}.{key}" in keys
     assert "benchmark_eval.limit" in keys
     assert any("two of the name dcscore" in problem for problem in refused.value.problems)
     with pytest.raises(ConfigError, match=r"benchmark_eval\.benchmarks: there is none"):
-        cli([*test_arguments(), "--benchmark_eval.benchmarks=null"])
+        cli([*benchmark_arguments(), "--benchmark_eval.benchmarks=null"])
 
 
 @pytest.mark.parametrize(

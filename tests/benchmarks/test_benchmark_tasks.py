@@ -71,7 +71,7 @@ def test_draws_are_different_questions() -> None:
     assert task.messages(FACTS, annotated=["a"]) == task.messages([{**FACTS[0], "draw": 1}], annotated=["a"])
 
 
-@pytest.mark.parametrize("option", ["A", "a", " (A) ", "A. red", '"a"'])
+@pytest.mark.parametrize("option", ["A", "a", " (A) ", "A. red", '"a"', "red"])
 def test_letters_as_judges_write_them(option: str) -> None:
     answer = Answer().read({"answers": [{"id": 1, "option": option}]})
     assert Answer().parse(answer, QUESTIONS[:1], caption="A red dog.") == [0]
@@ -81,6 +81,20 @@ def test_letters_as_judges_write_them(option: str) -> None:
     ("task", "answer", "items", "context", "why"),
     [
         (Answer, {"answers": [{"id": 1, "option": "C"}]}, QUESTIONS[:1], {"caption": ""}, "no option 'C'"),
+        (
+            Answer,
+            {"answers": [{"id": 1, "option": "black"}]},
+            QUESTIONS[:1],
+            {"caption": ""},
+            "no option 'black'",
+        ),
+        (
+            Answer,
+            {"answers": [{"id": 1, "option": "A or B"}]},
+            QUESTIONS[:1],
+            {"caption": ""},
+            "no option 'A or B'",
+        ),
         (Answer, {"answers": [{"id": 1, "option": ""}]}, QUESTIONS[:1], {"caption": ""}, "no option ''"),
         (
             MatchFacts,

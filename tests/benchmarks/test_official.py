@@ -83,15 +83,15 @@ def data_file(path: Path, content: Any) -> str:
 
 
 def test_prompts_are_read_and_nothing_is_run(code: str) -> None:
-    prompts = read_prompts(code, "code", "extract_prompt", "compare_prompt", "system_prompt")
+    prompts = read_prompts(code, "extract_prompt", "compare_prompt", "system_prompt")
     assert prompts["extract_prompt"].format(caption="{A}") == '\nFacts of it: [{"fact": ...}]\n{A}'
     given = {"caption_1": "a", "caption_2": "b", "caption_ref": "c"}
     assert prompts["compare_prompt"].format(**given) == "1: a 2: b Ref: c {}"
     assert prompts["system_prompt"] == "One letter."
     with pytest.raises(ValueError, match=r"code: .* defines no text other_prompt"):
-        read_prompts(code, "code", "other_prompt")
+        read_prompts(code, "other_prompt")
     with pytest.raises(ValueError, match=r"code: /no/such\.py cannot be read"):
-        read_prompts("/no/such.py", "code", "x")
+        read_prompts("/no/such.py", "x")
 
 
 FACTS = [{"fact": "A dog.", "relevance": 1}, {"fact": "It is calm.", "relevance": 0}]

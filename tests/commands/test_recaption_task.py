@@ -57,7 +57,7 @@ def test_answers_are_kept_as_json() -> None:
 
 
 def test_it_is_not_asked_about_a_group() -> None:
-    with pytest.raises(TypeError, match="not about the captions of a group"):
+    with pytest.raises(TypeError, match="not asked about the captions of a group"):
         next(iter(Recaption().inputs(None).__await__()))
 
 

@@ -5,12 +5,13 @@ Whoever answers does not see the image. The wording is ours; what the benchmarks
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
 from balcap.judge.errors import InvalidAnswer
 from balcap.judge.prompt import chat, fence, in_order, with_ids
-from balcap.judge.task import Group, Items, Message, Schema, Task
+from balcap.judge.task import Message, Schema, StandaloneTask
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -45,7 +46,7 @@ Answer with one JSON object and nothing else, one entry per question, with the i
 """  # noqa: E501
 
 
-class Answer(Task[int]):
+class Answer(StandaloneTask[int]):
     """The place of the chosen option, from 0, for every question. There is no question without a call."""
 
     name = "answer"
@@ -72,13 +73,14 @@ class Answer(Task[int]):
         """The first option of every question."""
         return [0] * len(items)
 
-    async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
-        raise TypeError("answer is asked about one caption and questions, not about the captions of a group")
-
 
 def _place(entry: ChosenOption, item: Choice) -> int:
-    letter = entry.option.strip().strip(".()\"'").upper()[:1]
-    place = LETTERS.find(letter) if letter else -1
-    if not 0 <= place < len(item["options"]):
+    """Of a letter alone or before its option, or of an option's own words; "blue" is no B."""
+    said = entry.option.strip()
+    if said in item["options"]:
+        return list(item["options"]).index(said)
+    match = re.fullmatch(r"[\"'(]*([A-Za-z])[\"')]*(?:[.):].*)?", said, re.DOTALL)
+    place = LETTERS.index(match[1].upper()) if match else len(LETTERS)
+    if place >= len(item["options"]):
         raise InvalidAnswer(f"question {entry.id} has no option {entry.option!r}")
     return place

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from balcap.judge.prompt import chat, fence, in_order, with_ids
-from balcap.judge.task import Group, Items, Message, Schema, Task
+from balcap.judge.task import Message, Schema, StandaloneTask
 
 Pair = Sequence[str]
 """Two captions."""
@@ -43,7 +43,7 @@ Answer with one JSON object and nothing else, one entry per pair, with the ids a
 """  # noqa: E501
 
 
-class Compare(Task[str]):
+class Compare(StandaloneTask[str]):
     """``first``, ``second`` or ``tie`` for every pair. Two captions that are the same tie, without a call."""
 
     name = "compare"
@@ -72,6 +72,3 @@ class Compare(Task[str]):
 
     def identity(self, item: Pair) -> list[str]:
         return list(item)
-
-    async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
-        raise TypeError("compare is asked about pairs of captions, not about the captions of a group")

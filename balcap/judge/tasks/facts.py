@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 
 from balcap.judge.errors import InvalidAnswer
 from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
-from balcap.judge.task import Group, Items, Message, Schema, Task
+from balcap.judge.task import Message, Schema, StandaloneTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +110,7 @@ Answer with one JSON object and nothing else, one entry per fact, with the ids a
 """  # noqa: E501
 
 
-class _OfCaption:
-    """Not asked about the captions of a group."""
-
-    async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
-        raise TypeError("DCScore asks about one caption at a time")
-
-
-class ExtractFacts(_OfCaption, Task[list[Fact]]):
+class ExtractFacts(StandaloneTask[list[Fact]]):
     """The facts of every caption. An empty caption has none, without a call."""
 
     name = "extract_facts"
@@ -148,7 +141,7 @@ class ExtractFacts(_OfCaption, Task[list[Fact]]):
         return None if item.strip() else []
 
 
-class MatchFacts(_OfCaption, Task[list[int | None]]):
+class MatchFacts(StandaloneTask[list[int | None]]):
     """For every fact the place of its annotated fact, from 0, or None. No facts or none annotated: no call."""
 
     name = "match_facts"
@@ -185,7 +178,7 @@ class MatchFacts(_OfCaption, Task[list[int | None]]):
         return None if item["facts"] and annotated else [None] * len(item["facts"])
 
 
-class VerifyFacts(_OfCaption, Task[list[bool]]):
+class VerifyFacts(StandaloneTask[list[bool]]):
     """Whether each fact holds. No facts: no call."""
 
     name = "verify_facts"

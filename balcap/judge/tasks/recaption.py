@@ -12,7 +12,7 @@ from typing import Any
 
 from balcap.judge.errors import InvalidAnswer
 from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
-from balcap.judge.task import Group, Items, Message, Schema, Task
+from balcap.judge.task import Message, Schema, StandaloneTask
 
 
 class NewCaption(Schema):
@@ -56,7 +56,7 @@ EXAMPLE = (
 _NOT_TEXT = re.compile("[\ud800-\udfff\ufffd]|<image>")
 
 
-class Recaption(Task[str]):
+class Recaption(StandaloneTask[str]):
     """One caption per question. There is no question that is answered without a call."""
 
     name = "recaption"
@@ -83,9 +83,6 @@ class Recaption(Task[str]):
     def example(self, items: Sequence[str], *, image: bytes) -> list[str]:  # type: ignore[override]
         """The same caption for every question."""
         return [EXAMPLE] * len(items)
-
-    async def inputs(self, group: Group) -> tuple[dict[str, Any], Items]:
-        raise TypeError("recaption is asked about an image, not about the captions of a group")
 
 
 def _clean(caption: str) -> str:
