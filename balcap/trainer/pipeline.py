@@ -194,7 +194,7 @@ class RolloutPipeline:
         self._start_engine()
         with self._failing_together():
             for number, batch in batches:
-                good, prompts = self._accepted(batch)
+                good, _, prompts = self._accepted(batch)
                 if not good:
                     continue
                 if prompts is None:
@@ -211,40 +211,35 @@ class RolloutPipeline:
         Raises:
             UserError: it refuses all of them.
         """
-        good, prompts = self._accepted(batch, self._leave_out)
+        good, refused, prompts = self._accepted(batch)
         if prompts is not None:
             return batch, prompts
+        if (data := getattr(self.trainer, "datamodule", None)) is not None:
+            for sample_id, why in refused.items():
+                data.leave_out(sample_id, "refused_by_processor", why)
         if not good:
             raise UserError(
-                f"model.policy: the model's processor refuses all images of a batch, such as {batch.sample_ids[0]}; the log "
-                "above says why"
+                "model.policy: the model's processor refuses all images of a batch, such as "
+                f"{next(iter(refused.values()))}"
             )
         rows = [row if row in good else good[row % len(good)] for row in range(len(batch))] if fill else good
         return batch.select(rows), self.policy.encode(batch.select(rows))
 
-    def _accepted(
-        self, batch: CaptionBatch, on_refused: Callable[[str, str], None] | None = None
-    ) -> tuple[list[int], Prompts | None]:
-        """Rows of a batch that the model's processor and template accept, and their prompts where all are; the others are
-        logged, and reported."""
+    def _accepted(self, batch: CaptionBatch) -> tuple[list[int], dict[str, str], Prompts | None]:
+        """Rows of a batch that the model's processor and template accept; why it refuses the others, by sample id, which
+        is logged too; the prompts, where it accepts all."""
         try:
-            return list(range(len(batch))), self.policy.encode(batch)
+            return list(range(len(batch))), {}, self.policy.encode(batch)
         except Exception:  # processors raise whatever they like
-            good = []
+            good, refused = [], {}
         for row, sample_id in enumerate(batch.sample_ids):
             try:
                 self.policy.encode(batch.select([row]))
                 good.append(row)
             except Exception as error:
-                refused = f"{sample_id}: {type(error).__name__}: {error}"
-                log.warning("skipped: the model's processor refuses %s", refused)
-                if on_refused is not None:
-                    on_refused(sample_id, refused)
-        return good, None
-
-    def _leave_out(self, sample_id: str, why: str) -> None:
-        if (data := getattr(self.trainer, "datamodule", None)) is not None:
-            data.leave_out(sample_id, "refused_by_processor", why)
+                refused[sample_id] = f"{sample_id}: {type(error).__name__}: {error}"
+                log.warning("skipped: the model's processor refuses %s", refused[sample_id])
+        return good, refused, None
 
     def sync(self) -> None:
         """Give the engine, which has sampled, the policy's weights."""
