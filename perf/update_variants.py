@@ -18,7 +18,7 @@ from balcap.policy.policy import Policy
 from balcap.policy.prompts import PromptEncoder
 from perf.update_case import QUESTION, Case, Work
 
-OURS, NAIVE, TRL, COMPACT = "ours", "naive", "TRL", "TRL, captions only"
+OURS, COMPILED, NAIVE, TRL, COMPACT = "ours", "ours, compiled", "naive", "TRL", "TRL, captions only"
 
 
 def twin(model: Any) -> Any:
@@ -30,9 +30,10 @@ def twin(model: Any) -> Any:
 class Ours:
     """As in `balcap.trainer.update`, one micro-batch: log-probs and entropies, loss, backward."""
 
-    def __init__(self, model: Any, processor: Any, shared_prefix: bool) -> None:
+    def __init__(self, model: Any, processor: Any, shared_prefix: bool, compile: bool = False) -> None:
         model = twin(model)
-        self.policy = Policy(model, PromptEncoder(processor, model.config), shared_prefix=shared_prefix)
+        encoder = PromptEncoder(processor, model.config)
+        self.policy = Policy(model, encoder, shared_prefix=shared_prefix, compile=compile)
         self.policy.model.train()
         assert self.policy.shared_prefix == shared_prefix, "this model cannot share a prefix"
 
@@ -130,4 +131,4 @@ def variant(name: str, model: Any, processor: Any, case: Case) -> Any:
     """The variant of this name, on a twin of the model."""
     if name in (TRL, COMPACT):
         return Trl(model, processor, case, compact=name == COMPACT)
-    return Ours(model, processor, shared_prefix=name != NAIVE)
+    return Ours(model, processor, shared_prefix=name != NAIVE, compile=name == COMPILED)

@@ -13,10 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from balcap.policy.layout import Layout
+from balcap.policy.layout import AttentionLayout
 
 PREFIX = "balcap_"
 IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def install(language_model: Any) -> None:
@@ -48,10 +51,11 @@ def shared_prefix_attention(
     query: Float[Tensor, "1 Hq N D"],
     key: Float[Tensor, "1 Hkv N D"],
     value: Float[Tensor, "1 Hkv N D"],
-    layout: Layout,
+    layout: AttentionLayout,
     scale: float | None = None,
 ) -> Float[Tensor, "1 N Hq D"]:
-    """Attention in two parts per image: the prompt on itself, then its captions as a batch of G.
+    """Attention in a constant number of calls for all images: prompts on themselves, captions on their prompt and
+    themselves.
 
     Exact: every token gets what it would get in a sequence of its prompt and its caption alone.
 
@@ -60,29 +64,126 @@ def shared_prefix_attention(
         layout: where prompts and captions stand.
         scale: of the scores; None for 1 / sqrt(D).
     """
-    key, value, grouped = _heads(query, key, value)
-    heads, shared = query.shape[1], key.shape[1]
-    qkv = torch.cat((query, key, value), 1)[0].transpose(0, 1)  # [N, Hq + 2 Hkv, D]
-    out = []
-    for span, padded, mask in zip(layout.spans, layout.padded, layout.masks, strict=True):
-        prompt = qkv[None, span.start : span.start + span.prompt]
-        q, k, v = (x.transpose(1, 2) for x in prompt.split((heads, shared, shared), 2))
-        attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-        out.append(attended[0].transpose(0, 1))  # [P, Hq, D]
-        if not sum(span.captions):
-            continue
-        G, L = padded.shape
-        captions = qkv.index_select(0, padded.tokens).unflatten(0, (G, L))
-        seen = torch.cat((prompt[:, :, heads:].expand(G, -1, -1, -1), captions[:, :, heads:]), 1)
-        q, (k, v) = captions[:, :, :heads].transpose(1, 2), seen.transpose(1, 2).split(shared, 1)
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-        out.append(attended.transpose(1, 2).flatten(0, 1).index_select(0, padded.kept))
-    return torch.cat(out)[None]
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as for torch's own attention
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    attend = _Merged.apply if device == "cpu" else _expanded
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
+    return attend(q, k, v, scale, *layout)[None]
 
 
-def _heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Keys and values for all heads, or whether the kernel shares them itself: on a CPU none does."""
-    repeat = query.shape[1] // key.shape[1]
-    if repeat == 1 or query.is_cuda:
-        return key, value, repeat > 1
-    return key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1), False
+# ── a CPU: captions on their prompt and on themselves apart, merged by log-sum-exp ───────────────────
+
+
+class _Merged(torch.autograd.Function):
+    """Attention to two sets of keys, o1 and o2 with the log-sum-exp of their scores l1 and l2, is attention to both::
+
+        l = log(exp l1 + exp l2)        o = exp(l1 - l) o1 + exp(l2 - l) o2
+
+    and its gradients are what the kernel's backward makes of each set, given o and l. So no prompt's keys are repeated for
+    its captions, and nothing is masked but by causality.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, *index: Any) -> Tensor:
+        layout, heads = AttentionLayout(*index), (query.shape[1], key.shape[1], key.shape[1])
+        qkv = _with_zero(query, key, value)
+        q, k, v = _heads(qkv, layout.prompts).split(heads, 1)
+        out, lse = map(_rows, _flash(q, k, v, 0.0, True, scale=scale))
+        if layout.captions.shape[1]:
+            q = _heads(qkv[:, : heads[0]], layout.captions)
+            on_prompt, log_prompt = map(_rows, _flash(q, k, v, attn_mask=_additive(layout, q), scale=scale))
+            q, k, v = _heads(qkv, layout.own.flatten(0, 1)).split(heads, 1)
+            places = layout.places.flatten()
+            on_own, log_own = (_rows(x)[places] for x in _flash(q, k, v, 0.0, True, scale=scale))
+            both = torch.logaddexp(log_prompt, log_own)
+            share = (log_prompt - both).exp()[..., None].to(out.dtype)
+            out = torch.cat((out, torch.lerp(on_own, on_prompt, share)))
+            lse = torch.cat((lse, both))
+        out, lse = out[layout.order], lse[layout.order]
+        ctx.save_for_backward(query, key, value, out, lse, *index)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        query, key, value, out, lse, *index = ctx.saved_tensors
+        layout, heads = AttentionLayout(*index), (query.shape[1], key.shape[1], key.shape[1])
+        rows, lse = _with_zero(grad, query, out, key, value), _with_zero(lse)
+        (Hq, Hkv, _), options = heads, {"scale": ctx.scale}
+
+        def gradients(parts: Tensor, index: Tensor, k: Tensor, v: Tensor, causal: bool, **mask: Any) -> Any:
+            grad, q, out = parts.split(Hq, 1)
+            log_sum = lse[index].transpose(1, 2)
+            return _flash_backward(grad, q, k, v, out, log_sum, 0.0, causal, **mask, **options)
+
+        parts, k, v = _heads(rows, layout.prompts).split((3 * Hq, Hkv, Hkv), 1)
+        of_q, of_k, of_v = gradients(parts, layout.prompts, k, v, True)
+        if not layout.captions.shape[1]:
+            found = _rows(torch.cat((of_q, of_k, of_v), 1))
+        else:
+            parts = _heads(rows[:, : 3 * Hq], layout.captions)
+            mask = _additive(layout, parts)
+            on_prompt = gradients(parts, layout.captions, k, v, False, attn_mask=mask)
+            prompts = torch.cat((of_q, of_k + on_prompt[1], of_v + on_prompt[2]), 1)
+            own = layout.own.flatten(0, 1)
+            parts, k, v = _heads(rows, own).split((3 * Hq, Hkv, Hkv), 1)
+            captions = _rows(torch.cat(gradients(parts, own, k, v, True), 1))[layout.places.flatten()]
+            captions[:, :Hq] += _rows(on_prompt[0])
+            found = torch.cat((_rows(prompts), captions))
+        return *found[layout.order].split(heads, 1), *(None for _ in range(1 + len(layout)))
+
+
+def _with_zero(*tensors: Tensor) -> Tensor:
+    """``[N + 1, sum of H, …]`` of ``[N, H, …]`` each: a row of zeros where padding's index points, which have no gradient,
+    and make none."""
+    first = tensors[0]
+    zeros = first.new_zeros(1, sum(x.shape[1] for x in tensors), *first.shape[2:])
+    return torch.cat((torch.cat(tensors, 1) if len(tensors) > 1 else first, zeros))
+
+
+def _heads(rows: Tensor, index: Tensor) -> Tensor:
+    """``[b, H, L, D]`` of rows ``[N + 1, H, D]``."""
+    return rows.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """``[b * L, H, …]`` of ``[b, H, L, …]``."""
+    return heads.transpose(1, 2).flatten(0, 1)
+
+
+def _additive(layout: AttentionLayout, like: Tensor) -> Tensor | None:
+    """``[b, 1, M, P]`` -inf on the padding of shorter prompts."""
+    if layout.prompt_mask is None:
+        return None
+    mask = like.new_zeros(layout.prompt_mask.shape).masked_fill(~layout.prompt_mask, -torch.inf)
+    return mask[:, None, None].expand(-1, 1, layout.captions.shape[1], -1)
+
+
+# ── other devices: torch's attention, with the prompt's keys beside each caption's own ───────────────
+
+
+def _expanded(query: Tensor, key: Tensor, value: Tensor, scale: float, *index: Any) -> Tensor:
+    """``[N, Hq, D]``, in two calls. Queries that share keys stand behind one another in the second, because few kernels take
+    a mask and shared heads at once."""
+    layout, heads = AttentionLayout(*index), (query.shape[1], key.shape[1], key.shape[1])
+    shared = heads[0] // heads[1]
+    qkv = _with_zero(query, key, value)
+    of_prompts = _heads(qkv, layout.prompts)
+    q, k, v = of_prompts.split(heads, 1)
+    out = _rows(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared > 1))
+    if layout.captions.shape[1]:
+        (_, G, L), P, own = layout.own.shape, layout.prompts.shape[1], _heads(qkv, layout.own.flatten(0, 1))
+        prompts = of_prompts[:, None, heads[0] :].expand(-1, G, -1, -1, -1).flatten(0, 1)
+        k, v = torch.cat((prompts, own[:, heads[0] :]), 2).split(heads[1:], 1)
+        mask = torch.ones(L, P + L, dtype=torch.bool, device=q.device).tril(P).repeat(shared, 1)
+        if layout.prompt_mask is not None:
+            of_prompt = torch.nn.functional.pad(layout.prompt_mask, (0, L), value=True)
+            mask = mask & of_prompt.repeat_interleave(G, 0)[:, None, None]
+        q = own[:, : heads[0]].unflatten(1, (-1, shared)).flatten(2, 3)  # [b * G, Hkv, shared * L, D]
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        attended = attended.unflatten(2, (shared, L)).flatten(1, 2)
+        out = torch.cat((out, _rows(attended).index_select(0, layout.places.flatten())))
+    return out.index_select(0, layout.order)

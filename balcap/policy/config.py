@@ -70,6 +70,9 @@ class PolicyConfig:
         gradient_checkpointing: recompute activations in backward: slower, far less memory.
         shared_prefix: forward each image and prompt once for its G captions, exactly; false forwards them with
             every caption, as do models that cannot take it.
+        compile: make few large kernels of an update's decoder layers and head with ``torch.compile``, exactly; the first
+            update takes about a minute longer. "auto" does so on GPUs, where updates wait for Python otherwise. Needs
+            `shared_prefix`.
         attn_implementation: of transformers ("sdpa", "flash_attention_2", "eager"); null lets it choose.
         min_pixels: smallest image area in pixels that the processor scales to (Qwen2.5-VL); null: the model's own.
         max_pixels: largest image area, likewise. Fewer pixels are fewer image tokens.
@@ -83,6 +86,7 @@ class PolicyConfig:
     freeze_vision: bool = True
     gradient_checkpointing: bool = False
     shared_prefix: bool = True
+    compile: bool | Literal["auto"] = "auto"
     attn_implementation: str | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+Chunk = Callable[[Any, Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]
 
 CELLS = 2**26  # logits held at once: 256 MB in float32
 
@@ -19,6 +22,7 @@ def token_logps(
     temperature: float = 1.0,
     entropy: bool = False,
     cells: int = CELLS,
+    chunk: Chunk | None = None,
 ) -> tuple[Float[Tensor, M], Float[Tensor, M] | None]:  # noqa: F821
     """Log-probability of each target, and on request the entropy, from the states that predict them.
 
@@ -31,24 +35,27 @@ def token_logps(
         temperature: logits are divided by it, > 0.
         entropy: whether to return entropies too (nats, without gradient).
         cells: most logits held at once.
+        chunk: `logps_of_chunk`, compiled; None for the function itself.
 
     Returns:
         float32 ``[M]`` each; None for entropies that were not asked for.
     """
     size = max(1, cells // max(1, head.weight.shape[0] if head.weight.dim() == 2 else head.out_features))
+    chunk = chunk or logps_of_chunk
     if len(states) <= size:
-        return _chunk(head, states, targets, temperature, entropy)
+        return chunk(head, states, targets, temperature, entropy)
     parts = [
-        checkpoint(_chunk, head, some, wanted, temperature, entropy, use_reentrant=False)
+        checkpoint(chunk, head, some, wanted, temperature, entropy, use_reentrant=False)
         for some, wanted in zip(states.split(size), targets.split(size), strict=True)
     ]
     logps = torch.cat([part[0] for part in parts])
     return logps, torch.cat([part[1] for part in parts if part[1] is not None]) if entropy else None
 
 
-def _chunk(
+def logps_of_chunk(
     head: Any, states: Tensor, targets: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """As `token_logps`, with all logits at once."""
     logps = (head(states).float() / temperature).log_softmax(-1)
     chosen = logps.gather(-1, targets[:, None])[:, 0]
     if not entropy:

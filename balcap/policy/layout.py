@@ -38,18 +38,24 @@ class PromptSpan:
         return self.start + self.prompt + sum(self.captions)
 
 
-class PaddedCaptions(NamedTuple):
-    """An image's captions side by side.
+class AttentionLayout(NamedTuple):
+    """The packed sequence as rectangles, for attention: indices of its N tokens, and N itself where there is padding.
 
     Attributes:
-        shape: G, and L, the longest.
-        tokens: ``[G * L]`` indices of those of the sequence that stand there.
-        kept: ``[sum of lengths]`` places among these that are no padding, in the order of the sequence.
+        prompts: ``[b, P]`` tokens of each prompt, P the longest.
+        captions: ``[b, M]`` tokens of all captions of an image, one caption after the other; M the most of any image.
+        own: ``[b, G, L]`` tokens of each caption, L the longest.
+        places: ``[b, M]`` where the tokens of `captions` stand in `own`; 0 for padding.
+        order: ``[N]`` where each token of the sequence stands in `prompts` followed by `captions`.
+        prompt_mask: ``[b, P]`` True on tokens of prompts; None where all prompts are of one length.
     """
 
-    shape: tuple[int, int]
-    tokens: Int[Tensor, GL]  # noqa: F821
-    kept: Int[Tensor, M]  # noqa: F821
+    prompts: Int[Tensor, "b P"]
+    captions: Int[Tensor, "b M"]
+    own: Int[Tensor, "b G L"]
+    places: Int[Tensor, "b M"]
+    order: Int[Tensor, N]  # noqa: F821
+    prompt_mask: Bool[Tensor, "b P"] | None
 
 
 class Layout:
@@ -89,25 +95,34 @@ class Layout:
         return torch.tensor(indices, dtype=torch.long, device=self.device)
 
     @cached_property
-    def padded(self) -> list[PaddedCaptions]:
-        """Per image: its captions as a batch, padded on the right with the prompt's last token."""
-        padded = []
-        for span in self.spans:
-            lengths = torch.tensor(span.captions, dtype=torch.long)
-            steps = torch.arange(max(span.captions, default=0))
-            real = steps < lengths[:, None]
-            starts = span.start + span.prompt + lengths.cumsum(0) - lengths
-            index = torch.where(real, starts[:, None] + steps, span.start + span.prompt - 1)
-            kept = real.flatten().nonzero()[:, 0]  # here, on the CPU: a device would have to be waited for
-            shape = (len(lengths), len(steps))
-            padded.append(PaddedCaptions(shape, index.flatten().to(self.device), kept.to(self.device)))
-        return padded
+    def attention(self) -> AttentionLayout:
+        """How attention takes the sequence apart. Made on the CPU: a device would have to be waited for."""
+        spans = self.spans
+        starts = torch.tensor([span.start for span in spans])
+        prompt_lengths = torch.tensor([span.prompt for span in spans])
+        prompts = self._ranges(starts, prompt_lengths)
+        captions = self._ranges(starts + prompt_lengths, torch.tensor([sum(span.captions) for span in spans]))
+        most = max((len(span.captions) for span in spans), default=0)
+        lengths = torch.tensor([[*span.captions] + [0] * (most - len(span.captions)) for span in spans])
+        begins = (starts + prompt_lengths)[:, None] + lengths.cumsum(1) - lengths
+        own = self._ranges(begins.flatten(), lengths.flatten()).unflatten(0, lengths.shape)
+        places = torch.zeros(self.tokens + 1, dtype=torch.long)
+        places[own.flatten()] = torch.arange(own.numel())
+        places[self.tokens] = 0
+        order = torch.empty(self.tokens + 1, dtype=torch.long)
+        both = torch.cat((prompts.flatten(), captions.flatten()))
+        order[both] = torch.arange(len(both))
+        ragged = bool((prompt_lengths != prompt_lengths.max()).any())
+        mask = prompts != self.tokens if ragged else None
+        index = AttentionLayout(prompts, captions, own, places[captions], order[:-1], mask)
+        return index._replace(
+            **{name: x.to(self.device) for name, x in index._asdict().items() if x is not None}
+        )
 
-    @cached_property
-    def masks(self) -> list[Bool[Tensor, "L K"]]:
-        """Per image: what a padded caption token may see of [prompt, own caption], K = P + L."""
-        sizes = [(max(span.captions, default=0), span.prompt) for span in self.spans]
-        return [torch.ones(L, P + L, dtype=torch.bool, device=self.device).tril(P) for L, P in sizes]
+    def _ranges(self, starts: Tensor, lengths: Tensor) -> Tensor:
+        """``[r, longest]`` of r ranges of tokens, then N."""
+        steps = torch.arange(int(lengths.max()) if len(lengths) else 0)
+        return torch.where(steps < lengths[:, None], starts[:, None] + steps, self.tokens)
 
     @property
     def attention_pairs(self) -> float:

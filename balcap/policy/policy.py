@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from balcap.policy.compiled import Compiled, compile_layers
 from balcap.policy.config import PolicyConfig
 from balcap.policy.families import ImageFeatures, base_of, family_of
 from balcap.policy.flops import update_flops
+from balcap.policy.head import logps_of_chunk
 from balcap.policy.layout import Layout
 from balcap.policy.loading import as_reference, load_model, load_processor, prepare
 from balcap.policy.logps import caption_logps
@@ -48,6 +50,7 @@ class Policy(nn.Module):
         encoder: builds its prompts.
         reference: a frozen copy, or None.
         shared_prefix: forward each image and prompt once for all its captions, where the model can take it.
+        compile: see `PolicyConfig`.
         source: hub id or folder that the weights came from, for engines that load their own copy.
         revision: on the hub.
     """
@@ -58,6 +61,7 @@ class Policy(nn.Module):
         encoder: PromptEncoder,
         reference: Any | None = None,
         shared_prefix: bool = True,
+        compile: bool | Literal["auto"] = False,
         source: str = "",
         revision: str | None = None,
     ) -> None:
@@ -73,6 +77,11 @@ class Policy(nn.Module):
         self.shared_prefix = shared_prefix and prepare_shared_prefix(model)
         if self.shared_prefix and reference is not None:
             prepare_shared_prefix(reference)
+        self._chunk = None
+        if self.shared_prefix and compile:
+            for one in filter(None, (model, reference)):
+                compile_layers(family_of(one).language_model(base_of(one)), compile)
+            self._chunk = Compiled(logps_of_chunk, compile)
         self.vision_is_frozen = family_of(model).vision_is_frozen(base_of(model))
 
     @classmethod
@@ -88,7 +97,7 @@ class Policy(nn.Module):
         encoder = PromptEncoder(processor, model.config)
         copy = load_model(config) if with_reference and not has_adapter else None
         model = prepare(model, config, with_reference)
-        return cls(model, encoder, copy, config.shared_prefix, base.model, base.revision)
+        return cls(model, encoder, copy, config.shared_prefix, config.compile, base.model, base.revision)
 
     def train(self, mode: bool = True) -> Policy:
         """As of any module, but the reference stays in evaluation mode: dropout would make it noisy."""
@@ -164,7 +173,9 @@ class Policy(nn.Module):
         if not self.shared_prefix:
             return caption_logps(model, prompts, rows, token_ids, mask, **options)
         features = self._features(model, prompts, rows)
-        return shared_prefix_logps(model, prompts, rows, token_ids, mask, features, **options)
+        return shared_prefix_logps(
+            model, prompts, rows, token_ids, mask, features, chunk=self._chunk, **options
+        )
 
     def _features(self, model: Any, prompts: Prompts, rows: Sequence[int]) -> list[ImageFeatures]:
         """Image features of these rows; a frozen tower sees each image once, for policy and reference alike."""

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from balcap.policy.families import ImageFeatures, base_of, family_of
-from balcap.policy.head import token_logps
+from balcap.policy.head import Chunk, token_logps
 from balcap.policy.layout import Layout
 from balcap.policy.prompts import Prompts
 
@@ -46,6 +46,7 @@ def shared_prefix_logps(
     features: Sequence[ImageFeatures],
     temperature: float = 1.0,
     entropy: bool = False,
+    chunk: Chunk | None = None,
 ) -> tuple[Float[Tensor, "b G T"], Float[Tensor, "b G T"] | None]:
     """As `caption_logps`, for all captions of some images in one packed sequence.
 
@@ -58,6 +59,7 @@ def shared_prefix_logps(
         features: ``[b]`` of each image, from `Family.image_features`.
         temperature: > 0.
         entropy: whether to return entropies too (nats, without gradient).
+        chunk: of the head, see `token_logps`.
 
     Returns:
         float32 log-probs, 0 where masked; entropies likewise or None.
@@ -75,11 +77,16 @@ def shared_prefix_logps(
         attention_mask=embeds.new_zeros(1, 1, 1, 1),  # four dimensions: transformers makes none of its own
         position_ids=positions.to(device),
         use_cache=False,
-        packed_attention=partial(family.attention, layout=layout),
+        packed_attention=partial(family.attention, layout=layout.attention),
         **family.language_model_inputs(base, features, placeholders),
     ).last_hidden_state[0]
     logps, entropies = token_logps(
-        base.get_output_embeddings(), states[layout.predictors], token_ids[mask], temperature, entropy
+        base.get_output_embeddings(),
+        states[layout.predictors],
+        token_ids[mask],
+        temperature,
+        entropy,
+        chunk=chunk,
     )
     empty = torch.zeros_like(mask, dtype=torch.float32)
     filled = empty.masked_scatter(mask, logps)

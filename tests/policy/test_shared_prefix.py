@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from balcap.policy import PolicyConfig
-from balcap.policy.attention import shared_prefix_attention
+from balcap.policy.attention import _expanded, _Merged
 from balcap.policy.config import LoraSettings
 from balcap.policy.families import base_of
 from balcap.policy.head import token_logps
@@ -39,12 +39,15 @@ def test_the_layout_by_hand():
     layout = Layout([3, 2], [[3, 1], [0, 2]])
     assert layout.tokens == 8
     assert layout.predictors.tolist() == [2, 3, 4, 2, 6, 7]
-    padded = layout.padded[0]
-    assert padded.shape == (2, 2)
-    assert padded.tokens.tolist() == [3, 4, 2, 2]  # the second caption's places hold the prompt's last token
-    assert padded.kept.tolist() == [0, 1]
-    # rows: own tokens of the longest caption; columns: the 3 prompt tokens, then its own
-    assert layout.masks[0].tolist() == [[True, True, True, True, False], [True] * 5]
+    index = layout.attention
+    # 8, the number of tokens, is padding
+    assert index.prompts.tolist() == [[0, 1, 2], [5, 6, 8]]
+    assert index.captions.tolist() == [[3, 4], [7, 8]]
+    assert index.own.tolist() == [[[3, 4], [8, 8]], [[8, 8], [7, 8]]]
+    assert index.places.tolist() == [[0, 1], [6, 0]]
+    assert index.order.tolist() == [0, 1, 2, 6, 7, 3, 4, 8]
+    assert index.prompt_mask is not None
+    assert index.prompt_mask.tolist() == [[True] * 3, [True, True, False]]
     # (3 + 3) + (3 + 1) + (2 + 0) + (2 + 2)
     assert layout.separate == 16
     # four captions, each with the longest prompt, 3, and the longest caption, 3
@@ -53,7 +56,8 @@ def test_the_layout_by_hand():
     assert layout.padding == pytest.approx(1 - 3 / 6)
     nothing = Layout([2], [[0, 0]])
     assert (nothing.separate_padded, nothing.padding) == (2 * (2 + 1), 0)
-    assert nothing.padded[0].shape == (2, 0)
+    assert nothing.attention.captions.shape == (1, 0)
+    assert nothing.attention.prompt_mask is None  # one prompt, no padding
 
 
 @given(
@@ -63,33 +67,58 @@ def test_every_token_stands_once(images):
     prompts, captions = zip(*images, strict=True)
     layout = Layout(prompts, captions)
     assert layout.spans[-1].end == layout.tokens
-    own = [padded.tokens[padded.kept] for padded in layout.padded]
-    starts = [torch.arange(span.start, span.start + span.prompt) for span in layout.spans]
-    assert sorted(torch.cat([*own, *starts]).tolist()) == list(range(layout.tokens))
+    index = layout.attention
+    for side_by_side in (index.captions, index.own):
+        tokens = torch.cat([index.prompts.flatten(), side_by_side.flatten()])
+        assert sorted(tokens[tokens < layout.tokens].tolist()) == list(range(layout.tokens))
+    there = index.captions < layout.tokens
+    assert (index.own.flatten()[index.places[there]] == index.captions[there]).all()
+    both = torch.cat([index.prompts.flatten(), index.captions.flatten()])
+    assert both[index.order].tolist() == list(range(layout.tokens))
     assert len(layout.predictors) == sum(map(sum, captions))
 
 
+@pytest.mark.parametrize("attend", [_Merged.apply, _expanded])
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(1, 5), st.sampled_from([1, 2]))
 @settings(max_examples=30)
-def test_attention_sees_the_prompt_and_itself(captions, prompt, kv_heads):
-    """Against plain causal attention over [prompt, caption], one caption at a time."""
+def test_attention_sees_the_prompt_and_itself(attend, captions, prompt, kv_heads):
+    """Against plain causal attention over [prompt, caption], one caption at a time; gradients too."""
     layout = Layout([prompt, 3], [captions, [2]])
     generator = torch.Generator().manual_seed(prompt)
-    query = torch.randn(1, 4, layout.tokens, 8, generator=generator)
-    key, value = (torch.randn(1, kv_heads, layout.tokens, 8, generator=generator) for _ in "kv")
-    out = shared_prefix_attention(query, key, value, layout)[0]  # [N, Hq, D]
+    query = torch.randn(layout.tokens, 4, 8, generator=generator, requires_grad=True)
+    key, value = (
+        torch.randn(layout.tokens, kv_heads, 8, generator=generator, requires_grad=True) for _ in "kv"
+    )
+    weights = torch.randn(layout.tokens, 4, 8, generator=generator)
+    out = attend(query, key, value, 8**-0.5, *layout.attention)  # [N, Hq, D]
+    ours = torch.autograd.grad((out * weights).sum(), (query, key, value))
+    alone, once = torch.zeros_like(out), torch.zeros(layout.tokens, 1, 1)
     for span in layout.spans:
         whole = torch.arange(span.start, span.start + span.prompt)
         tokens = torch.arange(span.start + span.prompt, span.end)
-        for own in tokens.split(span.captions):
+        for own in tokens.split(span.captions) or (tokens,):
             where = torch.cat([whole, own])
-            alone = scaled_dot_product_attention(
-                query[:, :, where],
-                key[:, :, where].repeat_interleave(4 // kv_heads, 1),
-                value[:, :, where].repeat_interleave(4 // kv_heads, 1),
-                is_causal=True,
+            q, k, v = (x[where].transpose(0, 1) for x in (query, key, value))
+            k, v = (x.repeat_interleave(4 // kv_heads, 0) for x in (k, v))
+            attended = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
+            alone, once = (
+                alone.index_add(0, where, attended),
+                once.index_add(0, where, torch.ones(len(where), 1, 1)),
             )
-            torch.testing.assert_close(out[where], alone[0].transpose(0, 1), atol=1e-5, rtol=1e-5)
+    alone = alone / once
+    theirs = torch.autograd.grad((alone * weights).sum(), (query, key, value))
+    for mine, other in zip((out, *ours), (alone, *theirs), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attend", [_Merged.apply, _expanded])
+def test_scores_beyond_what_exp_can_hold(attend):
+    """Padding must not turn them into NaN."""
+    layout = Layout([4, 2], [[3, 1], [5, 0]])
+    rows = [torch.full((layout.tokens, 1, 4), 30.0, requires_grad=True) for _ in range(3)]
+    out = attend(*rows, 1.0, *layout.attention)
+    out.sum().backward()
+    assert all(bool(x.isfinite().all()) for x in (out, *(row.grad for row in rows)))
 
 
 # ---- the head

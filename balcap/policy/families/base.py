@@ -13,7 +13,7 @@ from torch import Tensor
 
 from balcap.policy.attention import IMPLEMENTATIONS, PREFIX, install, shared_prefix_attention
 from balcap.policy.config import PolicyError
-from balcap.policy.layout import Layout
+from balcap.policy.layout import AttentionLayout
 
 
 def base_of(model: Any) -> Any:
@@ -161,7 +161,7 @@ class Family:
         return {}
 
     def attention(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, **options: Any
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, **options: Any
     ) -> Float[Tensor, "1 N Hq D"]:
         """Attention of one layer over the packed sequence; ``options`` are those that transformers gives."""
         return shared_prefix_attention(query, key, value, layout, options.get("scaling"))
