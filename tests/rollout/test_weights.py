@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -50,8 +51,10 @@ def test_tied_weights_are_named_once():
     assert names.count("model.embed_tokens.weight") == 1
 
 
-def test_an_adapter_is_written_as_peft_saves_it(load: Load):
-    policy = load(lora=LoraSettings(target_modules=["q_proj", "down_proj"], r=4, alpha=12))
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_an_adapter_is_written_as_peft_saves_it(load: Load, load_in_4bit: bool):
+    adapter = LoraSettings(target_modules=["q_proj", "down_proj"], r=4, alpha=12)
+    policy = load(lora=adapter, load_in_4bit=load_in_4bit)
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     for parameter in trained:
         torch.nn.init.normal_(parameter)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,6 +44,9 @@ class VLLMInProcess(RolloutEngine):
     others banned tokens have no share in them, and with ``top_p`` below 1 neither have the tails. Sampling at another
     temperature later may start it again, which takes as long as the first time.
 
+    vLLM draws from the random numbers of this process, which are seeded before each call from torch's CPU generator and
+    are afterwards as they were: the same call of an engine that is set up alike draws the same captions.
+
     Args:
         gpu_memory_utilization: share of the device's memory for the engine: weights, KV cache and activations; the
             trainer's own come on top. On a CPU the environment variable VLLM_CPU_KVCACHE_SPACE (GiB) decides.
@@ -57,8 +61,12 @@ class VLLMInProcess(RolloutEngine):
             on a CPU.
         deadline_s: seconds after which captions are given up. Looked at between steps of the engine: a step that
             hangs is not noticed.
+        per_request_seeds: draw each caption from a seed of its own, whichever captions are sampled beside it, and
+            however much memory the engine has for them. vLLM's older model runner (0.22 to 0.27) then draws caption by
+            caption: two operators for each at every step, for 512 captions 1,024.
         options: more keyword arguments of ``vllm.LLM``, such as ``quantization``; they override those that follow
-            from the policy.
+            from the policy. A policy with 4-bit weights is sampled with 4-bit weights (``quantization: bitsandbytes``)
+            on a GPU, and in its dtype on a CPU.
     """
 
     gpu_memory_utilization: float = 0.4
@@ -68,6 +76,7 @@ class VLLMInProcess(RolloutEngine):
     enforce_eager: bool = False
     sleep: bool = True
     deadline_s: float = 600.0
+    per_request_seeds: bool = False
     options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -131,7 +140,7 @@ class VLLMInProcess(RolloutEngine):
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────
 
     def _send(self, policy: Policy) -> None:
-        """The policy's weights to the engine, and nothing left that was computed from older ones."""
+        """The policy's weights to the engine."""
         self._wake()
         try:
             if policy.has_adapter:
@@ -144,6 +153,10 @@ class VLLMInProcess(RolloutEngine):
             raise EngineFailed(
                 f"vLLM did not take the weights of version {self._version}: {error}"
             ) from error
+
+    def _forget(self) -> None:
+        """Nothing is left that was computed from older weights, or for an earlier call, which would change what is
+        scheduled together, and so what is drawn."""
         self._llm.reset_prefix_cache()
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
@@ -162,7 +175,8 @@ class VLLMInProcess(RolloutEngine):
     def _draw(
         self, policy: Policy, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
     ) -> Generator[Drawn]:
-        settings = token_settings(policy, sampling, num_captions, len(batch))
+        settings = token_settings(policy, sampling, num_captions, len(batch), self.per_request_seeds)
+        seed = int(torch.randint(2**62, ()))
         images = zip(prompts.items, batch.images, strict=True)
         inputs = [prompt_request(*one, prompts.image_token_id) for one in images]
         requests = list(zip(inputs, settings, strict=True))
@@ -175,7 +189,11 @@ class VLLMInProcess(RolloutEngine):
             parts = self._of_all_ranks(requests)
             place = dist.get_rank() % len(parts) if len(parts) > 1 else 0  # of this rank among them
             first = sum(map(len, parts[:place]))
-            with closing(self._outputs([*chain(*parts)], policy.has_adapter)) as outputs:
+            self._forget()
+            with (
+                _drawing(self._of_all_ranks(seed)[0], policy.device),  # ranks that share an engine draw alike
+                closing(self._outputs([*chain(*parts)], policy.has_adapter)) as outputs,
+            ):
                 for index, output in outputs:
                     row = index - first
                     if 0 <= row < len(requests):  # else another rank's
@@ -243,6 +261,23 @@ class VLLMInProcess(RolloutEngine):
 def _own_precision(policy: Policy) -> torch.autocast:
     """vLLM computes in its own dtype; a training step of ``bf16-mixed`` would cast its operators, too."""
     return torch.autocast(policy.device.type, enabled=False)
+
+
+@contextmanager
+def _drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """What vLLM draws comes from `seed`; the trainer, in the same process, goes on with its own numbers.
+
+    Without a seed in a request vLLM's older model runner draws from torch's generator of the device, and the newer one
+    (0.32 on a GPU) takes the request's seed from NumPy.
+    """
+    numpy_state = np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
 
 
 def _logps(caption: Any) -> Tensor:

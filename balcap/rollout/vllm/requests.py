@@ -33,12 +33,15 @@ COLDEST, HOTTEST = 0.01, 2.0
 
 
 def sampling_settings(
-    policy: Policy, sampling: Sampling, num_captions: int, rows: int
+    policy: Policy, sampling: Sampling, num_captions: int, rows: int, seeds: bool
 ) -> list[dict[str, Any]]:
     """``[rows]`` for each image, what vLLM's ``SamplingParams`` and its HTTP endpoints have in common.
 
     They draw from the policy's distribution at the temperature, and from nothing that the hub's generation config
-    adds. Token ids of the result end with the stop token. Seeds are from torch's CPU generator.
+    adds. Token ids of the result end with the stop token.
+
+    Args:
+        seeds: give each image a seed, from torch's CPU generator; else vLLM draws from its own numbers.
 
     Raises:
         EngineFailed: vLLM cannot sample at this temperature.
@@ -58,6 +61,8 @@ def sampling_settings(
         "stop_token_ids": stop_token_ids(policy),
         "ignore_eos": True,  # those ids are all that ends a caption
     }
+    if not seeds:
+        return [settings] * rows
     # of an image's first caption; those of the others follow from there
     return [settings | {"seed": seed} for seed in torch.randint(2**62, (rows,)).tolist()]
 
@@ -78,21 +83,27 @@ def prompt_request(item: dict[str, Tensor], image: Image.Image, image_token_id: 
     return {"prompt_token_ids": ids, "multi_modal_data": {"image": image}}
 
 
-def token_settings(policy: Policy, sampling: Sampling, num_captions: int, rows: int) -> list[dict[str, Any]]:
-    """``[rows]`` keyword arguments of ``SamplingParams`` for each image. EngineFailed as `sampling_settings`."""
+def token_settings(
+    policy: Policy, sampling: Sampling, num_captions: int, rows: int, seeds: bool = False
+) -> list[dict[str, Any]]:
+    """``[rows]`` keyword arguments of ``SamplingParams`` for each image. Arguments and errors as `sampling_settings`."""
     own = {
+        # The cheapest ban: one operator a step for all requests. ``bad_words`` take one for each request and token,
+        # ``allowed_token_ids`` a mask over the vocabulary for each request.
         "logit_bias": dict.fromkeys(policy.encoder.banned_token_ids, BAN),
         "logprobs": 0,  # of the sampled token alone
         "detokenize": False,
     }
-    return [settings | own for settings in sampling_settings(policy, sampling, num_captions, rows)]
+    return [settings | own for settings in sampling_settings(policy, sampling, num_captions, rows, seeds)]
 
 
 # ── over HTTP ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def chat_settings(policy: Policy, sampling: Sampling, num_captions: int, rows: int) -> list[dict[str, Any]]:
-    """``[rows]`` what a request for each image says beside the image.
+def chat_settings(
+    policy: Policy, sampling: Sampling, num_captions: int, rows: int, seeds: bool = False
+) -> list[dict[str, Any]]:
+    """``[rows]`` what a request for each image says beside the image. Arguments as `sampling_settings`.
 
     Raises:
         EngineFailed: as `sampling_settings`, and where a token cannot be banned.
@@ -107,7 +118,7 @@ def chat_settings(policy: Policy, sampling: Sampling, num_captions: int, rows: i
         "return_tokens_as_token_ids": True,
         "add_special_tokens": template_lacks_bos(policy.encoder),
     }
-    return [settings | own for settings in sampling_settings(policy, sampling, num_captions, rows)]
+    return [settings | own for settings in sampling_settings(policy, sampling, num_captions, rows, seeds)]
 
 
 def chat_request(settings: dict[str, Any], image: Image.Image, prompt: str) -> dict[str, Any]:

@@ -49,6 +49,10 @@ class VLLMServer(RolloutEngine):
         api_key_env: environment variable with the key that the servers ask for (their ``--api-key``).
         group_host: address of this machine that servers reach it by (NCCL); null: the one that vLLM finds.
         concurrency: images that each rank has under way at once, over all servers.
+        per_request_seeds: send a seed for each image, from torch's CPU generator: a run that is resumed, or repeated,
+            draws the same captions, as far as the servers round alike. Without, servers draw from their own numbers:
+            no draw is repeatable. vLLM's older model runner (0.22 to 0.27) then draws caption by caption: two operators
+            for each at every step.
     """
 
     urls: list[str]
@@ -59,6 +63,7 @@ class VLLMServer(RolloutEngine):
     api_key_env: str | None = None
     group_host: str | None = None
     concurrency: int = 64
+    per_request_seeds: bool = False
 
     def __post_init__(self) -> None:
         bad = [url for url in self.urls if not url.startswith(("http://", "https://"))]
@@ -168,7 +173,7 @@ class VLLMServer(RolloutEngine):
         self, policy: Policy, batch: CaptionBatch, prompts: Prompts, num_captions: int, sampling: Sampling
     ) -> Generator[Drawn]:
         self._check_limits(batch, prompts, sampling)
-        settings = chat_settings(policy, sampling, num_captions, len(batch))
+        settings = chat_settings(policy, sampling, num_captions, len(batch), self.per_request_seeds)
         slots = asyncio.Semaphore(self.concurrency)
         first = _rank() % len(self._servers)
         turn = [*self._servers[first:], *self._servers[:first]]  # ranks begin at different ones

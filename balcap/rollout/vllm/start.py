@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,20 @@ if TYPE_CHECKING:
 
 NCCL_FLAG = '{"backend": "nccl"}'
 """Of ``--weight-transfer-config``: servers take weights from GPU to GPU."""
+
+BITSANDBYTES = "bitsandbytes"
+"""vLLM's name for 4-bit weights that it makes as it loads: NF4 in blocks of 64 with double quantisation, as the policy's."""
+
+NO_BITSANDBYTES = (
+    "model.policy.load_in_4bit is sampled with 4-bit weights, which vLLM has in a package of its own since 0.28: "
+    "pip install vllm-bnb-plugin. Or sample over the base in eight bits, or in model.policy.dtype, with"
+)
+
+WHOLE_WEIGHTS = (
+    "full tuning sends whole weights to the engine, which would have to quantise them anew after each update; set "
+    "model.policy.lora, of which only the adapter is sent"
+)
+"""Why quantised engines are refused without an adapter."""
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of adapters that vLLM can be started for."""
@@ -88,6 +103,11 @@ def adapter_rank(policy: Policy) -> int | None:
     return policy.model.peft_config[policy.model.active_adapter].r if policy.has_adapter else None
 
 
+def is_4bit(policy: Policy) -> bool:
+    """Whether its base weights are in four bits (`model.policy.load_in_4bit`)."""
+    return bool(getattr(policy.model, "is_loaded_in_4bit", False))
+
+
 def engine_arguments(
     policy: Policy, temperature: float, dtype: str, options: dict[str, Any]
 ) -> dict[str, Any]:
@@ -111,6 +131,8 @@ def engine_arguments(
         "distributed_executor_backend": "external_launcher",
         "seed": 0,
     }
+    if policy.device.type == "cuda" and is_4bit(policy):
+        arguments["quantization"] = BITSANDBYTES
     if policy.device.type == "cpu":
         arguments |= whole_prompts(policy, options.get("max_model_len"))
     return arguments | options
@@ -155,6 +177,9 @@ def check_fits(server: str, about: dict[str, Any], names: Sequence[str], policy:
         f"--mm-processor-kwargs '{json.dumps(scaled)}'": same_scale,
         f"has no room for an adapter of rank {rank} (model.policy.lora.r); start it with --enable-lora --max-lora-rank "
         "of at least that": (about["max_lora_rank"] or 0) >= (rank or 0),
+        f"was started with --quantization {about['quantization']}; {WHOLE_WEIGHTS}, or start it without": not (
+            about["quantization"] and rank is None
+        ),
     }
     if problems := unsound(fits):
         raise EngineFailed(f"{server} {'; it '.join(problems)}")
@@ -189,12 +214,21 @@ def start(policy: Policy, arguments: dict[str, Any]) -> Any:
                 f"model.engine: vLLM cannot be imported ({error}); pip install 'balcap[vllm]', or sample with "
                 "balcap.rollout.HFGenerate"
             ) from error
+        if arguments.get("quantization") == BITSANDBYTES and not has_bitsandbytes():
+            raise EngineFailed(
+                f"model.engine: {NO_BITSANDBYTES} {KEY}.options: {{quantization: fp8}}, or with null"
+            )
         try:
             return LLM(**arguments)
         # Whatever stops a start (memory, an unknown model or option, a driver) is for the user to read.
         except Exception as error:
             end_groups(had_distributed)
             raise EngineFailed(_why_not(policy, error)) from error
+
+
+def has_bitsandbytes() -> bool:
+    """Whether vLLM can hold weights in four bits as bitsandbytes does. Imports vLLM."""
+    return any(map(find_spec, ("vllm_bnb_plugin", "vllm.model_executor.layers.quantization.bitsandbytes")))
 
 
 def _why_not(policy: Policy, error: Exception) -> str:

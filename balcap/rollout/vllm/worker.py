@@ -46,6 +46,7 @@ class WeightSync:
             "model": config.model_config.model,
             "revision": config.model_config.revision,
             "device": torch.device(self.device).type,
+            "quantization": config.model_config.quantization,
             "logprobs_mode": str(config.model_config.logprobs_mode),
             "mm_processor_kwargs": config.model_config.multimodal_config.mm_processor_kwargs,
             "max_model_len": config.model_config.max_model_len,

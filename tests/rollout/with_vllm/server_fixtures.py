@@ -149,6 +149,7 @@ class FakeWorker(WeightSync):
             model_config=SimpleNamespace(
                 model=model,
                 revision=None,
+                quantization=None,
                 logprobs_mode="raw_logprobs",
                 max_model_len=2048,
                 multimodal_config=SimpleNamespace(mm_processor_kwargs={"size": SCALED}),

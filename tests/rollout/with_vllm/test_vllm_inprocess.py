@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -71,15 +72,37 @@ def test_banned_tokens_are_never_sampled(policy: Policy, shared: Shared):
     assert torch.isin(unbanned, torch.tensor(banned)).float().mean() > 0.3, "the ban did it"
 
 
-def test_the_seed_decides(policy: Policy, shared: Shared):
+@pytest.mark.parametrize("per_request", [False, True], ids=["of the process", "per request"])
+def test_the_seed_decides(policy: Policy, shared: Shared, monkeypatch: pytest.MonkeyPatch, per_request: bool):
     engine = shared.get(policy)
+    monkeypatch.setattr(engine, "per_request_seeds", per_request)
     first, again, other = (draw(engine, policy, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.token_ids, again.token_ids)
     torch.testing.assert_close(first.sampler_logps, again.sampler_logps, atol=1e-5, rtol=0)
     assert not torch.equal(first.token_ids, other.token_ids)
     twins = batch_of([picture(60, 60)] * 2, ["Go"] * 2)
     drawn = draw(engine, policy, 4, twins)
-    assert not torch.equal(drawn.token_ids[0], drawn.token_ids[1]), "each image has a seed of its own"
+    assert not torch.equal(drawn.token_ids[0], drawn.token_ids[1]), "each image is drawn by itself"
+
+
+def test_an_engine_that_is_started_anew_draws_the_same_and_the_trainers_numbers_go_on(
+    policy: Policy, shared: Shared
+):
+    engine = shared.get(policy)
+    draw(engine, policy, seed=5)
+    drawn, own = [], []
+    for start in ("warm", "cold"):
+        if start == "cold":
+            shared.close()
+            engine = shared.get(policy)
+        np.random.seed(3)
+        drawn.append(draw(engine, policy, 4, seed=1))
+        own.append([*torch.rand(2).tolist(), *np.random.rand(2)])
+    assert torch.equal(drawn[0].token_ids, drawn[1].token_ids), "as a resumed run does"
+    torch.manual_seed(1)
+    torch.randint(2**62, ())  # what the engine's seed was made of
+    np.random.seed(3)
+    assert own == [[*torch.rand(2).tolist(), *np.random.rand(2)]] * 2
 
 
 def test_mixed_precision_of_the_trainer_does_not_reach_the_engine(policy: Policy, shared: Shared):

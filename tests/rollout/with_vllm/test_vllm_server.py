@@ -110,6 +110,7 @@ def test_two_servers_share_images_of_many_sizes(
 
 def test_the_seed_decides(policy: Policy, connect: Connect):
     engine = connect(policy)
+    engine.per_request_seeds = True
     first, again, other = (draw(engine, policy, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.token_ids, again.token_ids)
     assert not torch.equal(first.token_ids, other.token_ids)

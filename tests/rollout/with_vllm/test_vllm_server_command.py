@@ -89,6 +89,19 @@ def test_settings_of_the_run_change_them(capsys: pytest.CaptureFixture[str]):
     assert "0.0.0.0" not in url
 
 
+def test_a_4_bit_policy_gets_a_4_bit_server(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    four = ["--model.policy.load_in_4bit=true", "--model.policy.lora={r: 8, target_modules: [q_proj]}"]
+    assert shown(capsys, "--show", *four)[2]["--quantization"] == "bitsandbytes"
+    eight = shown(capsys, "--show", *four, "--", "--quantization", "fp8")[1]
+    assert eight[-2:] == ["--quantization", "fp8"], "last, so that it overrides"
+    monkeypatch.setattr("balcap.rollout.vllm.start.has_bitsandbytes", lambda: False)
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(SystemExit, match=r"pip install vllm-bnb-plugin.* -- --quantization fp8"):
+        main(["serve", *SHAPES, *four])
+
+
 def test_the_process_becomes_the_server(monkeypatch: pytest.MonkeyPatch):
     calls = []
     monkeypatch.setattr(os, "execve", lambda *args: calls.append(args))

@@ -110,17 +110,18 @@ def test_a_request_draws_from_the_policys_distribution_and_nothing_else(
         url = body["messages"][0]["content"][0]["image_url"]["url"]
         sent = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
         assert (sent.mode, sent.size, sent.tobytes()) == ("RGB", image.size, image.tobytes())
-    assert len({body["seed"] for body in bodies}) == 3, "each image has a seed of its own"
+    assert not any("seed" in body for body in bodies), "they would slow vLLM's sampler down"
 
 
-def test_the_seed_decides(connect: Connect, policy: Policy, fakes: list[FakeServer]):
-    engine = connect()
+def test_seeds_that_are_asked_for_follow_torchs(connect: Connect, policy: Policy, fakes: list[FakeServer]):
+    engine = connect(per_request_seeds=True)
     seeds = []
     for seed in (1, 1, 2):
         for fake in fakes:
             fake.seen.clear()
         draw(engine, policy, seed=seed)
         seeds.append([body["seed"] for body in asked(fakes)])
+    assert len(set(seeds[0])) == 3, "each image has a seed of its own"
     assert seeds[0] == seeds[1]
     assert not set(seeds[0]) & set(seeds[2])
 
@@ -366,6 +367,15 @@ def test_a_server_that_does_not_fit_says_what_to_change(
         setattr(next(part for part in parts if hasattr(part, name)), name, value)
     with pytest.raises(EngineFailed, match=said):
         draw(connect(policy), policy)
+
+
+def test_a_quantised_server_is_for_adapters_alone(load: Load, connect: Connect, fakes: list[FakeServer]):
+    make_room(fakes, rank=4)
+    for fake in fakes:
+        fake.workers[0].vllm_config.model_config.quantization = "fp8"
+    draw(connect(load(lora=LoraSettings(**LORA))), load(lora=LoraSettings(**LORA)))
+    with pytest.raises(EngineFailed, match=r"--quantization fp8; full tuning .*model\.policy\.lora"):
+        connect(load())
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-VL", "hub/Qwen2.5-VL"])

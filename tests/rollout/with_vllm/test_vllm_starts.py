@@ -103,6 +103,34 @@ def test_a_4_bit_policys_adapter_is_sampled_over_the_base_as_it_is_on_disk(load:
     assert (rollouts.sampler_logps - own_logps(policy, rollouts)).abs().max() > 0.01, "4 bits cost something"
 
 
+def test_an_engine_in_eight_bits_takes_adapters_and_the_difference_shows(load: Load, shared: Shared):
+    policy = load(lora=LoraSettings(target_modules=["q_proj", "down_proj"], r=4))
+    eight = {"quantization": "fp8_per_channel", "kv_cache_dtype": "fp8"}  # ``fp8`` itself needs a GPU
+    differences = []
+    for options in (None, eight):
+        engine = shared.get(policy, dtype="bfloat16", options=options)
+        assert not engine.on_policy, "so that the importance ratio corrects it"
+        before = draw(engine, policy, 1, top_p=1e-6)
+        update(policy, seed=1)
+        engine.sync(policy, 1)
+        rollouts = draw(engine, policy, 4)
+        differences.append((rollouts.sampler_logps - own_logps(policy, rollouts)).abs().mean())
+        assert not torch.equal(draw(engine, policy, 1, top_p=1e-6).token_ids, before.token_ids)
+    assert differences[1] > 2 * differences[0]
+
+
+def test_4_bits_without_bitsandbytes_in_vllm_say_what_to_install(
+    load: Load, shared: Shared, monkeypatch: pytest.MonkeyPatch
+):
+    shared.close()
+    monkeypatch.setattr("balcap.rollout.vllm.start.has_bitsandbytes", lambda: False)
+    engine, policy = VLLMInProcess(options={"quantization": "bitsandbytes"}), load()
+    engine.attach(policy)
+    engine.sync(policy, 0)
+    with pytest.raises(EngineFailed, match=r"pip install vllm-bnb-plugin.*options: {quantization: fp8}"):
+        draw(engine, policy)
+
+
 def process_state() -> dict[str, Any]:
     return {
         "python": random.getstate()[1],
