@@ -12,6 +12,7 @@
 - ``windows.py`` attention of a vision tower, windows of one size in one call
 - ``head.py`` log-probs from hidden states, in chunks
 - ``flops.py`` model FLOPs, peaks of devices, memory
+- ``memory.py`` memory of an update, by arithmetic; ``checkpointing.py`` what is recomputed so that it fits
 """
 
 from balcap.policy.config import LoraSettings, PolicyConfig

@@ -67,7 +67,8 @@ class PolicyConfig:
         lora: adapter to train instead of the weights; null tunes fully.
         load_in_4bit: base weights in NF4 with double quantisation (bitsandbytes); needs `lora`.
         freeze_vision: train the language model only. The tower and its projector stay as they are.
-        gradient_checkpointing: recompute activations in backward: slower, far less memory.
+        gradient_checkpointing: recompute activations in backward: slower, far less memory. ``auto``: of as few layers
+            as it takes for an update to fit the CUDA device; none on other devices.
         shared_prefix: forward each image and prompt once for its G captions, exactly; false forwards them with
             every caption, as do models that cannot take it.
         compile: make few large kernels of an update's decoder layers and head with ``torch.compile``, exactly; the first
@@ -84,7 +85,7 @@ class PolicyConfig:
     lora: LoraSettings | None = None
     load_in_4bit: bool = False
     freeze_vision: bool = True
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
     shared_prefix: bool = True
     compile: bool | Literal["auto"] = "auto"
     attn_implementation: str | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from balcap.policy.checkpointing import prepare_checkpointing
 from balcap.policy.config import LoraSettings, PolicyConfig, PolicyError
 from balcap.policy.families import family_of
 
@@ -171,11 +172,7 @@ def prepare(model: Any, config: PolicyConfig, with_reference: bool = False) -> A
             layers = [name for name in layers if f"{name}.".startswith(language)]
         model = _adapt(model, config.lora, layers, family.lora_targets(model, layers), config.revision)
     _check_language_is_trained(family.language_model(base))
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # HF makes embeddings, the vision tower's too, require gradients: re-entrant checkpointing needs that. Here it
-        # would only send a backward pass through a frozen tower.
-        model.disable_input_require_grads()
+    prepare_checkpointing(model, config.gradient_checkpointing)
     return model
 
 

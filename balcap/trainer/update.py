@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from balcap.algorithms import loss_normalizer, policy_loss, truncated_importance
 from balcap.algorithms.loss import LossAggregation
+from balcap.policy.checkpointing import DeviceFit, explained_out_of_memory
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import Prompts
 from balcap.trainer.tally import Tally
@@ -47,7 +48,8 @@ class UpdateSettings:
         updates_per_rollout: optimizer steps on each batch of rollouts.
         micro_batch_size: images (with their G captions) per forward pass; null takes all at once.
         max_tokens_per_forward: tokens per forward pass, all images packed into it together; an image with more
-            has a pass of its own; null for no limit. The memory of an update grows with it.
+            has a pass of its own; null for no limit. The memory of an update grows with it. ``auto``: as many as fit
+            the CUDA device without gradient checkpointing, or with it where it is always on; no limit on other devices.
         max_grad_norm: clip the gradient to this norm; null does not clip.
         max_skipped_updates: end the run when more updates in a row than this had a non-finite gradient.
     """
@@ -60,7 +62,7 @@ class UpdateSettings:
     mismatch_threshold: float = 0.1
     updates_per_rollout: int = 1
     micro_batch_size: int | None = None
-    max_tokens_per_forward: int | None = None
+    max_tokens_per_forward: int | Literal["auto"] | None = "auto"
     max_grad_norm: float | None = 1.0
     max_skipped_updates: int = 5
 
@@ -82,7 +84,7 @@ class UpdateSettings:
         ]
         for name in ("updates_per_rollout", "micro_batch_size", "max_tokens_per_forward"):
             value = getattr(self, name)
-            rules.append((name, value is None or value >= 1, "must be at least 1"))
+            rules.append((name, value in (None, "auto") or value >= 1, "must be at least 1"))
         return [f"{key}.{name}: {getattr(self, name)} {rule}" for name, holds, rule in rules if not holds]
 
 
@@ -136,6 +138,7 @@ class OptimizerLoop:
         )
 
 
+@explained_out_of_memory()
 def update(
     policy: Policy,
     settings: UpdateSettings,
@@ -169,12 +172,15 @@ def update(
         forwarded, the size of one pass (`_record_size`) and the distance to the sampler (`_record_mismatch`).
 
     Raises:
+        OutOfMemory: an update does not fit the device.
         UpdatesDiverged: more than `settings.max_skipped_updates` steps in a row were skipped because their
             gradient was not finite. The weights are those of the last good step.
     """
     tally, device = Tally(), policy.device
     rows = rows_with_nonzero_advantage(advantages, settings.kl_coef)
-    micro = list(micro_batches(policy, settings, rollouts, prompts, rows))
+    fit = DeviceFit(policy, rollouts, prompts, loop.optimizer)
+    micro = list(micro_batches(policy, settings, rollouts, prompts, rows, fit))
+    fit.checkpoint(micro)
     normalizer = loss_normalizer(rollouts.completion_mask, settings.loss_aggregation)
     # DDP averages what ranks sum.
     normalizer = loop.all_gather(normalizer.to(device).float()).sum() / loop.world_size
@@ -233,16 +239,26 @@ def rows_with_nonzero_advantage(advantages: Tensor, kl_coef: float) -> list[int]
 
 
 def micro_batches(
-    policy: Policy, settings: UpdateSettings, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]
+    policy: Policy,
+    settings: UpdateSettings,
+    rollouts: Rollouts,
+    prompts: Prompts,
+    rows: Sequence[int],
+    fit: DeviceFit | None = None,
 ) -> Iterator[list[int]]:
     """Images that are forwarded together: at most `micro_batch_size`, and `max_tokens_per_forward` tokens
-    unless one image alone has more."""
+    unless one image alone has more. What is ``auto`` there, `fit` knows; without it everything fits."""
     most_images = settings.micro_batch_size or len(rollouts)
     most_tokens = settings.max_tokens_per_forward or math.inf
+
+    def fits(together: list[int]) -> bool:
+        if most_tokens == "auto":
+            return fit is None or fit.holds(together)
+        return policy.size(rollouts, prompts, together).forwarded <= most_tokens
+
     batch: list[int] = []
     for row in rows:
-        fits = not batch or policy.size(rollouts, prompts, [*batch, row]).forwarded <= most_tokens
-        if len(batch) == most_images or not fits:
+        if batch and (len(batch) == most_images or not fits([*batch, row])):
             yield batch
             batch = []
         batch.append(row)

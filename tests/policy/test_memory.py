@@ -1,0 +1,184 @@
+"""Memory of an update: against what autograd keeps, and against what an H100 measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from balcap.policy import LoraSettings, PolicyConfig
+from balcap.policy.families import base_of, family_of
+from balcap.policy.loading import prepare
+from balcap.policy.memory import Forward, update_costs
+from balcap.policy.policy import Policy
+from tests.support import ROOT
+from tests.tiny_models import mixed_batch, rollouts_of
+
+Load = Callable[..., Policy]
+ROWS = [0, 1, 2]
+SIZES = yaml.safe_load((ROOT / "perf/models.yaml").read_text())
+
+
+def kept_by_the_language_model(policy: Policy, rollouts: Any, autocast: bool) -> int:
+    """Bytes that autograd keeps for backward, each storage once, parameters left out."""
+    language, inside, kept = family_of(policy.model).language_model(base_of(policy.model)), [False], {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
+    prompts = policy.encode(rollouts.batch)
+    with torch.no_grad():
+        policy.logps(rollouts, prompts, ROWS)  # image features are there now: the tower is frozen
+    language.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True))
+    language.register_forward_hook(lambda *_: inside.__setitem__(0, False))
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if inside[0] and storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # alive, so that its address stays its own
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        policy.logps(rollouts, prompts, ROWS)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bf16-mixed"])
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
+def test_activations_are_those_that_autograd_keeps(
+    load: Load, shared: bool, adapter: bool, dtype: str, checkpointing: bool
+) -> None:
+    autocast = dtype == "bf16-mixed"
+    policy = load(
+        dtype="float32" if autocast else dtype,
+        lora=LoraSettings(r=4) if adapter else None,
+        gradient_checkpointing=checkpointing,
+        shared_prefix=shared,
+    )
+    policy.model.train()
+    rollouts = rollouts_of(mixed_batch(), [[30, 20, 31], [28, 30, 30], [31, 31, 29]], range(20, 300))
+    measured = kept_by_the_language_model(policy, rollouts, autocast)
+
+    size = policy.size(rollouts, policy.encode(rollouts.batch), ROWS)
+    forward = Forward(size.forwarded, 260, size.separate if shared else 0, shared_prefix=shared)
+    costs = update_costs(policy.model, "cpu", autocast)
+    estimate = costs.estimate(forward, costs.layers if checkpointing else 0)
+    # Autocast's copies of the weights are kept as well, those in layers that are not checkpointed.
+    layers = family_of(policy.model).language_model(base_of(policy.model)).layers.parameters()
+    casts = sum(2 * p.numel() for p in layers if p.dim() > 1 and p.requires_grad)
+    casts *= autocast and not checkpointing
+    assert measured == pytest.approx(estimate.activations + casts, rel=0.15)
+
+
+def of_size(size: str, lora: LoraSettings | None = None) -> Any:
+    """A Qwen2.5-VL without its weights."""
+    from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+
+    text, vision = SIZES[size]["text"], SIZES[size]["vision"]
+    tied = text.get("tie_word_embeddings", False)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        return prepare(model, PolicyConfig("meta", lora=lora))
+
+
+# P 1312, of them 1280 of the image; 8 captions of 250 tokens, of which the last is not forwarded
+H100 = Forward(1312 + 8 * 249, 8 * 250, 8 * (1312 + 250), 8 * 250 * (1312 + 250), 1280)
+
+
+@pytest.mark.parametrize(
+    ("size", "lora", "measured"),
+    [("3b", None, 14.7e9), ("7b", LoraSettings(), 19.6e9)],
+    ids=["3B, full tuning", "7B, LoRA"],
+)
+def test_an_update_takes_what_an_h100_measured(size: str, lora: LoraSettings | None, measured: float) -> None:
+    """With checkpointing, without an optimizer; an estimate that is too high costs time, one too low a run."""
+    costs = update_costs(of_size(size, lora))
+    estimate = costs.estimate(H100, costs.layers)
+    assert measured < estimate.weights + estimate.gradients + estimate.forward < 1.07 * measured
+
+
+def test_what_does_not_depend_on_tokens_by_hand() -> None:
+    # per layer: r (in + out) of q, o 2 * 64 * 7168, of k, v 2 * 64 * 4096, of gate, up, down 3 * 64 * 22528
+    adapters = 28 * 64 * (2 * 7168 + 2 * 4096 + 3 * 22528)
+    costs = update_costs(of_size("7b", LoraSettings()))
+    assert costs.gradients == 4 * adapters
+    assert costs.optimizer == 8 * adapters
+    assert costs.weights == pytest.approx(2 * 8.292e9 + 4 * adapters, rel=1e-3)
+    assert costs.reference == costs.casts == costs.head_gradient == 0
+    full = update_costs(of_size("3b"), autocast=True, with_reference=True)
+    assert full.reference == full.weights == pytest.approx(2 * 3.755e9, rel=1e-3)
+    assert full.casts == 0, "its weights are in 16 bits already"
+
+
+def test_four_bits_are_counted_as_they_lie() -> None:
+    model = of_size("7b", LoraSettings(r=32))
+    lying, plain = update_costs(model, load_in_4bit=True), update_costs(model)
+    embeddings = 2 * 152064 * 3584  # and the head, in 16 bits
+    adapters = plain.gradients // 4
+    linear = plain.weights / 2 - 2 * adapters - embeddings
+    assert lying.weights == pytest.approx(0.516 * linear + 2 * embeddings + 4 * adapters, rel=2e-3)
+    # The H100's 10.4 GB are of a whole step, sampling (of which the images are repeated) included.
+    update = lying.estimate(Forward(670 + 6 * 319, 6 * 320, 6 * (670 + 320), image_tokens=640), lying.layers)
+    assert 8.5e9 < update.total < 10.4e9
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="bitsandbytes works on Linux")
+def test_four_bit_weights_of_a_loaded_model(load: Load) -> None:
+    pytest.importorskip("bitsandbytes")
+    lora = LoraSettings(r=4)
+    wanted = update_costs(load(lora=lora, dtype="bfloat16").model, "cpu", load_in_4bit=True)
+    found = update_costs(load(lora=lora, dtype="bfloat16", load_in_4bit=True).model, "cpu")
+    assert found.weights == pytest.approx(wanted.weights, rel=0.05)
+    assert found.per_token == wanted.per_token
+
+
+def test_scores_count_where_no_kernel_does_without_them() -> None:
+    model = of_size("7b", LoraSettings())
+    without, held = (update_costs(model, holds_scores=holds).estimate(H100) for holds in (False, True))
+    scores = 4 * 28 * 8 * 250 * (1312 + 250)  # 28 heads
+    assert held.activations - without.activations == 28 * scores  # 28 layers
+    assert held.backward - without.backward == 2 * scores
+
+
+def test_parts_add_up_by_hand(load: Load) -> None:
+    costs = update_costs(load().model, "cpu")
+    forward = Forward(100, 60, 150)
+    layer = 100 * costs.per_token + 60 * costs.per_caption_token + 150 * costs.per_seen_key
+    none, half, whole = (costs.estimate(forward, count) for count in (0, 1, 2))
+    assert none.activations == 2 * layer + 100 * costs.outside
+    assert half.activations == layer + 100 * (costs.checkpointed + costs.outside)
+    assert whole.activations == 100 * (2 * costs.checkpointed + costs.outside)
+    assert none.head == 12 * 60 * costs.vocabulary + costs.head_gradient
+    assert none.forward == none.activations + max(none.head, none.backward)
+    # While the first layer runs again, what the other kept is free.
+    again = 100 * costs.checkpointed + layer + half.backward
+    assert half.forward == max(half.activations + max(half.head, half.backward), again)
+    assert half.total == half.resident + max(half.forward, half.optimizer_step)
+
+
+@pytest.mark.parametrize("checkpointed", [0, 2])
+def test_a_trained_tower_keeps_its_activations(load: Load, checkpointed: int) -> None:
+    def vision(freeze: bool) -> Sequence[float]:
+        costs = update_costs(load(freeze_vision=freeze).model, "cpu")
+        return [
+            costs.estimate(Forward(100, 60, 150, image_tokens=images), checkpointed).forward
+            for images in (0, 16)
+        ]
+
+    (none, frozen), (_, trained) = vision(True), vision(False)
+    assert frozen == none, "its pass is over before the language model begins"
+    assert trained > none
+
+
+def test_an_unknown_decoder_has_no_estimate(load: Load) -> None:
+    model = load().model
+    for layer in family_of(model).language_model(model).layers:
+        layer.mlp.experts = layer.mlp.gate_proj
+        del layer.mlp.gate_proj
+    assert update_costs(model) is None
