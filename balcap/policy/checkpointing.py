@@ -131,12 +131,7 @@ class DeviceFit:
         if self._memory is None:
             return
         device = policy.device
-        self._costs = update_costs(
-            policy.model,
-            device.type,
-            torch.is_autocast_enabled(device.type),
-            holds_scores=device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10),
-        )
+        self._costs = update_costs(policy.model, device.type, torch.is_autocast_enabled(device.type))
         if self._costs is not None:
             there = sum(p.grad.nbytes for p in policy.model.parameters() if p.grad is not None)
             state = getattr(getattr(optimizer, "optimizer", optimizer), "state", None)  # Lightning wraps it
@@ -187,10 +182,8 @@ class DeviceFit:
             return Forward(
                 size.forwarded, int(lengths.sum()), image_tokens=images * captions, shared_prefix=False
             )
-        longest = lengths.max(-1).values.tolist()
-        keys = [captions * (of_prompt.shape[1] + most) for of_prompt, most in zip(ids, longest, strict=True)]
-        pairs = sum(of_image * most for of_image, most in zip(keys, longest, strict=True))
-        return Forward(size.forwarded, int(lengths.sum()), sum(keys), pairs, images)
+        seen = lengths.numel() * (max(of_prompt.shape[1] for of_prompt in ids) + int(lengths.max()))
+        return Forward(size.forwarded, int(lengths.sum()), seen, images)
 
 
 @contextmanager

@@ -1,16 +1,16 @@
 """Memory of one update on one device, by arithmetic: nothing is allocated, models on the meta device will do.
 
 What autograd keeps for the backward pass of a decoder layer, in bytes per token. H is the hidden size, I the MLP's, Q and
-K the widths of all query heads and of all key heads (of as many as the query's on a CPU, where no kernel shares them); e
-is the size of a number in the residual stream, b in matrix products (2 under autocast), l in adapters::
+K the widths of all query heads and of all key heads; e is the size of a number in the residual stream, b in matrix products
+(2 under autocast), l in adapters::
 
     each RMSNorm       4 H + 4            input in float32, and the inverse of its root mean square
                        e H                normalised, where the norm's own weight is trained
     q, k, v            b (Q + 2 K)        packed, after rotation (rotation itself keeps but its sines)
-                       b (Q + 2 K)        of caption tokens once more, side by side (not where autocast makes copies)
-                       b 2 K              of each key that the captions of an image see: its prompt once per caption
     attention          b Q + 4 heads      output and log-sum-exp
-                       4 heads            of each pair of a caption token and a key it sees, where no kernel does without
+      not on a CPU     b Q                the parts of the output, before they stand in order
+                       b 2 K              of each key that captions see: their prompt once per caption, padded
+      apart            b 2 (Q - K)        without a shared prefix: keys for each query head
     MLP                3 b I              gate, its activation, up
     inputs of q k v, of o, of gate and up, of down:
       matrix trained   b width            once for all that read it; under autocast once for each
@@ -50,8 +50,7 @@ class Forward:
     Attributes:
         tokens: that the language model works on, padding included.
         captions: of them those of captions, which are predicted.
-        seen: keys of the captions, their prompt counted for each; 0 without a shared prefix.
-        pairs: of a caption token with one of these keys, padding included; likewise.
+        seen: keys of the captions, their prompt counted for each, padding included; 0 without a shared prefix.
         image_tokens: of the images in it, each counted once per pass of the vision tower.
         shared_prefix: whether captions share their prompt, and the head works in chunks.
     """
@@ -59,7 +58,6 @@ class Forward:
     tokens: int
     captions: int
     seen: int = 0
-    pairs: int = 0
     image_tokens: int = 0
     shared_prefix: bool = True
 
@@ -124,7 +122,8 @@ class UpdateCosts:
     Attributes:
         layers: of the language model.
         per_token: that a layer keeps.
-        per_caption_token, per_seen_key, per_pair: likewise.
+        per_seen_key: likewise.
+        apart: per token, that it keeps beyond that without a shared prefix.
         checkpointed: per token, of a layer that is checkpointed.
         gradient: per token, that a layer's backward holds at once.
         outside: per token, that the last norm keeps.
@@ -141,9 +140,8 @@ class UpdateCosts:
     casts: int
     layers: int
     per_token: float
-    per_caption_token: float
     per_seen_key: float
-    per_pair: float
+    apart: float
     checkpointed: float
     gradient: float
     outside: float
@@ -160,12 +158,8 @@ class UpdateCosts:
             forward: with gradient.
             checkpointed: layers, the first ones; where all are, the layers of a trained tower are too.
         """
-        layer = (
-            self.per_token * forward.tokens
-            + self.per_caption_token * forward.captions
-            + self.per_seen_key * forward.seen
-            + self.per_pair * forward.pairs
-        )
+        per_token = self.per_token + (0 if forward.shared_prefix else self.apart)
+        layer = per_token * forward.tokens + self.per_seen_key * forward.seen
         checkpoints = checkpointed * self.checkpointed * forward.tokens
         kept = (self.layers - checkpointed) * layer + checkpoints + self.outside * forward.tokens
         logits = forward.captions * self.vocabulary
@@ -180,7 +174,7 @@ class UpdateCosts:
             casts=self.casts,
             activations=math.ceil(kept),
             recomputed=math.ceil(layer) if checkpointed else 0,
-            backward=math.ceil(self.gradient * forward.tokens + 2 * self.per_pair * forward.pairs),
+            backward=math.ceil(self.gradient * forward.tokens),
             head=_LOGIT * logits + self.head_gradient,
             vision=math.ceil((tower or self.vision_pass) * forward.image_tokens),
             optimizer_step=self.gradients,
@@ -195,7 +189,6 @@ def update_costs(
     autocast: bool = False,
     with_reference: bool = False,
     load_in_4bit: bool = False,
-    holds_scores: bool = False,
 ) -> UpdateCosts | None:
     """Of a model as `balcap.policy.loading.prepare` returns it, on any device.
 
@@ -205,8 +198,6 @@ def update_costs(
         autocast: whether in 16 bits under ``bf16-mixed``.
         with_reference: whether a frozen copy is kept for the KL term; beside an adapter none is.
         load_in_4bit: count matrices as if they were in 4 bits, where they are not yet.
-        holds_scores: whether the device holds the scores of captions where heads share keys: of torch's kernels only
-            cuDNN's takes both a mask and shared keys, and only Hopper and Blackwell prefer it.
 
     Returns:
         None for a language model whose layers are not those of a dense decoder (`_READERS`), or an unusual tower.
@@ -225,7 +216,7 @@ def update_costs(
     product = 2 if autocast else stream
     hidden, heads, middle = text.hidden_size, text.num_attention_heads, linears[0]["gate_proj"].out_features
     size = getattr(text, "head_dim", None) or hidden // heads
-    queries, keys = heads * size, (text.num_key_value_heads if device_type == "cuda" else heads) * size
+    queries, keys, merged = heads * size, text.num_key_value_heads * size, device_type == "cpu"
     norms = [m for name, m in layers[0].named_children() if "norm" in name]
     norm = 4 * hidden + 4 + (stream * hidden if any(m.weight.requires_grad for m in norms) else 0)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -244,12 +235,11 @@ def update_costs(
         casts=sum(2 * p.numel() for p in trained if p.dim() > 1 and p.element_size() == 4) if autocast else 0,
         layers=len(layers),
         per_token=len(norms) * norm
-        + product * (2 * queries + 2 * keys + 3 * middle)
+        + product * ((2 if merged else 3) * queries + 2 * keys + 3 * middle)
         + 4 * heads
         + max(_kept_inputs(found, stream, product, autocast) for found in linears),
-        per_caption_token=0 if product < stream else product * (queries + 2 * keys),
-        per_seen_key=product * 2 * keys,
-        per_pair=4 * heads if holds_scores and text.num_key_value_heads < heads else 0,
+        per_seen_key=0 if merged else product * 2 * keys,
+        apart=product * 2 * (queries - keys),
         checkpointed=stream * hidden,
         gradient=middle * (4 * product + (4 if wide else 0)),
         outside=norm,

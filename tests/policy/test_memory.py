@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from balcap.policy import LoraSettings, PolicyConfig
+from balcap.policy import LoraSettings, PolicyConfig, attention
 from balcap.policy.families import base_of, family_of
 from balcap.policy.loading import prepare
 from balcap.policy.memory import Forward, update_costs
@@ -49,11 +49,22 @@ def kept_by_the_language_model(policy: Policy, rollouts: Any, autocast: bool) ->
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bf16-mixed"])
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
+@pytest.mark.parametrize(
+    ("shared", "device"), [(True, "cpu"), (True, "cuda"), (False, "cpu")], ids=["shared", "cuda", "separate"]
+)
 def test_activations_are_those_that_autograd_keeps(
-    load: Load, shared: bool, adapter: bool, dtype: str, checkpointing: bool
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    shared: bool,
+    device: str,
+    adapter: bool,
+    dtype: str,
+    checkpointing: bool,
 ) -> None:
+    """Those of a CUDA device by its attention, on a CPU."""
     autocast = dtype == "bf16-mixed"
+    if device == "cuda":
+        monkeypatch.setattr(attention._Merged, "apply", attention._expanded)
     policy = load(
         dtype="float32" if autocast else dtype,
         lora=LoraSettings(r=4) if adapter else None,
@@ -64,15 +75,17 @@ def test_activations_are_those_that_autograd_keeps(
     rollouts = rollouts_of(mixed_batch(), [[30, 20, 31], [28, 30, 30], [31, 31, 29]], range(20, 300))
     measured = kept_by_the_language_model(policy, rollouts, autocast)
 
-    size = policy.size(rollouts, policy.encode(rollouts.batch), ROWS)
-    forward = Forward(size.forwarded, 260, size.separate if shared else 0, shared_prefix=shared)
-    costs = update_costs(policy.model, "cpu", autocast)
+    prompts = policy.encode(rollouts.batch)
+    size, longest = policy.size(rollouts, prompts, ROWS), max(p["input_ids"].shape[1] for p in prompts.items)
+    forward = Forward(size.forwarded, 260, 9 * (longest + 31) if shared else 0, shared_prefix=shared)
+    costs = update_costs(policy.model, device, autocast)
     estimate = costs.estimate(forward, costs.layers if checkpointing else 0)
     # Autocast's copies of the weights are kept as well, those in layers that are not checkpointed.
     layers = family_of(policy.model).language_model(base_of(policy.model)).layers.parameters()
     casts = sum(2 * p.numel() for p in layers if p.dim() > 1 and p.requires_grad)
     casts *= autocast and not checkpointing
-    assert measured == pytest.approx(estimate.activations + casts, rel=0.15)
+    error = 0.15 if device == "cpu" else 0.2  # a CPU's kernel repeats the keys of prompts
+    assert measured == pytest.approx(estimate.activations + casts, rel=error)
 
 
 def of_size(size: str, lora: LoraSettings | None = None) -> Any:
@@ -88,7 +101,7 @@ def of_size(size: str, lora: LoraSettings | None = None) -> Any:
 
 
 # P 1312, of them 1280 of the image; 8 captions of 250 tokens, of which the last is not forwarded
-H100 = Forward(1312 + 8 * 249, 8 * 250, 8 * (1312 + 250), 8 * 250 * (1312 + 250), 1280)
+H100 = Forward(1312 + 8 * 249, 8 * 250, 8 * (1312 + 250), 1280)
 
 
 @pytest.mark.parametrize(
@@ -138,18 +151,10 @@ def test_four_bit_weights_of_a_loaded_model(load: Load) -> None:
     assert found.per_token == wanted.per_token
 
 
-def test_scores_count_where_no_kernel_does_without_them() -> None:
-    model = of_size("7b", LoraSettings())
-    without, held = (update_costs(model, holds_scores=holds).estimate(H100) for holds in (False, True))
-    scores = 4 * 28 * 8 * 250 * (1312 + 250)  # 28 heads
-    assert held.activations - without.activations == 28 * scores  # 28 layers
-    assert held.backward - without.backward == 2 * scores
-
-
 def test_parts_add_up_by_hand(load: Load) -> None:
-    costs = update_costs(load().model, "cpu")
+    costs = update_costs(load().model, "cuda")
     forward = Forward(100, 60, 150)
-    layer = 100 * costs.per_token + 60 * costs.per_caption_token + 150 * costs.per_seen_key
+    layer = 100 * costs.per_token + 150 * costs.per_seen_key
     none, half, whole = (costs.estimate(forward, count) for count in (0, 1, 2))
     assert none.activations == 2 * layer + 100 * costs.outside
     assert half.activations == layer + 100 * (costs.checkpointed + costs.outside)
