@@ -160,9 +160,8 @@ class Policy(nn.Module):
         rows, device = list(rows), self.device
         token_ids, mask = rollouts.token_ids[rows], rollouts.completion_mask[rows]
         self.encoder.check_captions([rollouts.batch.sample_ids[row] for row in rows], token_ids, mask)
-        token_ids, mask = token_ids.to(device), mask.to(device)
         if not self.shared_prefix:
-            return caption_logps(model, prompts, rows, token_ids, mask, **options)
+            return caption_logps(model, prompts, rows, token_ids.to(device), mask.to(device), **options)
         features = self._features(model, prompts, rows)
         return shared_prefix_logps(model, prompts, rows, token_ids, mask, features, **options)
 
