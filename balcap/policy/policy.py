@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from balcap.policy.config import PolicyConfig
 from balcap.policy.families import ImageFeatures, base_of, family_of
-from balcap.policy.flops import update_flops
+from balcap.policy.flops import rollout_flops, update_flops
 from balcap.policy.layout import Layout
 from balcap.policy.loading import as_reference, load_model, load_processor, prepare
 from balcap.policy.logps import caption_logps
@@ -126,6 +126,11 @@ class Policy(nn.Module):
         """Model FLOPs of one forward and backward over these rows, None where unknown; see `update_flops`."""
         layout = _layout(rollouts, prompts, rows)
         return update_flops(base_of(self.model), layout, [prompts.items[row] for row in rows])
+
+    def rollout_flops(self, rollouts: Rollouts, prompts: Prompts) -> float | None:
+        """Model FLOPs of sampling these captions, None where unknown; see `balcap.policy.flops.rollout_flops`."""
+        layout = _layout(rollouts, prompts, range(len(rollouts)))
+        return rollout_flops(base_of(self.model), layout, prompts.items)
 
     def logps(
         self,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from balcap.trainer.metrics import utilisation
 from balcap.trainer.pipeline import restored, saved
 from balcap.trainer.timeline import Span, Timeline, innermost, merged
 from callbacks.trace import MOST_EVENTS, StepProfile
@@ -106,7 +109,8 @@ def test_a_trace_shows_judging_behind_the_device(fit) -> None:
     assert "time/operators" not in rows_of(plain)[0]
 
 
-def test_metrics_say_where_the_time_goes(fit) -> None:
+def test_metrics_say_where_the_time_goes(fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("balcap.trainer.metrics.peak_flops", lambda device: 1e15)
     row = rows_of(fit("now", **{"trainer.max_steps": 1}))[0]
     stages = {
         name: float(row[f"time/{name}_s"]) for name in ("rollout", "judge_wait", "update", "sync", "step")
@@ -118,6 +122,25 @@ def test_metrics_say_where_the_time_goes(fit) -> None:
     assert float(row["time/rollout_tokens_per_s"]) > 0
     assert float(row["time/peak_memory_gb"]) > 0.1
     assert float(row["train/tflops"]) > 0
+    update = 1e12 * float(row["train/tflops"]) / 1e15 / stages["update"]
+    assert float(row["time/mfu"]) == pytest.approx(update, rel=0.01)
+    assert 0 < float(row["time/mfu_rollout"]) < 1
+
+
+def test_utilisation_by_hand() -> None:
+    pipeline: Any = SimpleNamespace(timeline=Timeline())
+    pipeline.timeline.add("rollout", "trainer", 1.0, 3.0)
+    pipeline.timeline.add("update", "trainer", 3.0, 7.0)
+    pipeline.sampled = SimpleNamespace(rollouts="captions", prompts="prompts")
+    known = {("captions", "prompts"): 6e12}
+    pipeline.policy = SimpleNamespace(rollout_flops=lambda *what: known.get(what))
+    # 20e12 in 4 s and 6e12 in 2 s, of 10e12 a second
+    assert utilisation(pipeline, 20.0, 1e13) == {"time/mfu": 0.5, "time/mfu_rollout": 0.3}
+    assert utilisation(pipeline, 20.0, None) == {}
+    known.clear()
+    assert utilisation(pipeline, None, 1e13) == {}
+    pipeline.sampled = None  # the last step of a run with a lag, or captions of vLLM servers
+    assert utilisation(pipeline, 20.0, 1e13) == {"time/mfu": 0.5}
 
 
 def test_a_timeline_by_hand() -> None:

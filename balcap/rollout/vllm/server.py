@@ -51,6 +51,8 @@ class VLLMServer(RolloutEngine):
         concurrency: images that each rank has under way at once, over all servers.
     """
 
+    own_device = False
+
     urls: list[str]
     transfer_backend: Literal["auto", "nccl", "folder"] = "auto"
     weights_folder: str | None = None
