@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from balcap.utils.errors import UserError
+from balcap.utils.run_folder import write_problem
 
 
 class PolicyError(UserError, ValueError):
@@ -70,6 +71,8 @@ class PolicyConfig:
         gradient_checkpointing: recompute activations in backward: slower, far less memory.
         shared_prefix: forward each image and prompt once for its G captions, exactly; false forwards them with
             every caption, as do models that cannot take it.
+        feature_cache: folder that keeps what a frozen vision tower makes of each image, for later epochs and runs; ranks
+            may share it, and it only grows. Needs `freeze_vision` and `shared_prefix`. null keeps nothing.
         attn_implementation: of transformers ("sdpa", "flash_attention_2", "eager"); null lets it choose.
         min_pixels: smallest image area in pixels that the processor scales to (Qwen2.5-VL); null: the model's own.
         max_pixels: largest image area, likewise. Fewer pixels are fewer image tokens.
@@ -83,6 +86,7 @@ class PolicyConfig:
     freeze_vision: bool = True
     gradient_checkpointing: bool = False
     shared_prefix: bool = True
+    feature_cache: str | None = None
     attn_implementation: str | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -121,6 +125,7 @@ class PolicyConfig:
             problems += [f"lora.{problem}" for problem in self.lora.problems()]
         elif self.load_in_4bit and not problems and self.adapter is None:
             problems.append("load_in_4bit: 4-bit weights cannot be trained; set model.policy.lora as well")
+        problems += self._feature_cache_problems()
         for name in ("min_pixels", "max_pixels"):
             area = getattr(self, name)
             if area is not None and area < 1:
@@ -130,6 +135,24 @@ class PolicyConfig:
                 f"min_pixels: {self.min_pixels} is above model.policy.max_pixels: {self.max_pixels}"
             )
         return [f"model.policy.{problem}" for problem in problems]
+
+    def _feature_cache_problems(self) -> Sequence[str]:
+        if self.feature_cache is None:
+            return []
+        problems = []
+        if not self.freeze_vision:
+            problems.append(
+                "feature_cache: a tower that is trained makes other features after each update; set "
+                "model.policy.freeze_vision: true, or leave it null"
+            )
+        if not self.shared_prefix:
+            problems.append(
+                "feature_cache: separate sequences run the tower themselves; set model.policy.shared_prefix: true, or "
+                "leave it null"
+            )
+        if why := write_problem(Path(self.feature_cache).expanduser()):
+            problems.append(f"feature_cache: {self.feature_cache} cannot be made or written: {why}")
+        return problems
 
     def _adapter_problems(self, adapter: dict[str, Any]) -> Sequence[str]:
         """What of an adapter that is there is not as the config says."""

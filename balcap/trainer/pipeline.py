@@ -302,6 +302,8 @@ class RolloutPipeline:
         assert self.in_flight[0] is batch
         self.in_flight.popleft()
         self.learned += 1
+        if self.sampled is batch:
+            self.sampled = None  # so that what it holds of the device can go
         if (data := getattr(self.trainer, "datamodule", None)) is not None:
             data.consumed(batch.rollouts.batch)
 

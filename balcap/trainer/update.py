@@ -149,8 +149,8 @@ def update(
     """`settings.updates_per_rollout` optimizer steps on one batch of rollouts.
 
     Every optimizer step sees the whole batch, in micro-batches whose losses share one denominator: the
-    tokens (or sequences) of all ranks. Gradients are reduced on each rank's last backward pass. The host waits for
-    the device once in each optimizer step, for the gradient's norm; the tally is read by whoever asks it. The first
+    tokens (or sequences) of all ranks. Gradients are reduced on each rank's last backward pass. An
+    optimizer step reads one number from the device, the gradient's norm; what the tally holds stays there. The first
     step's own log-probs are the old ones. A group whose advantages are all 0 moves nothing without a KL term, and
     is not forwarded then.
 
@@ -190,7 +190,6 @@ def update(
     old: list[Tensor] = []
     importance: list[Tensor | None] = []
     cap = settings.importance_cap if needs_importance_correction else None
-    _record_size(tally, policy, settings, rollouts, prompts, micro)
     policy.model.train()
     for step in range(settings.updates_per_rollout):
         loop.optimizer.zero_grad()
@@ -227,6 +226,7 @@ def update(
             if entropy is not None:
                 tally.add("entropy", entropy.sum(), part.tokens)
         tally.add("grad_norm", _optimizer_step(policy, settings, loop), 1)
+    _record_size(tally, policy, settings, rollouts, prompts, micro)
     return tally
 
 
@@ -266,7 +266,8 @@ def _record_size(
 ) -> None:
     """``tokens_forwarded`` in one pass, the share of tokens that separate sequences would forward beyond
     that (``tokens_saved``), the share of padding in what attention or the forward works on, and ``tflops``,
-    10^12 operations of forward and backward over distinct tokens in all passes, where they are known."""
+    10^12 operations of forward and backward over distinct tokens in all passes, where they are known; and the share of
+    images whose features were read from the cache (``features_cached``), where there is one."""
     sizes = [policy.size(rollouts, prompts, rows) for rows in micro]
     forwarded, separate = sum(s.forwarded for s in sizes), sum(s.separate for s in sizes)
     tally.add("tokens_forwarded", forwarded, 1)
@@ -276,6 +277,8 @@ def _record_size(
     if None not in flops:
         total = sum(part for part in flops if part is not None)
         tally.add("tflops", settings.updates_per_rollout * total / 1e12, 1)
+    if policy.feature_cache is not None:
+        tally.add("features_cached", len(prompts.cached), len(prompts.features))
 
 
 def _record_mismatch(

@@ -1,27 +1,17 @@
-"""An update issues its work and waits for the device once for each optimizer step."""
+"""An update issues its work without reading what the device has made of it, but for the norm of each gradient."""
 
 from __future__ import annotations
-
-from contextlib import nullcontext
 
 import pytest
 import torch
 
-from balcap.trainer.update import OptimizerLoop, UpdateSettings, update
+from balcap.trainer.update import UpdateSettings, update
 from tests.pretend_device import DEVICE, PretendDevice
+from tests.support import optimizer_loop
 from tests.tiny_models import mixed_batch, rollouts_of
 
 LENGTHS = [[3, 1, 5], [7, 2, 2], [4, 6, 1]]
 SETTINGS = UpdateSettings(kl_coef=0.1, updates_per_rollout=2, micro_batch_size=1)
-
-
-def loop_of(policy) -> OptimizerLoop:
-    def clip(norm: float) -> None:
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), norm)
-
-    weights = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-3)
-    return OptimizerLoop(optimizer, None, torch.Tensor.backward, clip, nullcontext, lambda tensor: tensor)
 
 
 def test_the_pretended_device_notices_who_waits() -> None:
@@ -38,7 +28,7 @@ def test_the_pretended_device_notices_who_waits() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
-def test_one_wait_for_each_optimizer_step(load) -> None:
+def test_one_number_is_read_for_each_optimizer_step(load) -> None:
     policy = load(with_reference=True)
     rollouts = rollouts_of(mixed_batch(), LENGTHS, range(20, 300))
     prompts = policy.encode(rollouts.batch)
@@ -46,7 +36,7 @@ def test_one_wait_for_each_optimizer_step(load) -> None:
     advantages = torch.tensor([[1.0, -1.0, 0.0]]).repeat(3, 1)
     with PretendDevice(*policy.state_dict().values()) as device:
         device.put([features.embeds for features in prompts.features.values()])
-        tally = update(policy, SETTINGS, rollouts, prompts, advantages, loop_of(policy), 1.0, True)
+        tally = update(policy, SETTINGS, rollouts, prompts, advantages, optimizer_loop(policy), 1.0, True)
         assert device.waits == ["_local_scalar_dense"] * 2  # the norm of each step's gradient
         means, largest = tally.means(), tally.largest()
         assert len(device.waits) <= 4
