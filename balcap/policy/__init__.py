@@ -10,6 +10,7 @@
 - ``shared_prefix.py`` those of one packed sequence for all captions of some images; ``layout.py`` where
   everything stands in it, ``attention.py`` what sees what
 - ``windows.py`` attention of a vision tower, windows of one size in one call
+- ``feature_cache.py`` what a frozen vision tower makes of each image, on disk
 - ``head.py`` log-probs from hidden states, in chunks
 - ``flops.py`` model FLOPs, peaks of devices, memory
 - ``memory.py`` memory of an update, by arithmetic; ``checkpointing.py`` what is recomputed so that it fits

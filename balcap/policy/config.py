@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from balcap.utils.errors import UserError
+from balcap.utils.run_folder import write_problem
 
 
 class PolicyError(UserError, ValueError):
@@ -74,6 +75,8 @@ class PolicyConfig:
         compile: make few large kernels of an update's decoder layers and head with ``torch.compile``, exactly; the first
             update takes about a minute longer. "auto" does so on GPUs, where updates wait for Python otherwise. Needs
             `shared_prefix`.
+        feature_cache: folder that keeps what a frozen vision tower makes of each image, for later epochs and runs; ranks
+            may share it, and it only grows. Needs `freeze_vision` and `shared_prefix`. null keeps nothing.
         attn_implementation: of transformers ("sdpa", "flash_attention_2", "eager"); null lets it choose.
         min_pixels: smallest image area in pixels that the processor scales to (Qwen2.5-VL); null: the model's own.
         max_pixels: largest image area, likewise. Fewer pixels are fewer image tokens.
@@ -88,6 +91,7 @@ class PolicyConfig:
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     shared_prefix: bool = True
     compile: bool | Literal["auto"] = "auto"
+    feature_cache: str | None = None
     attn_implementation: str | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -126,6 +130,7 @@ class PolicyConfig:
             problems += [f"lora.{problem}" for problem in self.lora.problems()]
         elif self.load_in_4bit and not problems and self.adapter is None:
             problems.append("load_in_4bit: 4-bit weights cannot be trained; set model.policy.lora as well")
+        problems += self._feature_cache_problems()
         for name in ("min_pixels", "max_pixels"):
             area = getattr(self, name)
             if area is not None and area < 1:
@@ -135,6 +140,24 @@ class PolicyConfig:
                 f"min_pixels: {self.min_pixels} is above model.policy.max_pixels: {self.max_pixels}"
             )
         return [f"model.policy.{problem}" for problem in problems]
+
+    def _feature_cache_problems(self) -> Sequence[str]:
+        if self.feature_cache is None:
+            return []
+        problems = []
+        if not self.freeze_vision:
+            problems.append(
+                "feature_cache: a tower that is trained makes other features after each update; set "
+                "model.policy.freeze_vision: true, or leave it null"
+            )
+        if not self.shared_prefix:
+            problems.append(
+                "feature_cache: separate sequences run the tower themselves; set model.policy.shared_prefix: true, or "
+                "leave it null"
+            )
+        if why := write_problem(Path(self.feature_cache).expanduser()):
+            problems.append(f"feature_cache: {self.feature_cache} cannot be made or written: {why}")
+        return problems
 
     def _adapter_problems(self, adapter: dict[str, Any]) -> Sequence[str]:
         """What of an adapter that is there is not as the config says."""

@@ -1,4 +1,4 @@
-"""What an update computes, counted over distinct tokens: model FLOPs, for model FLOPs utilisation (MFU).
+"""What an update and a rollout compute, counted over distinct tokens: model FLOPs, for model FLOPs utilisation (MFU).
 
 Counted as in PaLM (arXiv 2204.02311, appendix B): a multiplication and an addition are two operations;
 recomputation (gradient checkpointing, chunks of logits) and tokens that are forwarded twice are not work.
@@ -47,19 +47,51 @@ def update_flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]]) 
     Returns:
         Operations; None for an architecture that is not known here: a metric must not end a run.
     """
+    return _flops(base, layout, items, backward=True)
+
+
+def rollout_flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]]) -> float | None:
+    """Of sampling the captions of images: each image and prompt once, then the captions, forward alone.
+
+    With N tokens of prompts and captions (the last of a caption is not forwarded), M sampled tokens and Q pairs of a token
+    with one that it sees::
+
+        language   2 N per weight
+        head       2 M per weight
+        attention  4 * heads * head size * layers * Q
+        vision     2 * patches per weight and 4 * width per pair of patches
+
+    Args:
+        base, layout, items: as of `update_flops`.
+
+    Returns:
+        Operations; None for an architecture that is not known here.
+    """
+    return _flops(base, layout, items, backward=False)
+
+
+def _flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]], backward: bool) -> float | None:
+    """Of a forward, and with `backward` of what follows it."""
     family, text = family_of(base), base.config.get_text_config()
     images = [family.vision_flops(base, item) for item in items]
     if text.model_type not in family.text_types or None in images:  # the formula is that of a dense decoder
         return None
+
+    def passes(trained: bool) -> int:
+        """Products with a matrix: forward, and for the gradients of input and weight."""
+        return 2 + trained if backward else 1
+
     total = 0.0
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
     for name, parameter in family.language_model(base).named_parameters():
         if parameter is not embedding and f".{REFERENCE}." not in name:
-            total += 2 * num_weights(parameter) * layout.tokens * (2 + parameter.requires_grad)
-    total += 2 * num_weights(head) * len(layout.predictors) * (2 + head.requires_grad)
+            total += 2 * num_weights(parameter) * layout.tokens * passes(parameter.requires_grad)
+    total += 2 * num_weights(head) * len(layout.predictors) * passes(head.requires_grad)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    total += 3 * 4 * text.num_attention_heads * size * text.num_hidden_layers * layout.attention_pairs
-    return total + (1 if family.vision_is_frozen(base) else 3) * sum(filter(None, images))
+    pairs = text.num_attention_heads * size * text.num_hidden_layers * layout.attention_pairs
+    total += (3 if backward else 1) * 4 * pairs
+    tower_is_trained = backward and not family.vision_is_frozen(base)
+    return total + (3 if tower_is_trained else 1) * sum(filter(None, images))
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -23,6 +23,7 @@ def identity(config: PolicyConfig, checkpoint: Path | None) -> dict[str, Any]:
     """
     folder = Path(config.model).expanduser()
     settings = asdict(config) | {"model": str(folder.resolve()) if folder.is_dir() else config.model}
+    del settings["feature_cache"]  # captions are the same with and without
     return {
         **{f"model.policy.{name}": value for name, value in settings.items()},
         "weights": weights_state(folder),

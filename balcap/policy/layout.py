@@ -92,7 +92,7 @@ class Layout:
                     indices.append(span.start + span.prompt - 1)
                     indices.extend(range(start, start + forwarded))
                 start += forwarded
-        return torch.tensor(indices, dtype=torch.long, device=self.device)
+        return torch.tensor(indices, dtype=torch.long).to(self.device, non_blocking=True)
 
     @cached_property
     def attention(self) -> AttentionLayout:
@@ -116,7 +116,11 @@ class Layout:
         mask = prompts != self.tokens if ragged else None
         index = AttentionLayout(prompts, captions, own, places[captions], order[:-1], mask)
         return index._replace(
-            **{name: x.to(self.device) for name, x in index._asdict().items() if x is not None}
+            **{
+                name: x.to(self.device, non_blocking=True)
+                for name, x in index._asdict().items()
+                if x is not None
+            }
         )
 
     def _ranges(self, starts: Tensor, lengths: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from balcap.policy.compiled import Compiled, compile_layers
 from balcap.policy.config import PolicyConfig
 from balcap.policy.families import ImageFeatures, base_of, family_of
-from balcap.policy.flops import update_flops
+from balcap.policy.feature_cache import FeatureCache
+from balcap.policy.flops import rollout_flops, update_flops
 from balcap.policy.head import logps_of_chunk
 from balcap.policy.layout import Layout
 from balcap.policy.loading import as_reference, load_model, load_processor, prepare
@@ -22,6 +24,11 @@ from balcap.policy.logps import caption_logps
 from balcap.policy.prompts import PromptEncoder, Prompts
 from balcap.policy.shared_prefix import prepare_shared_prefix, shared_prefix_logps
 from balcap.types import CaptionBatch, Rollouts
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Policy(nn.Module):
         compile: see `PolicyConfig`.
         source: hub id or folder that the weights came from, for engines that load their own copy.
         revision: on the hub.
+        feature_cache: folder that keeps image features of a frozen vision tower; None for none.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class Policy(nn.Module):
         compile: bool | Literal["auto"] = False,
         source: str = "",
         revision: str | None = None,
+        feature_cache: str | None = None,
     ) -> None:
         super().__init__()
         self.source, self.revision = source, revision
@@ -83,6 +92,11 @@ class Policy(nn.Module):
                 compile_layers(family_of(one).language_model(base_of(one)), compile)
             self._chunk = Compiled(logps_of_chunk, compile)
         self.vision_is_frozen = family_of(model).vision_is_frozen(base_of(model))
+        self.feature_cache: FeatureCache | None = None
+        if feature_cache is not None and self.shared_prefix and self.vision_is_frozen:
+            self.feature_cache = FeatureCache(feature_cache, model, encoder.processor)
+        elif feature_cache is not None:
+            log.warning("model.policy.feature_cache: not used; it needs a shared prefix and a frozen tower")
 
     @classmethod
     def load(cls, config: PolicyConfig, with_reference: bool) -> Policy:
@@ -97,7 +111,16 @@ class Policy(nn.Module):
         encoder = PromptEncoder(processor, model.config)
         copy = load_model(config) if with_reference and not has_adapter else None
         model = prepare(model, config, with_reference)
-        return cls(model, encoder, copy, config.shared_prefix, config.compile, base.model, base.revision)
+        return cls(
+            model,
+            encoder,
+            copy,
+            config.shared_prefix,
+            config.compile,
+            base.model,
+            base.revision,
+            config.feature_cache,
+        )
 
     def train(self, mode: bool = True) -> Policy:
         """As of any module, but the reference stays in evaluation mode: dropout would make it noisy."""
@@ -132,9 +155,15 @@ class Policy(nn.Module):
         return ForwardSize(forwarded, layout.separate, 1 - layout.separate / forwarded)
 
     def flops(self, rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> float | None:
-        """Model FLOPs of one forward and backward over these rows, None where unknown; see `update_flops`."""
-        layout = _layout(rollouts, prompts, rows)
-        return update_flops(base_of(self.model), layout, [prompts.items[row] for row in rows])
+        """Model FLOPs of one forward and backward over these rows, None where unknown; see `update_flops`. Of images whose
+        features were read from the cache, those of the tower are left out."""
+        layout, seen = _layout(rollouts, prompts, rows), [row for row in rows if row not in prompts.cached]
+        return update_flops(base_of(self.model), layout, [prompts.items[row] for row in seen])
+
+    def rollout_flops(self, rollouts: Rollouts, prompts: Prompts) -> float | None:
+        """Model FLOPs of sampling these captions, None where unknown; see `balcap.policy.flops.rollout_flops`."""
+        layout = _layout(rollouts, prompts, range(len(rollouts)))
+        return rollout_flops(base_of(self.model), layout, prompts.items)
 
     def logps(
         self,
@@ -169,24 +198,34 @@ class Policy(nn.Module):
         rows, device = list(rows), self.device
         token_ids, mask = rollouts.token_ids[rows], rollouts.completion_mask[rows]
         self.encoder.check_captions([rollouts.batch.sample_ids[row] for row in rows], token_ids, mask)
-        token_ids, mask = token_ids.to(device), mask.to(device)
         if not self.shared_prefix:
-            return caption_logps(model, prompts, rows, token_ids, mask, **options)
-        features = self._features(model, prompts, rows)
+            return caption_logps(model, prompts, rows, token_ids.to(device), mask.to(device), **options)
+        features = self._features(model, prompts, rows, rollouts.batch.images)
         return shared_prefix_logps(
             model, prompts, rows, token_ids, mask, features, chunk=self._chunk, **options
         )
 
-    def _features(self, model: Any, prompts: Prompts, rows: Sequence[int]) -> list[ImageFeatures]:
+    def _features(
+        self, model: Any, prompts: Prompts, rows: Sequence[int], images: Sequence[Image.Image]
+    ) -> list[ImageFeatures]:
         """Image features of these rows; a frozen tower sees each image once, for policy and reference alike."""
-        cache = prompts.features if self.vision_is_frozen else {}
-        new = [row for row in dict.fromkeys(rows) if row not in cache]
+        known = prompts.features if self.vision_is_frozen else {}
+        new, kept, keys = [row for row in dict.fromkeys(rows) if row not in known], self.feature_cache, {}
+        if kept is not None:
+            keys = {row: kept.key(images[row], self.device) for row in new}
+            read = {row: kept.get(key, self.device) for row, key in keys.items()}
+            known.update({row: features for row, features in read.items() if features is not None})
+            prompts.cached.update(row for row in new if row in known)
+            new = [row for row in new if row not in known]
         if new:
             model = base_of(self.model if self.vision_is_frozen else model)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
                 features = family_of(model).image_features(model, prompts.images(new, self.device))
-            cache.update(zip(new, features, strict=True))
-        return [cache[row] for row in rows]
+            known.update(zip(new, features, strict=True))
+            if kept is not None:
+                for row in new:
+                    kept.put(keys[row], known[row])
+        return [known[row] for row in rows]
 
 
 def _layout(rollouts: Rollouts, prompts: Prompts, rows: Sequence[int]) -> Layout:

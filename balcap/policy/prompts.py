@@ -30,12 +30,14 @@ class Prompts:
         pad_token_id: fills the left side.
         image_token_id: stands where image features go.
         features: row -> features of its image by a frozen vision tower, kept for the whole step.
+        cached: rows of which these were read from ``model.policy.feature_cache``.
     """
 
     items: Sequence[dict[str, Tensor]]
     pad_token_id: int
     image_token_id: int = -1
     features: dict[int, ImageFeatures] = field(default_factory=dict, compare=False, repr=False)
+    cached: set[int] = field(default_factory=set, compare=False, repr=False)
 
     def inputs(self, rows: Sequence[int], repeat: int, device: torch.device | str) -> dict[str, Tensor]:
         """Model inputs ``[len(rows) * repeat, P]``, left-padded; each row stands `repeat` times in a row."""

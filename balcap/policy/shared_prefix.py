@@ -54,43 +54,51 @@ def shared_prefix_logps(
         model: prepared by `prepare_shared_prefix`.
         prompts: of the whole batch.
         rows: the images, positions in the batch.
-        token_ids: of their captions.
-        mask: True on caption tokens.
+        token_ids: of their captions, on the CPU: what is picked by a mask on a device, the host must wait for.
+        mask: True on caption tokens; on the CPU.
         features: ``[b]`` of each image, from `Family.image_features`.
         temperature: > 0.
         entropy: whether to return entropies too (nats, without gradient).
         chunk: of the head, see `token_logps`.
 
     Returns:
-        float32 log-probs, 0 where masked; entropies likewise or None.
+        float32 log-probs on the model's device, 0 where masked; entropies likewise or None.
     """
-    base, family, device = base_of(model), family_of(model), token_ids.device
+    base, family, device = base_of(model), family_of(model), features[0].embeds.device
+
+    def there(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
     items = [prompts.items[row] for row in rows]
     layout = Layout([item["input_ids"].shape[1] for item in items], mask.sum(-1).tolist(), device)
     prompt_positions = [family.prompt_positions(base, item) for item in items]
     ids, positions = _sequence(items, prompt_positions, token_ids, layout)
-    embeds = base.get_input_embeddings()(ids.to(device))
-    placeholders = (ids == prompts.image_token_id).to(device)
+    embeds = base.get_input_embeddings()(there(ids))
+    placeholders = ids == prompts.image_token_id
+    places = there(placeholders[0].nonzero()[:, 0])
     pixels = torch.cat([of_image.embeds for of_image in features]).to(embeds.dtype)
     states = family.language_model(base)(
-        inputs_embeds=embeds.masked_scatter(placeholders[..., None], pixels),
+        inputs_embeds=embeds.index_copy(1, places, pixels[None]),
         attention_mask=embeds.new_zeros(1, 1, 1, 1),  # four dimensions: transformers makes none of its own
-        position_ids=positions.to(device),
+        position_ids=there(positions),
         use_cache=False,
         packed_attention=partial(family.attention, layout=layout.attention),
-        **family.language_model_inputs(base, features, placeholders),
+        **family.language_model_inputs(base, features, there(placeholders)),
     ).last_hidden_state[0]
     logps, entropies = token_logps(
         base.get_output_embeddings(),
         states[layout.predictors],
-        token_ids[mask],
+        there(token_ids[mask]),
         temperature,
         entropy,
         chunk=chunk,
     )
-    empty = torch.zeros_like(mask, dtype=torch.float32)
-    filled = empty.masked_scatter(mask, logps)
-    return filled, None if entropies is None else empty.masked_scatter(mask, entropies)
+    tokens = there(mask.flatten().nonzero()[:, 0])
+
+    def unpacked(values: Tensor) -> Tensor:
+        return values.new_zeros(mask.numel()).index_copy(0, tokens, values).view(mask.shape)
+
+    return unpacked(logps), None if entropies is None else unpacked(entropies)
 
 
 def _sequence(
@@ -98,7 +106,7 @@ def _sequence(
 ) -> tuple[Tensor, Tensor]:
     """Token ids ``[1, N]`` and positions, ``[3, 1, N]`` with M-RoPE and ``[1, N]`` without; on the CPU."""
     ids, positions = [], []
-    images = zip(items, prompt_positions, token_ids.cpu(), layout.spans, strict=True)
+    images = zip(items, prompt_positions, token_ids, layout.spans, strict=True)
     for item, prompt, captions, span in images:
         start = int(prompt.max()) + 1
         ids.append(item["input_ids"][0])

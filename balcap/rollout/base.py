@@ -84,9 +84,11 @@ class RolloutEngine(ABC):
     Attributes:
         on_policy: True where the sampler's log-probs are the policy's own computation; else the two differ
             by more than rounding, which training corrects (``model.importance_cap``).
+        own_device: True where captions are sampled on the device of the policy.
     """
 
     on_policy = False
+    own_device = True
 
     def __init__(self) -> None:
         self._policy: Policy | None = None

@@ -91,7 +91,8 @@ def step_metrics(
     logged |= judge_metrics(trainer, pipeline.judge_stats() - before, missing)
     logged |= judge_costs(trainer, pipeline)
     device = trainer.strategy.root_device
-    return logged | time_metrics(pipeline.timeline, rollouts, logged.get("train/tflops"), device)
+    logged |= time_metrics(pipeline.timeline, rollouts, device)
+    return logged | utilisation(pipeline, logged.get("train/tflops"), peak_flops(device))
 
 
 def train_metrics(trainer: Trainer, tally: Tally, loop: OptimizerLoop) -> dict[str, float]:
@@ -131,17 +132,12 @@ def judge_costs(trainer: Trainer, pipeline: RolloutPipeline) -> dict[str, float]
     return {"judge/cost_usd": total, "judge/usd_per_1k_rollouts": 1000 * here / max(1, rollouts)}
 
 
-def time_metrics(
-    timeline: Timeline, rollouts: Rollouts, tflops: float | None, device: torch.device
-) -> dict[str, float]:
+def time_metrics(timeline: Timeline, rollouts: Rollouts, device: torch.device) -> dict[str, float]:
     """Seconds of each stage of this rank's step, tokens per second, the share spent waiting, and memory.
-
-    Model FLOPs utilisation, ``time/mfu``, is left out where FLOPs or the device's peak are not known.
 
     Args:
         timeline: of the step.
         rollouts: of the batch.
-        tflops: 10^12 operations of the update.
         device: that it ran on.
     """
     seconds, tokens = timeline.seconds(), float(rollouts.completion_mask.sum())
@@ -150,10 +146,30 @@ def time_metrics(
     for name in ("rollout", "update"):
         if seconds.get(name, 0.0) > 0:
             times[f"time/{name}_tokens_per_s"] = tokens / seconds[name]
-    if tflops is not None and (peak := peak_flops(device)):
-        times["time/mfu"] = 1e12 * tflops / (seconds["update"] * peak)
     times["time/peak_memory_gb"] = peak_memory(device) / 1e9
     return times
+
+
+def utilisation(pipeline: RolloutPipeline, tflops: float | None, peak: float | None) -> dict[str, float]:
+    """Model FLOPs utilisation of this rank's step, each left out where FLOPs or the device's peak are not known:
+    ``time/mfu`` of the update, and ``time/mfu_rollout`` of the rollout, where it ran on the same device.
+
+    Args:
+        pipeline: that sampled and timed the step.
+        tflops: 10^12 operations of the update.
+        peak: operations per second of the device.
+    """
+    seconds, sampled = pipeline.timeline.seconds(), pipeline.sampled
+    out: dict[str, float] = {}
+    if peak is None:
+        return out
+    if tflops is not None:
+        out["time/mfu"] = 1e12 * tflops / (seconds["update"] * peak)
+    if sampled is not None:
+        flops = pipeline.policy.rollout_flops(sampled.rollouts, sampled.prompts)
+        if flops is not None:
+            out["time/mfu_rollout"] = flops / (seconds["rollout"] * peak)
+    return out
 
 
 def _group_std(values: Tensor) -> Tensor:

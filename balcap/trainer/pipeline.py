@@ -102,6 +102,7 @@ class RolloutPipeline:
 
     Attributes:
         in_flight: sampled and not yet learned from, oldest first.
+        sampled: of them the one that this step has sampled on the rank's own device, or None.
         learned: batches learned from so far.
         judged: rollouts that this process has had judged.
         timeline: of the step.
@@ -119,6 +120,7 @@ class RolloutPipeline:
         self.suite, self.judge, self.engine = suite, judge, engine or HFGenerate()
         self.sampling, self.lag, self.seed = sampling, lag, seed
         self.in_flight: deque[InFlightBatch] = deque()
+        self.sampled: InFlightBatch | None = None
         self._resumed: deque[dict[str, Any]] = deque()  # in flight in the run that is continued
         self._attached = False
         self.learned = self.judged = 0
@@ -145,6 +147,7 @@ class RolloutPipeline:
         Returns:
             False where the run has enough in flight for the steps that are left: nothing was sampled.
         """
+        self.sampled = None
         if len(self.in_flight) >= self._batches_left(updates_per_rollout):
             return False
         number = self.trainer.global_step + updates_per_rollout * len(self.in_flight)
@@ -158,6 +161,7 @@ class RolloutPipeline:
                 batch, in_flight.prompts, num_captions, in_flight.start, resumed
             )
         self.in_flight.append(in_flight)
+        self.sampled = in_flight if resumed is None and self.engine.own_device else None
         return True
 
     def sample(
@@ -298,6 +302,8 @@ class RolloutPipeline:
         assert self.in_flight[0] is batch
         self.in_flight.popleft()
         self.learned += 1
+        if self.sampled is batch:
+            self.sampled = None  # so that what it holds of the device can go
         if (data := getattr(self.trainer, "datamodule", None)) is not None:
             data.consumed(batch.rollouts.batch)
 

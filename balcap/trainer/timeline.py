@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Timeline:
     Args:
         synchronize: called before a span of the trainer ends, so that work queued on a device counts where it
             was queued.
+
+    Attributes:
+        spans: of the step so far.
+        began: when the step did, in seconds of `time.perf_counter`.
     """
 
     BUSY = ("rollout", "update", "sync")
@@ -42,11 +48,11 @@ class Timeline:
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
         self.synchronize = synchronize
         self.spans: list[Span] = []
-        self._began = time.perf_counter()
+        self.began = time.perf_counter()
 
     def begin(self) -> None:
         """A new step: forget the spans of the last one."""
-        self.spans, self._began = [], time.perf_counter()
+        self.spans, self.began = [], time.perf_counter()
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -65,9 +71,26 @@ class Timeline:
         out: dict[str, float] = {}
         for span in self.spans:
             out[span.name] = out.get(span.name, 0.0) + span.seconds
-        return out | {"step": time.perf_counter() - self._began}
+        return out | {"step": time.perf_counter() - self.began}
 
     def idle_share(self) -> float:
         """Share of the step, in [0, 1], in which the trainer's device had nothing to do."""
         seconds = self.seconds()
         return max(0.0, 1 - sum(seconds.get(name, 0.0) for name in self.BUSY) / max(seconds["step"], 1e-9))
+
+
+def merged(intervals: Iterable[tuple[float, float]], gap: float = 0.0) -> list[tuple[float, float]]:
+    """Union of intervals (start, end), in order; those that are at most `gap` apart become one."""
+    out: list[tuple[float, float]] = []
+    for start, end in sorted(intervals):
+        if out and start - out[-1][1] <= gap:
+            out[-1] = out[-1][0], max(out[-1][1], end)
+        else:
+            out.append((start, end))
+    return out
+
+
+def innermost(intervals: Iterable[tuple[float, float]]) -> int:
+    """How many intervals (start, end) hold no other one; any two of them are nested or apart, as calls of a thread are."""
+    ordered = sorted(intervals, key=lambda interval: (interval[0], -interval[1]))
+    return sum(following[0] >= end for (_, end), following in pairwise([*ordered, (math.inf, math.inf)]))

@@ -152,7 +152,8 @@ def update(
     """`settings.updates_per_rollout` optimizer steps on one batch of rollouts.
 
     Every optimizer step sees the whole batch, in micro-batches whose losses share one denominator: the
-    tokens (or sequences) of all ranks. Gradients are reduced on each rank's last backward pass. The first
+    tokens (or sequences) of all ranks. Gradients are reduced on each rank's last backward pass. An
+    optimizer step reads one number from the device, the gradient's norm; what the tally holds stays there. The first
     step's own log-probs are the old ones. A group whose advantages are all 0 moves nothing without a KL term, and
     is not forwarded then.
 
@@ -177,35 +178,39 @@ def update(
             gradient was not finite. The weights are those of the last good step.
     """
     tally, device = Tally(), policy.device
+
+    def there(tensor: Tensor) -> Tensor:
+        """On the device, without waiting for what it has to do before."""
+        return tensor.to(device, non_blocking=True)
+
     rows = rows_with_nonzero_advantage(advantages, settings.kl_coef)
     fit = DeviceFit(policy, rollouts, prompts, loop.optimizer)
     micro = list(micro_batches(policy, settings, rollouts, prompts, rows, fit))
     fit.checkpoint(micro)
     normalizer = loss_normalizer(rollouts.completion_mask, settings.loss_aggregation)
     # DDP averages what ranks sum.
-    normalizer = loop.all_gather(normalizer.to(device).float()).sum() / loop.world_size
+    normalizer = loop.all_gather(there(normalizer).float()).sum() / loop.world_size
     ref = None
     if settings.kl_coef:
         ref = [policy.reference_logps(rollouts, prompts, rows, temperature) for rows in micro]
     old: list[Tensor] = []
     importance: list[Tensor | None] = []
     cap = settings.importance_cap if needs_importance_correction else None
-    _record_size(tally, policy, settings, rollouts, prompts, micro)
     policy.model.train()
     for step in range(settings.updates_per_rollout):
         loop.optimizer.zero_grad()
         for i, rows in enumerate(micro):
             logps, entropy = policy.logps(rollouts, prompts, rows, temperature, entropy=step == 0)
-            mask = rollouts.completion_mask[rows].to(device)
+            mask = there(rollouts.completion_mask[rows])
             if step == 0:
-                sampler = rollouts.sampler_logps[rows].to(device)
+                sampler = there(rollouts.sampler_logps[rows])
                 old.append(logps.detach())
                 importance.append(truncated_importance(old[i], sampler, mask, cap) if cap else None)
                 _record_mismatch(tally, old[i], sampler, mask, settings.mismatch_threshold, cap)
             part = policy_loss(
                 logps,
                 old[i],
-                advantages[rows].to(device),
+                there(advantages[rows]),
                 mask,
                 ref[i] if ref else None,
                 settings.kl_coef,
@@ -227,6 +232,7 @@ def update(
             if entropy is not None:
                 tally.add("entropy", entropy.sum(), part.tokens)
         tally.add("grad_norm", _optimizer_step(policy, settings, loop), 1)
+    _record_size(tally, policy, settings, rollouts, prompts, micro)
     return tally
 
 
@@ -276,7 +282,8 @@ def _record_size(
 ) -> None:
     """``tokens_forwarded`` in one pass, the share of tokens that separate sequences would forward beyond
     that (``tokens_saved``), the share of padding in what attention or the forward works on, and ``tflops``,
-    10^12 operations of forward and backward over distinct tokens in all passes, where they are known."""
+    10^12 operations of forward and backward over distinct tokens in all passes, where they are known; and the share of
+    images whose features were read from the cache (``features_cached``), where there is one."""
     sizes = [policy.size(rollouts, prompts, rows) for rows in micro]
     forwarded, separate = sum(s.forwarded for s in sizes), sum(s.separate for s in sizes)
     tally.add("tokens_forwarded", forwarded, 1)
@@ -286,6 +293,8 @@ def _record_size(
     if None not in flops:
         total = sum(part for part in flops if part is not None)
         tally.add("tflops", settings.updates_per_rollout * total / 1e12, 1)
+    if policy.feature_cache is not None:
+        tally.add("features_cached", len(prompts.cached), len(prompts.features))
 
 
 def _record_mismatch(
@@ -293,11 +302,11 @@ def _record_mismatch(
 ) -> None:
     """|log-prob of the trainer - log-prob of the sampler| over tokens, in nats: mean, largest, share beyond
     `threshold`; and the share of tokens whose importance ratio was cut at `cap`."""
-    difference = (logps - sampler)[mask].double()
+    difference = torch.where(mask, logps - sampler, 0.0).double()  # to pick tokens by a mask, the host waits
     distance, tokens = difference.abs(), mask.sum()
     tally.add("mismatch_mean", distance.sum(), tokens)
     tally.add("mismatch_share", (distance > threshold).sum(), tokens)
-    tally.add_max("mismatch_max", distance.max() if len(distance) else 0.0)
+    tally.add_max("mismatch_max", distance.max())
     if cap is not None:
         tally.add("importance_capped", (difference > math.log(cap)).sum(), tokens)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from balcap.policy import LoraSettings
+from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.families import base_of
-from balcap.policy.flops import peak_flops, peak_memory, update_flops
+from balcap.policy.flops import peak_flops, peak_memory, rollout_flops, update_flops
 from balcap.policy.layout import Layout
 from balcap.policy.policy import Policy
 from tests.tiny_models import mixed_batch, rollouts_of
@@ -48,6 +48,33 @@ def test_matrix_products_of_the_language_model_are_those_that_pytorch_counts(loa
     # Below the first adapter nothing needs a gradient, which the formula does not know.
     assert products == pytest.approx(ours, rel=1e-12 if lora is None else 0.2)
     assert vision > 0
+
+
+def test_a_rollout_by_hand(folders) -> None:
+    base = Policy.load(PolicyConfig(str(folders["qwen"]), dtype="float32"), with_reference=False).model
+    # A prompt of 5 tokens, captions of 3 and 1: forwarded 5 + 2 + 0 = 7, sampled 4.
+    # Pairs: the prompt's 5 * 6 / 2 = 15, and of the longer caption's two tokens 2 * 5 + (1 + 2) = 13.
+    layout = Layout([5], [[3, 1]])
+    # Width 32, 4 heads of 8, keys and values of 2 heads (16), feed-forward 64, 2 layers.
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    head = 32 * base.config.get_text_config().vocab_size
+    language = 2 * 7 * weights + 2 * 4 * head + 4 * (4 * 8) * 2 * (15 + 13)
+    assert rollout_flops(base, layout, []) == language
+    # A picture of 4 x 4 patches of 2 * 3 * 14 * 14 values, a tower of the same width with 2 layers, one of them with
+    # windows of 4 x 4 patches, and 4 patches together through a merger of 128 x 128 and 128 x 32.
+    item = {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+    tower = 2 * (4 * 32 * 32 + 3 * 32 * 64) + 2 * 3 * 14 * 14 * 32
+    vision = 2 * (16 * tower + 4 * (128 * 128 + 128 * 32)) + 4 * 32 * 2 * 16**2
+    assert rollout_flops(base, layout, [item]) == language + vision
+
+
+def test_a_rollout_is_the_forward_of_an_update(load: Load) -> None:
+    policy = load(freeze_vision=False)
+    base, prompts = base_of(policy.model), policy.encode(mixed_batch())
+    layout = layout_of(policy, prompts)
+    # All is trained: forward, gradient of the input, gradient of the weight.
+    forward = rollout_flops(base, layout, prompts.items)
+    assert update_flops(base, layout, prompts.items) == pytest.approx(3 * forward)
 
 
 def test_a_prompt_counts_once_and_a_trained_tower_three_times(load: Load) -> None:
@@ -92,4 +119,4 @@ def test_an_unknown_architecture_has_no_count(load: Load) -> None:
     base = base_of(policy.model)
     base.config.model_type = "idefics3"
     layout = Layout([4], [[3, 2]])
-    assert update_flops(base, layout, [{}]) is None
+    assert update_flops(base, layout, [{}]) is rollout_flops(base, layout, [{}]) is None

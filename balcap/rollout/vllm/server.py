@@ -55,6 +55,8 @@ class VLLMServer(RolloutEngine):
             for each at every step.
     """
 
+    own_device = False
+
     urls: list[str]
     transfer_backend: Literal["auto", "nccl", "folder"] = "auto"
     weights_folder: str | None = None
