@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from balcap.policy import checkpointing
 from balcap.trainer.update import UpdateSettings, update
 from tests.pretend_device import DEVICE, PretendDevice
 from tests.support import optimizer_loop
@@ -28,7 +29,8 @@ def test_the_pretended_device_notices_who_waits() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
-def test_one_number_is_read_for_each_optimizer_step(load) -> None:
+def test_one_number_is_read_for_each_optimizer_step(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpointing, "device_memory", lambda device: (10**12, 10**12))
     policy = load(with_reference=True)
     rollouts = rollouts_of(mixed_batch(), LENGTHS, range(20, 300))
     prompts = policy.encode(rollouts.batch)
