@@ -20,6 +20,9 @@ from balcap.policy.families import base_of, family_of
 from balcap.policy.prompts import Prompts
 from balcap.rollout.base import Sampling
 
+ROOM = 64
+"""Tokens that a cache is extended by."""
+
 LEAVE = 0.75
 """Share of captions still under way below which the others leave the batch: that copies the cache."""
 
@@ -27,6 +30,38 @@ LEAVE = 0.75
 def can_decode(model: Any) -> bool:
     """Whether the positions of this model's captions are known, as the shared prefix needs them too."""
     return not family_of(model).obstacle(base_of(model))
+
+
+class _WriteBehind:
+    """``update`` of a cache layer that writes new keys and values behind those that are there, into room for more of them.
+    transformers' own copies all of them at every step.
+
+    Args:
+        layer: a ``DynamicLayer`` of transformers that holds the prompts.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self._rooms: list[Tensor] = []
+
+    def __call__(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        layer = self.layer
+        seen = layer.keys.shape[-2]
+        end = seen + keys.shape[-2]
+        # Captions that leave the batch take their rows along, and the room behind the others.
+        if not self._rooms or len(self._rooms[0]) != len(keys) or self._rooms[0].shape[-2] < end:
+            self._rooms = [_with_room(old, end + ROOM) for old in (layer.keys, layer.values)]
+        for room, new in zip(self._rooms, (keys, values), strict=True):
+            room[..., seen:end, :] = new
+        layer.keys, layer.values = (room[..., :end, :] for room in self._rooms)
+        return layer.keys, layer.values
+
+
+def _with_room(states: Tensor, length: int) -> Tensor:
+    """``[n, H, length, D]`` that begins with ``[n, H, t, D]``."""
+    room = states.new_empty(*states.shape[:2], length, states.shape[-1])
+    room[..., : states.shape[-2], :] = states
+    return room
 
 
 @dataclass
@@ -116,12 +151,17 @@ def _prefill(
     model: Any, prompts: Prompts, images: Sequence[int], num_captions: int, device: torch.device
 ) -> _Batch:
     """The prompts, each read once, and then standing there for each of its captions."""
+    from transformers.cache_utils import DynamicLayer
+
     family, base = family_of(model), base_of(model)
     inputs = prompts.inputs(images, 1, device)
     out = model(**inputs, **family.sequence_inputs(inputs), use_cache=True, logits_to_keep=1)
     starts = [int(family.prompt_positions(base, prompts.items[image]).max()) + 1 for image in images]
     cache = getattr(out, "cache", None) or out.past_key_values
     cache.batch_repeat_interleave(num_captions)
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            layer.update = _WriteBehind(layer)
     return _Batch(
         torch.arange(len(images) * num_captions, device=device),
         cache,
