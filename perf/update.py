@@ -3,6 +3,7 @@
     python perf/update.py              a CPU: two families of about 30M parameters, float32, about 25 minutes
     python perf/update.py --quick      one small case, within a minute; memory is not measured
     python perf/update.py --size 3b    a GPU (the default there), bfloat16, G = 8; 7b, llava7b; --lora
+    ... --no-checkpointing             keep all activations, in all variants
 
 An update is the forward of policy and loss and the backward; captions are given and no optimizer steps. Every
 variant makes log-probs and entropies and reports what training reports. The reference is left out (no KL), the
@@ -10,7 +11,8 @@ vision tower is frozen everywhere, the prompt is encoded beforehand; image featu
 image is one (B = 1), captions have uniformly drawn lengths. Weights are random, shared by all variants, and loud
 enough for every token to matter.
 
-ours       `balcap.policy.policy.Policy` as training uses it
+ours       `balcap.policy.policy.Policy` as training uses it, with ``compile: false``
+ours, compiled   with ``compile: true``, which is the default on GPUs; there only
 naive      the same with ``shared_prefix: false``
 TRL        ``GRPOTrainer.training_step`` with its inputs prepared: its own log-probs, loss and backward, with
            ``loss_type="dapo"``, whose denominator is ours (tokens). Checkpointing, dtype and attention are those of
@@ -36,7 +38,7 @@ import multiprocessing
 import os
 import sys
 import warnings
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -54,7 +56,7 @@ import torch
 from balcap.policy.flops import peak_flops
 from perf.report import arguments, report, seconds_of
 from perf.update_case import SIZES, Case, Work, build, work_of
-from perf.update_variants import COMPACT, NAIVE, OURS, TRL, variant
+from perf.update_variants import COMPACT, COMPILED, NAIVE, OURS, TRL, variant
 
 warnings.simplefilter("ignore")
 THREE = [OURS, NAIVE, TRL]
@@ -71,7 +73,7 @@ class Result:
         gradient_error: likewise, relative, of the whole gradient.
         seconds: median.
         peak_mb: memory, 10^6 bytes, where measured.
-        mfu: of ours; None where the device's peak is not known.
+        mfu: of ours, by variant; none where the device's peak is not known.
     """
 
     case: Case
@@ -80,7 +82,7 @@ class Result:
     gradient_error: dict[str, float]
     seconds: dict[str, float]
     peak_mb: dict[str, float]
-    mfu: float | None
+    mfu: dict[str, float]
 
     @property
     def agrees(self) -> bool:
@@ -103,25 +105,26 @@ def run(case: Case, names: Sequence[str], runs: int, memory: bool) -> Result:
     model, processor = build(case)
     work = work_of(case, model, processor)
     variants = {name: variant(name, model, processor, case) for name in names}
-    for name in names * (1 if case.device == "cpu" else 2):  # warm-up
+    for name in names * (1 if case.device == "cpu" else 2):  # warm-up, and compilation
         _seconds(variants[name], model, work)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _, name in itertools.product(range(runs), names):
         seconds[name].append(_seconds(variants[name], model, work))
     medians = {name: median(each) for name, each in seconds.items()}
-    measured = THREE if memory else []
+    measured = [name for name in names if name != COMPACT] if memory else []
     peaks = {name: _peak(case, name, variants[name], model, work) for name in measured}
     prompt = work.prompts.items[0]["input_ids"].shape[1]
     size = sum(p.numel() for p in model.parameters())
     peak = peak_flops(torch.device(case.device))
     flops = variants[OURS].policy.flops(work.rollouts, work.prompts, [0])
+    ours = [name for name in (OURS, COMPILED) if name in names and peak and flops]
     return Result(
         case,
         f"{SIZES[case.size]['name']} {size / 1e6:.0f}M, P {prompt}, G {case.captions}",
         *errors,
         medians,
         peaks,
-        flops / medians[OURS] / peak if peak and flops else None,
+        {name: flops / medians[name] / peak for name in ours},
     )
 
 
@@ -190,8 +193,9 @@ def _resident_peak() -> int:
 def plan(options: Namespace) -> list[tuple[Case, list[str]]]:
     """Cases, the headline first, and their variants."""
     if torch.cuda.is_available():
-        large = Case(options.size, 1300, 8, 200, 300, "cuda", "bfloat16", options.lora, checkpointing=True)
-        return [(large, THREE)]
+        kept = options.checkpointing
+        large = Case(options.size, 1300, 8, 200, 300, "cuda", "bfloat16", options.lora, checkpointing=kept)
+        return [(large, [COMPILED, *THREE])]
     if options.quick:
         return [(Case("30m", 200, 4, 20, 40), THREE)]
     return [
@@ -209,6 +213,8 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--size", choices=["3b", "7b", "llava7b"], default="3b", help="of the model on CUDA")
     parser.add_argument("--lora", action="store_true", help="on CUDA: train adapters of rank 64 only")
+    how = {"action": BooleanOptionalAction, "default": True, "help": "on CUDA: recompute activations"}
+    parser.add_argument("--checkpointing", **how)
     options = parser.parse_args()
     results, runs = [], 3 if options.quick else 5
     for case, names in plan(options):
@@ -226,6 +232,7 @@ def main() -> None:
         "update_ratio_naive": headline.ratio(NAIVE, OURS),
         "memory_ratio_trl": headline.ratio(OURS, TRL, "peak_mb"),
         "mfu": headline.mfu,
+        "update_ratio_trl_compiled": headline.ratio(TRL, COMPILED),
         "update_ratio_trl_captions_only": headline.ratio(COMPACT, OURS),
         "cases": [asdict(result) for result in results],
     }
