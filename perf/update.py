@@ -213,8 +213,12 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--size", choices=["3b", "7b", "llava7b"], default="3b", help="of the model on CUDA")
     parser.add_argument("--lora", action="store_true", help="on CUDA: train adapters of rank 64 only")
-    how = {"action": BooleanOptionalAction, "default": True, "help": "on CUDA: recompute activations"}
-    parser.add_argument("--checkpointing", **how)
+    parser.add_argument(
+        "--checkpointing",
+        action=BooleanOptionalAction,
+        default=True,
+        help="on CUDA: recompute activations",
+    )
     options = parser.parse_args()
     results, runs = [], 3 if options.quick else 5
     for case, names in plan(options):

@@ -161,7 +161,7 @@ def _prefill(
     cache.batch_repeat_interleave(num_captions)
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
-            layer.update = _WriteBehind(layer)
+            layer.update = _WriteBehind(layer)  # type: ignore[method-assign, assignment]
     return _Batch(
         torch.arange(len(images) * num_captions, device=device),
         cache,
