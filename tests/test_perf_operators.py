@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 from perf.operators import of_update, of_vision, quick_case
 from perf.update_variants import COMPILED, OURS
@@ -14,7 +16,10 @@ MOST = {COMPILED: 3452, OURS: 8895, "vision": 1117, "attention of vision": 60}
 def test_no_more_operators_than_today() -> None:
     pytest.importorskip("trl")
     case = quick_case()
+    torch._dynamo.reset()
+    counters.clear()
     found = {name: of_update(case, name).total() for name in (COMPILED, OURS)}
+    assert counters["stats"]["unique_graphs"] == 2, "one of all layers, one of the head"
     vision = of_vision(case)
     found["vision"] = vision.total()
     found["attention of vision"] = sum(n for name, n in vision.items() if "scaled_dot_product" in name)

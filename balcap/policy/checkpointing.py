@@ -154,11 +154,8 @@ class DeviceFit:
         model = self._policy.model
         if self._memory is None or not hasattr(base_of(model), _DECIDED):
             return
-        all_layers, why = (
-            len(_layers(family_of(model).language_model(base_of(model)))),
-            "of an unknown architecture",
-        )
-        count = all_layers
+        count = all_layers = len(_layers(family_of(model).language_model(base_of(model))))
+        why = "of an unknown architecture"
         if self._costs is not None:
             forwards = [self._forward(rows) for rows in micro_batches]
             count = layers_to_checkpoint(self._costs, forwards, self._room)

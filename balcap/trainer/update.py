@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from balcap.algorithms import loss_normalizer, policy_loss, truncated_importance
-from balcap.algorithms.loss import LossAggregation
+from balcap.algorithms.loss import LossAggregation, PolicyLoss
 from balcap.policy.checkpointing import DeviceFit, explained_out_of_memory
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import Prompts
@@ -220,17 +220,9 @@ def update(
                 normalizer,
                 importance[i],
             )
-            if i < len(micro) - 1:
-                with loop.no_sync():
-                    loop.backward(part.loss)
-            else:
+            with nullcontext() if i == len(micro) - 1 else loop.no_sync():
                 loop.backward(part.loss)
-            tally.add("loss", part.loss.detach(), 1 / len(micro))
-            tally.add("clip_fraction", part.clipped, part.tokens)
-            if part.kl is not None:
-                tally.add("kl", part.kl, part.tokens)
-            if entropy is not None:
-                tally.add("entropy", entropy.sum(), part.tokens)
+            _record_loss(tally, part, entropy, 1 / len(micro))
         tally.add("grad_norm", _optimizer_step(policy, settings, loop), 1)
     _record_size(tally, policy, settings, rollouts, prompts, micro)
     return tally
@@ -270,6 +262,16 @@ def micro_batches(
         batch.append(row)
     if batch:
         yield batch
+
+
+def _record_loss(tally: Tally, part: PolicyLoss, entropy: Tensor | None, share: float) -> None:
+    """Of one micro-batch, which is this share of the optimizer step."""
+    tally.add("loss", part.loss.detach(), share)
+    tally.add("clip_fraction", part.clipped, part.tokens)
+    if part.kl is not None:
+        tally.add("kl", part.kl, part.tokens)
+    if entropy is not None:
+        tally.add("entropy", entropy.sum(), part.tokens)
 
 
 def _record_size(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from balcap.policy import LoraSettings
+from balcap.policy.families import base_of
 from balcap.policy.policy import Policy
-from balcap.rollout import Sampling, hf
+from balcap.rollout import Sampling, decode, hf
 from balcap.rollout.base import pack, until_stop
 from balcap.rollout.hf import HFGenerate, _Recorder
 from balcap.types import CaptionBatch, Rollouts
@@ -461,6 +462,7 @@ def test_a_closed_engine_says_so(load: Load):
 def test_the_likeliest_captions_are_those_of_generate(load: Load, monkeypatch: pytest.MonkeyPatch):
     policy = load()
     bias(policy, [eos(policy)], 2.0)  # some end before others, and leave the batch
+    monkeypatch.setattr(decode, "ROOM", 7)  # caches outgrow their room
     ours = sample(policy, 2, temperature=0.0, max_tokens=30)
     monkeypatch.setattr(hf, "can_decode", lambda model: False)
     theirs = sample(policy, 2, temperature=0.0, max_tokens=30)
@@ -488,3 +490,18 @@ def test_prompts_are_read_once_and_ended_captions_leave(load: Load, way: str):
     assert rows[1:] == sorted(rows[1:], reverse=True)
     under_way = [int((rollouts.completion_mask.sum(-1) > step).sum()) for step in range(1, len(rows))]
     assert all(alive <= size <= alive / 0.75 + 1 for alive, size in zip(under_way, rows[1:], strict=True))
+
+
+def test_caches_are_copied_only_where_they_have_no_room(
+    load: Load, way: str, monkeypatch: pytest.MonkeyPatch
+):
+    """transformers copies them for every token."""
+    copied, copy = [], decode._with_room
+    monkeypatch.setattr(decode, "_with_room", lambda *args: copied.append(args) or copy(*args))
+    monkeypatch.setattr(decode, "ROOM", 10)
+    policy = load()
+    bias(policy, [eos(policy)], -100.0)  # none ends
+    sample(policy, 2, max_tokens=30)
+    layers = base_of(policy.model).config.get_text_config().num_hidden_layers
+    # 29 tokens are seen: room for 11 is made at the 1st, the 12th and the 23rd; keys and values
+    assert len(copied) == (2 * 3 * layers if way == "decode" else 0)
