@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What one GPU of 80 GB can show, in about nine minutes: parity with the CPU, updates against TRL, rollouts, a QLoRA step.
+# What one GPU of 80 GB can show, within ten minutes: parity with the CPU, updates against TRL, rollouts, a QLoRA step.
 #
 #   bash perf/gpu.sh OUT        OUT/gpu.json: the last line of each script, by name; OUT/<name>.log: all that it printed
 #
@@ -15,15 +15,15 @@ part() {  # NAME SECONDS COMMAND...
   local name=$1 limit=$2; shift 2
   echo "== $name: $*"
   timeout "$limit" "$@" > "$out/$name.log" 2>&1
-  echo "   status $? after $SECONDS s"
+  echo "   status $?, $SECONDS s since the start"
 }
 
-part parity 120 "$python" -m pytest -q tests/gpu
-part update_3b 120 "$python" perf/update.py --size 3b --no-checkpointing
-part update_3b_checkpointing 120 "$python" perf/update.py --size 3b
-part update_7b_lora 120 "$python" perf/update.py --size 7b --lora --no-checkpointing
-part rollout_3b 150 "$python" perf/rollout.py --size 3b
-part demo 60 "$python" main.py fit --config configs/shapes.yaml --trainer.accelerator gpu --trainer.max_steps 12 \
+part parity 60 "$python" -m pytest -q tests/gpu
+part update_3b 80 "$python" perf/update.py --size 3b --no-checkpointing
+part update_3b_checkpointing 80 "$python" perf/update.py --size 3b
+part update_7b_lora 80 "$python" perf/update.py --size 7b --lora --no-checkpointing
+part rollout_3b 120 "$python" perf/rollout.py --size 3b
+part demo 40 "$python" main.py fit --config configs/shapes.yaml --trainer.accelerator gpu --trainer.max_steps 12 \
   --data.val_size 0 --model.judge.cache null --trace.steps 3 --run_dir "$out/demo"
 
 qlora() {  # a whole step of the 7B model in 4 bits, on pictures of the embedded world
@@ -48,7 +48,7 @@ PYTHON
 }
 export -f qlora
 export python out
-part qlora_7b 200 bash -c qlora
+part qlora_7b 120 bash -c qlora
 
 "$python" - "$out" <<'PYTHON'
 import csv
