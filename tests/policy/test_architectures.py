@@ -26,18 +26,6 @@ ROWS = [0, 1, 2]
 WORKING = [name for name in FAMILIES if name != "paligemma"]
 
 
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = FAMILIES[name](tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder
-
-
 @pytest.fixture
 def rollouts() -> Rollouts:
     return rollouts_of(mixed_batch(), [[3, 1, 5], [7, 2, 2], [4, 6, 1]], range(60, 300))

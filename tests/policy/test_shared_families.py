@@ -1,0 +1,78 @@
+"""Every family that shares a prefix: log-probs and gradients are those of one sequence per caption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from balcap.policy import LoraSettings, PolicyConfig
+from balcap.policy.policy import Policy
+from tests.tiny_models import batch_of, picture, rollouts_of
+
+SHARED = ("qwen2_vl", "llava")
+"""Names of `tests.tiny_families`."""
+
+PROMPTS = ("What is this?", "Describe the image in detail, please.", "Go")
+lengths = st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=3).filter(
+    lambda groups: any(map(any, groups))
+)
+sizes = st.permutations([(64, 64), (150, 60), (70, 200)])
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {"freeze_vision": False},
+    "lora": {"lora": LoraSettings(r=4, alpha=8), "gradient_checkpointing": True},
+}
+
+
+def loaded(folder: Path, kind: str, shared_prefix: bool) -> Policy:
+    """Ready to train; adapters are made to matter, peft starts with their second half at zero."""
+    config = PolicyConfig(str(folder), dtype="float32", shared_prefix=shared_prefix, **KINDS[kind])
+    policy = Policy.load(config, False).train()
+    assert policy.shared_prefix == shared_prefix
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.15, generator=generator)
+    return policy
+
+
+def logps_and_gradients(
+    policy: Policy, rollouts: Any, seed: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    rows = list(range(len(rollouts)))
+    weights = torch.randn(rollouts.token_ids.shape, generator=torch.Generator().manual_seed(seed))
+    policy.model.zero_grad()
+    logps, _ = policy.logps(rollouts, policy.encode(rollouts.batch), rows, 0.9)
+    (logps * weights).sum().backward()
+    named = policy.model.named_parameters()
+    return logps.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SHARED)
+def test_log_probs_and_gradients_are_those_of_separate_sequences(
+    name: str, kind: str, folder_of: Callable[[str], Path]
+) -> None:
+    shared, separate = (loaded(folder_of(name), kind, share) for share in (True, False))
+    trained = {n for n, p in shared.model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in separate.model.named_parameters() if p.requires_grad}
+
+    @settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+    @given(lengths=lengths, sizes=sizes, seed=st.integers(0, 3))
+    def compare(lengths: list[list[int]], sizes: list[tuple[int, int]], seed: int) -> None:
+        images = [picture(*size, seed=i) for i, size in enumerate(sizes[: len(lengths)])]
+        rollouts = rollouts_of(batch_of(images, PROMPTS[: len(lengths)]), lengths, range(60, 300), seed=seed)
+        ours, mine = logps_and_gradients(shared, rollouts, seed)
+        naive, theirs = logps_and_gradients(separate, rollouts, seed)
+        torch.testing.assert_close(ours, naive, atol=1e-5, rtol=1e-6)
+        assert set(mine) <= set(theirs)
+        for parameter, gradient in theirs.items():
+            error = (mine.get(parameter, torch.zeros(())) - gradient).norm()
+            assert error <= 1e-3 * gradient.norm() + 1e-5, parameter
+
+    compare()
