@@ -69,6 +69,17 @@ def test_as_many_calls_as_sizes_of_windows(policy: Policy, folders: dict[str, Pa
     assert calls[1] <= full + 4 * (config.depth - full)
 
 
+@pytest.mark.parametrize("size", [(2, 3, 3), (4, 6, 3)], ids=["one patch", "several"])
+def test_patches_are_embedded_as_by_the_convolution(size: tuple[int, int, int]) -> None:
+    tower = torch.nn.Sequential(torch.nn.Conv3d(3, 5, (2, 3, 3), (2, 3, 3)))
+    pixels = torch.randn(7, 3, *size)
+    expected = tower(pixels)
+    install(tower)
+    with CountOperators() as counted:
+        torch.testing.assert_close(tower(pixels), expected)
+    assert bool(counted.counts["convolution"]) == (size != (2, 3, 3))
+
+
 def test_it_is_installed_once_and_copied_with_its_model(policy: Policy) -> None:
     tower = policy.model.model.visual
     forward = tower.blocks[0].attn.forward
