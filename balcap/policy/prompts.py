@@ -51,6 +51,10 @@ class Prompts:
                 inputs[key] = torch.cat([_pad_left(item[key], width, fill) for item in items]).to(device)
         return inputs
 
+    def num_features(self, rows: Sequence[int]) -> list[int]:
+        """Placeholders of image features in these prompts."""
+        return [int((self.items[row]["input_ids"] == self.image_token_id).sum()) for row in rows]
+
     def images(self, rows: Sequence[int], device: torch.device | str) -> dict[str, Tensor]:
         """The inputs of the vision tower for the images of these rows, in one batch; pixels are padded."""
         items, inputs = [self.items[row] for row in rows], {}

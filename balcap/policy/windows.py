@@ -63,7 +63,7 @@ def install(tower: Any) -> None:
         if fits and module.config._attn_implementation == "sdpa" and "forward" not in vars(module):
             module.forward = MethodType(_forward, module)
         elif isinstance(module, torch.nn.Conv3d) and "forward" not in vars(module):
-            module.forward = MethodType(_one_patch, module)
+            module.forward = MethodType(_one_patch, module)  # type: ignore[method-assign]
 
 
 def _one_patch(conv: torch.nn.Conv3d, patches: Float[Tensor, "N C T H W"]) -> Float[Tensor, "N E 1 1 1"]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from balcap.policy.families.base import Family, ImageFeatures, base_of
+from balcap.policy.families.base import Family, ImageFeatures, base_of, regrouped
 from balcap.policy.families.generic import Generic
 from balcap.policy.families.llava import Llava
 from balcap.policy.families.qwen2_5_vl import Qwen2_5VL
 
-__all__ = ["FAMILIES", "Family", "ImageFeatures", "base_of", "family_of"]
+__all__ = ["FAMILIES", "Family", "ImageFeatures", "base_of", "family_of", "regrouped"]
 
 FAMILIES: tuple[Family, ...] = (Qwen2_5VL(), Llava())
 

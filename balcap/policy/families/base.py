@@ -28,15 +28,27 @@ def num_weights(*parameters: Tensor) -> int:
 
 
 class ImageFeatures(NamedTuple):
-    """Of one image.
+    """Of one prompt's images, in their order in the prompt.
 
     Attributes:
-        embeds: ``[tokens, H]``, in place of the image's placeholders.
-        extra: more tensors, which the family's own `Family.language_model_inputs` reads.
+        embeds: ``[tokens, H]``, in place of the placeholders.
+        extra: more tensors ``[tokens, …]``, which the family's own `Family.language_model_inputs` reads.
     """
 
     embeds: Tensor
     extra: tuple[Tensor, ...] = ()
+
+
+def regrouped(parts: Sequence[ImageFeatures], counts: Sequence[int]) -> list[ImageFeatures]:
+    """Features of images or tiles, prompt after prompt, as those of each prompt.
+
+    Args:
+        parts: of `Family.image_features`.
+        counts: placeholders of each prompt.
+    """
+    columns = zip(*((part.embeds, *part.extra) for part in parts), strict=True)
+    grouped = zip(*(torch.cat(column).split(list(counts)) for column in columns), strict=True)
+    return [ImageFeatures(embeds, tuple(extra)) for embeds, *extra in grouped]
 
 
 class Family:
@@ -135,7 +147,8 @@ class Family:
         install(self.language_model(model))
 
     def image_features(self, model: Any, images: dict[str, Tensor]) -> list[ImageFeatures]:
-        """Features of some images in one pass of the vision tower.
+        """Features of the images of some prompts in one pass of the vision tower, in their order: one for each image, or
+        for each tile.
 
         Args:
             model: of this family.
