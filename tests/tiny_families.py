@@ -363,3 +363,6 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "paligemma": paligemma,
 }
 """Name -> writes a model of that architecture into a folder and returns the folder."""
+
+WORKING = tuple(name for name in FAMILIES if name != "paligemma")
+"""Those that a policy can be: the other has no chat template."""

@@ -19,11 +19,10 @@ from balcap.rewards import Reward
 from balcap.rollout import HFGenerate, Sampling
 from balcap.types import Rollouts
 from tests.support import metrics
-from tests.tiny_families import FAMILIES
+from tests.tiny_families import WORKING
 from tests.tiny_models import Alone, mixed_batch, rollouts_of, tiny_tokenizer
 
 ROWS = [0, 1, 2]
-WORKING = [name for name in FAMILIES if name != "paligemma"]
 
 
 @pytest.fixture
