@@ -179,14 +179,29 @@ def prepare(model: Any, config: PolicyConfig, with_reference: bool = False) -> A
 def _adapt(
     model: Any, lora: LoraSettings, layers: list[str], default: list[str], revision: str | None
 ) -> Any:
-    """A PeftModel with adapters on those of `layers` (full names of what may be trained) that are wanted."""
+    """A PeftModel with adapters on those of `layers` (full names of what may be trained) that are wanted.
+
+    Raises:
+        PolicyError: peft adapts others. Of some mixtures of experts it takes names of linear layers for experts.
+    """
     from peft import LoraConfig, get_peft_model
 
     chosen = default if lora.target_modules is None else _matching(lora.target_modules, layers)
     names = "|".join(map(re.escape, chosen))  # full names, as one expression: exact, and serialisable
     options: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     options["revision"] = revision  # of the base, for whoever loads the adapter
-    return get_peft_model(model, LoraConfig(target_modules=f"(?:{names})", bias="none", **options))
+    try:
+        adapted = get_peft_model(model, LoraConfig(target_modules=f"(?:{names})", bias="none", **options))
+        tuner = adapted.base_model
+        found = {*tuner.targeted_module_names, *tuner.targeted_parameter_names}
+        if others := sorted(found ^ set(chosen)):
+            raise ValueError(f"{', '.join(others[:3])} and {max(0, len(others) - 3)} more")
+    except ValueError as error:
+        raise PolicyError(
+            f"model.policy.lora.target_modules: of a {model.config.model_type} peft cannot adapt what it names alone "
+            f"({error}); leave it null, or name layers of attention"
+        ) from error
+    return adapted
 
 
 def _matching(wanted: str | list[str], layers: list[str]) -> list[str]:
