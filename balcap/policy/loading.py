@@ -195,11 +195,11 @@ def _adapt(
         tuner = adapted.base_model
         found = {*tuner.targeted_module_names, *tuner.targeted_parameter_names}
         if others := sorted(found ^ set(chosen)):
-            raise ValueError(f"{', '.join(others[:3])} and {max(0, len(others) - 3)} more")
+            raise ValueError(f"{others[0]} and {len(others) - 1} others differ")
     except ValueError as error:
         raise PolicyError(
-            f"model.policy.lora.target_modules: of a {model.config.model_type} peft cannot adapt what it names alone "
-            f"({error}); leave it null, or name layers of attention"
+            f"model.policy.lora.target_modules: peft cannot adapt just those layers of a {model.config.model_type} "
+            f"({error}); name layers of attention, as q_proj"
         ) from error
     return adapted
 

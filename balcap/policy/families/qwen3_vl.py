@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from balcap.policy.families.base import ImageFeatures, num_weights
@@ -20,6 +21,11 @@ class Qwen3VL(Qwen2_5VL):
 
     model_types = ("qwen3_vl", "qwen3_vl_moe")
     text_types = ("qwen3_vl_text", "qwen3_vl_moe_text")
+
+    def speed_up(self, model: Any) -> None:
+        """Images of one size in one call, and features added without waiting for the device."""
+        super().speed_up(model)
+        self.language_model(model)._deepstack_process = add_features
 
     def image_features(self, model: Any, images: dict[str, Tensor]) -> list[ImageFeatures]:
         """``extra`` holds what is added to the states behind the first layers of the language model, ``[tokens, H]`` for
@@ -49,3 +55,12 @@ class Qwen3VL(Qwen2_5VL):
         per_token = num_weights(*tower.merger.parameters(), *tower.deepstack_merger_list.parameters())
         weights = patches * per_patch + patches / config.spatial_merge_size**2 * per_token
         return 2 * weights + 4 * config.hidden_size * config.depth * patches**2
+
+
+def add_features(
+    states: Float[Tensor, "B S H"], placeholders: Bool[Tensor, "B S"], features: Float[Tensor, "M H"]
+) -> Float[Tensor, "B S H"]:
+    """The states with the M features added where placeholders are True. The model's own takes those states out, whose
+    number the host must ask the device for."""
+    places = (placeholders.flatten().cumsum(0) - 1).clamp(min=0).view_as(placeholders)
+    return states + torch.where(placeholders[..., None], features.to(states.dtype)[places], 0)
