@@ -192,7 +192,7 @@ def _adapt(
     options["revision"] = revision  # of the base, for whoever loads the adapter
     try:
         adapted = get_peft_model(model, LoraConfig(target_modules=f"(?:{names})", bias="none", **options))
-        tuner = adapted.base_model
+        tuner: Any = adapted.base_model
         found = {*tuner.targeted_module_names, *tuner.targeted_parameter_names}
         if others := sorted(found ^ set(chosen)):
             raise ValueError(f"{others[0]} and {len(others) - 1} others differ")

@@ -34,7 +34,12 @@ import torch
 from balcap.policy.families import base_of, family_of
 from balcap.policy.head import CELLS
 
-_READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj", "gate_up_proj"), ("down_proj",))
+_READERS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj", "gate_up_proj"),
+    ("down_proj",),
+)
 """Linear layers of a dense decoder layer, those with the same input together; GLM's has one for gate and up."""
 
 _FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)

@@ -1,7 +1,8 @@
 """What each model family does in its own way; all that is common to them stands one folder up.
 
 ``base.py`` the questions that a family answers, and the usual answers; ``qwen2_5_vl.py`` Qwen2-VL and Qwen2.5-VL;
-``llava.py`` LLaVA-1.5; ``qwen3_vl.py`` Qwen3-VL; ``glm4v.py`` GLM-4.1V to GLM-4.6V; ``generic.py`` every other model of transformers, one sequence per caption.
+``llava.py`` LLaVA-1.5; ``qwen3_vl.py`` Qwen3-VL; ``glm4v.py`` GLM-4.1V to GLM-4.6V;
+``generic.py`` every other model of transformers, one sequence per caption.
 
 A new family is one file here, and its class in `FAMILIES`.
 """
