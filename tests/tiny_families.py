@@ -123,6 +123,63 @@ def qwen3_5(path: Path) -> Path:
     return _qwen(path, "qwen3_5", vision, rope | linear | text, 16)
 
 
+GLM_SPECIAL = (
+    "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
+    "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|image|>", "<|video|>",
+)  # fmt: skip
+GLM_TEMPLATE = (  # GLM-4.1V's own, without its branches for tools, thoughts and videos
+    "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|begin_of_image|><|image|><|end_of_image|>{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+GLM_ROPE = {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}}
+
+
+def _glm(path: Path, model_type: str, version: str, text: dict[str, Any]) -> Path:
+    """Images of 56x56 to 112x112 pixels become 4 to 16 tokens; for their processor an image has two frames."""
+    import transformers as hf
+    from transformers import AutoConfig
+
+    tokenizer = tiny_tokenizer(GLM_SPECIAL, None, eos_token="<|user|>", pad_token="<|endoftext|>")
+    ids = tokenizer.convert_tokens_to_ids
+    sizes = {"size": {"shortest_edge": 2 * 56**2, "longest_edge": 2 * 112**2}, "patch_size": 14}
+    processor = getattr(hf, f"{version}Processor")(
+        image_processor=getattr(hf, f"{version}ImageProcessor")(**sizes),
+        tokenizer=tokenizer,
+        video_processor=getattr(hf, f"{version}VideoProcessor")(**sizes),
+        chat_template=GLM_TEMPLATE,
+    )
+    vision = {"depth": 2, "num_heads": 4, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64}
+    config = AutoConfig.for_model(
+        model_type,
+        text_config=_text(tokenizer, num_attention_heads=2, num_key_value_heads=1, head_dim=16) | text,
+        vision_config=vision | {"patch_size": 14, "image_size": 112},
+        image_token_id=ids("<|image|>"),
+        video_token_id=ids("<|video|>"),
+        image_start_token_id=ids("<|begin_of_image|>"),
+        image_end_token_id=ids("<|end_of_image|>"),
+        video_start_token_id=ids("<|begin_of_video|>"),
+        video_end_token_id=ids("<|end_of_video|>"),
+        tie_word_embeddings=False,
+    )
+    return _save(path, processor, config)
+
+
+def glm4v(path: Path) -> Path:
+    return _glm(path, "glm4v", "Glm4v", GLM_ROPE)
+
+
+def glm4v_moe(path: Path) -> Path:
+    """The first layer is dense; beside the experts that are chosen, one that is not."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return _glm(path, "glm4v_moe", "Glm4v", GLM_ROPE | experts)
+
+
+def glm46v(path: Path) -> Path:
+    return _glm(path, "glm46v", "Glm46V", GLM_ROPE)
+
+
 def gemma3(path: Path) -> Path:
     """Layers in turn with a sliding window; the tokens of an image see each other in both directions."""
     from transformers import Gemma3Config, Gemma3ImageProcessor, Gemma3Processor
@@ -350,6 +407,9 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,
     "qwen3_5": qwen3_5,
+    "glm4v": glm4v,
+    "glm4v_moe": glm4v_moe,
+    "glm46v": glm46v,
     "gemma3": gemma3,
     "smolvlm": smolvlm,
     "idefics3": tiny_idefics3,

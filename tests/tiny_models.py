@@ -303,6 +303,8 @@ def prompt_by_hand(family: str, question: str) -> str:
         return f"USER: <image>\n{question} ASSISTANT:"
     if family == "idefics3":
         return f"User:<image>{question}<end_of_utterance>\nAssistant:"
+    if family.startswith("glm"):
+        return f"[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>{question}<|assistant|>\n"
     if family in PLAIN_IMAGE:
         return f"<s>USER: {PLAIN_IMAGE[family]}{question}\nASSISTANT: "
     return (

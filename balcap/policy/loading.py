@@ -179,14 +179,29 @@ def prepare(model: Any, config: PolicyConfig, with_reference: bool = False) -> A
 def _adapt(
     model: Any, lora: LoraSettings, layers: list[str], default: list[str], revision: str | None
 ) -> Any:
-    """A PeftModel with adapters on those of `layers` (full names of what may be trained) that are wanted."""
+    """A PeftModel with adapters on those of `layers` (full names of what may be trained) that are wanted.
+
+    Raises:
+        PolicyError: peft adapts others. Of some mixtures of experts it takes names of linear layers for experts.
+    """
     from peft import LoraConfig, get_peft_model
 
     chosen = default if lora.target_modules is None else _matching(lora.target_modules, layers)
     names = "|".join(map(re.escape, chosen))  # full names, as one expression: exact, and serialisable
     options: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     options["revision"] = revision  # of the base, for whoever loads the adapter
-    return get_peft_model(model, LoraConfig(target_modules=f"(?:{names})", bias="none", **options))
+    try:
+        adapted = get_peft_model(model, LoraConfig(target_modules=f"(?:{names})", bias="none", **options))
+        tuner: Any = adapted.base_model
+        found = {*tuner.targeted_module_names, *tuner.targeted_parameter_names}
+        if others := sorted(found ^ set(chosen)):
+            raise ValueError(f"{others[0]} and {len(others) - 1} others differ")
+    except ValueError as error:
+        raise PolicyError(
+            f"model.policy.lora.target_modules: peft cannot adapt just those layers of a {model.config.model_type} "
+            f"({error}); name layers of attention, as q_proj"
+        ) from error
+    return adapted
 
 
 def _matching(wanted: str | list[str], layers: list[str]) -> list[str]:

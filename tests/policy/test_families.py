@@ -14,11 +14,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from balcap.policy import LoraSettings, PolicyConfig, families
 from balcap.policy.families import Family, base_of, family_of
 from balcap.policy.families.generic import Generic
+from balcap.policy.families.glm4v import Glm4V
 from balcap.policy.families.llava import Llava
 from balcap.policy.families.qwen2_5_vl import Qwen2_5VL
+from balcap.policy.families.qwen3_vl import Qwen3VL, add_features
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import cat_padded
 from balcap.types import Rollouts
+from tests.pretend_device import PretendDevice
 from tests.support import metrics
 from tests.tiny_models import Alone, mixed_batch, rollouts_of, tiny_idefics3
 
@@ -51,7 +54,17 @@ def rollouts() -> Rollouts:
 
 @pytest.mark.parametrize(
     ("model_type", "family"),
-    [("qwen2_5_vl", Qwen2_5VL), ("qwen2_vl", Qwen2_5VL), ("llava", Llava), ("smolvlm", Generic)],
+    [
+        ("qwen2_5_vl", Qwen2_5VL),
+        ("qwen2_vl", Qwen2_5VL),
+        ("llava", Llava),
+        ("qwen3_vl", Qwen3VL),
+        ("qwen3_vl_moe", Qwen3VL),
+        ("glm4v", Glm4V),
+        ("glm4v_moe", Glm4V),
+        ("glm46v", Glm4V),
+        ("smolvlm", Generic),
+    ],
 )
 def test_the_family_follows_the_model_type(model_type: str, family: type[Family]) -> None:
     assert type(family_of(AutoConfig.for_model(model_type))) is family
@@ -138,6 +151,60 @@ def test_lora_without_targets_adapts_all_linear_layers_but_the_head(load: Load, 
     with_vision = adapted(load(lora=LoraSettings(r=2), freeze_vision=False))
     assert any("vis" in name for name in with_vision)
     assert "lm_head" not in with_vision
+
+
+ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
+DENSE = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+GLM = (*ATTENTION, "mlp.gate_up_proj", "mlp.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "of_vision"),
+    [
+        ("qwen3_vl", DENSE, "model.visual.deepstack_merger_list.1.linear_fc2"),
+        ("qwen3_vl_moe", ATTENTION, "model.visual.deepstack_merger_list.1.linear_fc2"),
+        ("glm4v", GLM, "model.visual.merger.gate_proj"),
+        ("glm4v_moe", ATTENTION, "model.visual.blocks.1.attn.qkv"),
+        ("glm46v", GLM, "model.visual.merger.gate_proj"),
+    ],
+)
+def test_what_is_trained_by_name(
+    name: str, layers: tuple[str, ...], of_vision: str, folder_of: Callable[[str], Path]
+) -> None:
+    def loaded(**config: Any) -> Policy:
+        return Policy.load(
+            PolicyConfig(str(folder_of(name)), dtype="float32", **config), with_reference=False
+        )
+
+    language = {f"model.language_model.layers.{i}.{layer}" for i in (0, 1) for layer in layers}
+    assert adapted(loaded(lora=LoraSettings(r=2))) == language
+    with_vision = adapted(loaded(lora=LoraSettings(r=2), freeze_vision=False))
+    assert language | {of_vision} <= with_vision
+    assert {part.split(".")[1] for part in with_vision - language} == {"visual"}
+    frozen = loaded()
+    parts = {n.split(".")[1]: p.requires_grad for n, p in frozen.model.named_parameters()}
+    assert parts == {"visual": False, "language_model": True, "weight": True}  # and the head
+    assert frozen.vision_is_frozen
+
+
+@pytest.mark.parametrize("targets", [["down_proj"], ["gate_proj"]])
+def test_layers_that_peft_takes_for_experts_are_refused(
+    targets: list[str], folder_of: Callable[[str], Path]
+) -> None:
+    config = PolicyConfig(str(folder_of("glm4v_moe")), dtype="float32", lora=LoraSettings(targets, r=2))
+    with pytest.raises(ValueError, match=r"^model\.policy\.lora\.target_modules: peft .* glm4v_moe .*q_proj"):
+        Policy.load(config, with_reference=False)
+
+
+def test_features_are_added_as_the_models_own_without_waiting(folder_of: Callable[[str], Path]) -> None:
+    language = AutoModelForImageTextToText.from_pretrained(folder_of("qwen3_vl")).model.language_model
+    states, features = torch.randn(2, 7, 4), torch.randn(5, 4)
+    placeholders = torch.tensor([[0, 1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0, 1]]).bool()
+    expected = language._deepstack_process(states, placeholders, features)
+    with PretendDevice(states, placeholders, features) as device:
+        found = add_features(states, placeholders, features)
+        assert device.waits == []
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

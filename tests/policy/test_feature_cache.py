@@ -51,6 +51,23 @@ def test_the_second_epoch_makes_no_vision_pass(load: Load, tmp_path: Path, dtype
     assert torch.equal(plain, second)
 
 
+def test_features_of_several_layers_are_read_again(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    def load(**config) -> Policy:
+        config = PolicyConfig(str(folder_of("qwen3_vl")), dtype="float32", **config)
+        return Policy.load(config, with_reference=False)
+
+    plain, _, _ = epoch(load())
+    first, made, _ = epoch(load(feature_cache=str(tmp_path)))
+    policy = load(feature_cache=str(tmp_path))
+    second, made_again, cached = epoch(policy)
+    assert (made, made_again, cached) == (3, 0, {0, 1, 2})
+    assert torch.equal(plain, first)
+    assert torch.equal(plain, second)
+    key = policy.feature_cache.key(mixed_batch().images[1], CPU)
+    features = policy.feature_cache.get(key, CPU)
+    assert [one.shape for one in features.extra] == [features.embeds.shape] * 2
+
+
 def test_operations_that_were_not_made_are_not_counted(load: Load, tmp_path: Path) -> None:
     rollouts = rollouts_of(mixed_batch(), [[3, 5], [2, 4], [6, 1]], range(20, 300))
     means = []

@@ -1,7 +1,8 @@
 """What each model family does in its own way; all that is common to them stands one folder up.
 
 ``base.py`` the questions that a family answers, and the usual answers; ``qwen2_5_vl.py`` Qwen2-VL and Qwen2.5-VL;
-``llava.py`` LLaVA-1.5; ``generic.py`` every other model of transformers, one sequence per caption.
+``llava.py`` LLaVA-1.5; ``qwen3_vl.py`` Qwen3-VL; ``glm4v.py`` GLM-4.1V to GLM-4.6V;
+``generic.py`` every other model of transformers, one sequence per caption.
 
 A new family is one file here, and its class in `FAMILIES`.
 """
@@ -12,12 +13,14 @@ from typing import Any
 
 from balcap.policy.families.base import Family, ImageFeatures, base_of, regrouped
 from balcap.policy.families.generic import Generic
+from balcap.policy.families.glm4v import Glm4V
 from balcap.policy.families.llava import Llava
 from balcap.policy.families.qwen2_5_vl import Qwen2_5VL
+from balcap.policy.families.qwen3_vl import Qwen3VL
 
 __all__ = ["FAMILIES", "Family", "ImageFeatures", "base_of", "family_of", "regrouped"]
 
-FAMILIES: tuple[Family, ...] = (Qwen2_5VL(), Llava())
+FAMILIES: tuple[Family, ...] = (Qwen2_5VL(), Llava(), Qwen3VL(), Glm4V())
 
 
 def family_of(model_or_config: Any) -> Family:

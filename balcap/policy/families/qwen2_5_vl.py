@@ -13,8 +13,8 @@ from balcap.policy.families.base import Family, num_weights
 class Qwen2_5VL(Family):  # noqa: N801
     """``Qwen2_5_VLForConditionalGeneration`` and ``Qwen2VLForConditionalGeneration``."""
 
-    model_types = ("qwen2_5_vl", "qwen2_vl")
-    text_types = ("qwen2_5_vl_text", "qwen2_vl_text")
+    model_types: tuple[str, ...] = ("qwen2_5_vl", "qwen2_vl")
+    text_types: tuple[str, ...] = ("qwen2_5_vl_text", "qwen2_vl_text")
 
     def speed_up(self, model: Any) -> None:
         """Windows of the tower in batches."""
