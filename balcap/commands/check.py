@@ -55,6 +55,8 @@ def check_run(trainer: Trainer, module: BalCapModule, data: CaptionDataModule, i
         DataError: the rows cannot be used.
         SystemExit: a check failed.
     """
+    if images < 1:
+        raise UserError(f"--images {images}: use 1 or more")
     batch = read_rows(data, data.split.train, images)
     if batch is None:
         raise UserError("data: no row can be used; bad_rows.jsonl of a fit says why")
@@ -65,7 +67,8 @@ def check_run(trainer: Trainer, module: BalCapModule, data: CaptionDataModule, i
 
     def load(config: PolicyConfig) -> Policy:
         policy = Policy.load(config, with_reference=False).eval()
-        return precision.convert_module(policy).to(device)
+        precision.convert_module(policy)
+        return policy.to(device)
 
     with precision.forward_context(), seeded(device, module.pipeline.seed):
         results = {}

@@ -129,8 +129,8 @@ def exported(state: State) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         export(policy, f"{folder}/export")
         # as for whoever gets the folder: it says itself what it is
-        as_it_is = {"revision": None, "lora": None, "min_pixels": None, "max_pixels": None}
-        again = state.load(replace(state.config, model=f"{folder}/export", **as_it_is))
+        config = replace(state.config, model=f"{folder}/export", revision=None, lora=None)
+        again = state.load(replace(config, min_pixels=None, max_pixels=None))
         their_prompts = again.encode(few.batch)
         theirs, _ = again.logps(few, their_prompts, rows)
     for sample_id, ours, other in zip(few.batch.sample_ids, prompts.items, their_prompts.items, strict=True):

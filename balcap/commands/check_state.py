@@ -34,7 +34,7 @@ class Result:
     way_out: str = ""
 
 
-class Skipped(Exception):  # noqa: N818  it is no error
+class Skipped(Exception):
     """There is nothing to check; the message says why."""
 
 

@@ -40,7 +40,7 @@ def caption_logps(
     Returns:
         float32 log-probs, 0 where masked; entropies in nats, likewise, or None.
     """
-    (_, G, T), flat = mask.shape, mask.flatten(0, 1)
+    T, flat = mask.shape[-1], mask.flatten(0, 1)
     width = max(1, int(flat.any(0).sum()))  # the longest caption of these rows
     flat = flat[:, :width]
     # Padding may hold any token, placeholders too: 0 is an ordinary one.
