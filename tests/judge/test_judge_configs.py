@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from balcap.cli import BalCapCLI, ConfigFile
 from balcap.judge import Judge, JudgeSettings, TaskModel
-from balcap.judge.client import Deployment, import_litellm
+from balcap.judge.client import Deployment, end_of, import_litellm
 from balcap.utils.redact import secret_problems
 
 FOLDER = Path(__file__).parents[2] / "configs" / "judge"
@@ -192,3 +193,38 @@ def test_tasks_may_have_their_own_model(keys, tmp_path):
     judge = parse("--config", str(base))
     assert judge.per_task == {"rate": TaskModel(model="base/other")}
     assert judge.problems() == ["model.judge.providers.base: cannot load some.Class: No module named 'some'"]
+
+
+@each_overlay
+def test_overlays_say_when_their_models_end(path):
+    judge, text = parse("--config", str(path)), path.read_text()
+    for model in models(judge) - {"shapes/oracle"}:
+        end = end_of(model)
+        stated = {date.fromisoformat(day) for day in re.findall(r"retires on (\d{4}-\d\d-\d\d)", text)}
+        assert stated if end is None and "gpt-4o-mini" in model else end is None or end in stated
+    for line in judge.endings("", today=date(2026, 11, 1)):  # before all of these
+        pytest.fail(line)
+
+
+def test_a_run_says_when_its_judge_ends():
+    judge = parse("--config", str(FOLDER / "gpt-5-mini.yaml"))
+    end = end_of("openai/gpt-5-mini")
+    assert judge.endings("take another", today=end - timedelta(days=31)) == []
+    (line,) = judge.endings("take another", today=end - timedelta(days=30))
+    assert line == f"judge: openai/gpt-5-mini ends on {end}, in 30 days (by litellm's table); take another"
+    for day in (end, end + timedelta(days=400)):
+        (line,) = judge.endings("take another", today=day)
+        assert f"openai/gpt-5-mini ended on {end}" in line
+
+
+def test_every_model_of_a_judge_may_end_and_unknown_ones_never():
+    judge = JudgeSettings(
+        "openai/gpt-6-luna",
+        deployments=[Deployment("openai/gpt-5-mini"), Deployment("azure/of-mine")],
+        fallbacks=[TaskModel("openai/gpt-4o-mini"), TaskModel(params={})],
+        per_task={"rate": TaskModel("openai/gpt-5-mini"), "verify": TaskModel("shapes/gpt-4o-mini")},
+        providers={"shapes": "examples.shapes.oracle.Oracle"},
+    )
+    lines = judge.endings("", today=date(2030, 1, 1))
+    assert [line.split()[1] for line in lines] == ["openai/gpt-5-mini", "openai/gpt-4o-mini"]
+    assert JudgeSettings("openai/gpt-6-luna").endings("", today=date(2030, 1, 1)) == []
