@@ -18,7 +18,6 @@ from balcap.judge.prompt import Route
 from balcap.judge.task import Task
 from balcap.utils.redact import secret_problems
 
-
 SOON = timedelta(days=30)
 """A run says so where a judge ends within this time."""
 
