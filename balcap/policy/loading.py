@@ -171,7 +171,7 @@ def prepare(model: Any, config: PolicyConfig, with_reference: bool = False) -> A
         if config.freeze_vision:
             layers = [name for name in layers if f"{name}.".startswith(language)]
         model = _adapt(model, config.lora, layers, family.lora_targets(model, layers), config.revision)
-    _check_language_is_trained(family.language_model(base))
+    check_language_is_trained(family.language_model(base))
     prepare_checkpointing(model, config.gradient_checkpointing)
     return model
 
@@ -218,7 +218,7 @@ def _matching(wanted: str | list[str], layers: list[str]) -> list[str]:
     return [name for name in layers if any(name in names for names in matches.values())]
 
 
-def _check_language_is_trained(language_model: Any) -> None:
+def check_language_is_trained(language_model: Any) -> None:
     """PolicyError where only the head or the vision tower would be: such a run learns next to nothing, silently."""
     linear = (m for m in language_model.modules() if isinstance(m, torch.nn.Linear))
     if not any(parameter.requires_grad for module in linear for parameter in module.parameters()):

@@ -17,6 +17,11 @@ from balcap.utils.errors import UserError
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # [1, P] each
 
 
+SWITCHES = {"enable_thinking": False}
+"""Given to chat templates that know them. Models that would think before they answer, such as Qwen3.5, caption at once:
+judges would be shown their thoughts."""
+
+
 class PlaceholderMismatch(UserError, ValueError):
     """A prompt's image placeholders and its image features do not agree, or a caption contains one."""
 
@@ -88,6 +93,9 @@ class PromptEncoder:
     Args:
         processor: the model's own.
         config: the model's own; tells its family.
+
+    Attributes:
+        switches: of `SWITCHES`, those that the model's chat template knows.
     """
 
     def __init__(self, processor: Any, config: Any) -> None:
@@ -96,6 +104,7 @@ class PromptEncoder:
         self.config = config
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.switches = {name: on for name, on in SWITCHES.items() if name in str(processor.chat_template)}
         self.family = family_of(config)
         self.image_token_id = self.family.image_token_id(config)
         self.banned_token_ids = self.family.placeholder_ids(config, self.tokenizer)
@@ -117,7 +126,10 @@ class PromptEncoder:
         for sample_id, image, prompt in zip(batch.sample_ids, batch.images, batch.prompts, strict=True):
             content = [{"type": "image"}, {"type": "text", "text": self.plain(prompt)}]
             text = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=False,
+                **self.switches,
             )
             has_bos = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
             item = dict(self.processor(text=[text], images=[image], return_tensors="pt", **has_bos))

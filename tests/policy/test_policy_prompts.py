@@ -16,7 +16,7 @@ from PIL import Image
 from balcap.data.images import decode_image
 from balcap.policy import PolicyConfig
 from balcap.policy.policy import Policy
-from balcap.policy.prompts import PlaceholderMismatch
+from balcap.policy.prompts import PlaceholderMismatch, PromptEncoder
 from balcap.rollout import Sampling
 from balcap.rollout.hf import HFGenerate
 from tests.tiny_models import batch_of, mixed_batch, picture, prompt_by_hand, rollouts_of
@@ -38,6 +38,19 @@ def test_prompts_are_what_the_hub_would_write(load: Load, family: str):
         count = text.count(token)
         written = text.replace(token * count, token)
         assert written == ("<s>" if family == "llava" else "") + prompt_by_hand(family, question)
+
+
+def test_a_model_that_could_think_captions_at_once(load: Load, family: str):
+    policy = load()
+    assert policy.encoder.switches == {}
+    # the end of Qwen3.5's template
+    thinks_not = "enable_thinking is defined and enable_thinking is false"
+    end = "{% if " + thinks_not + " %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}"
+    processor = policy.encoder.processor
+    processor.chat_template += "{% if add_generation_prompt %}" + end + "{% endif %}"
+    encoder = PromptEncoder(processor, policy.model.config)
+    for item in encoder.encode(mixed_batch()).items:
+        assert encoder.tokenizer.decode(item["input_ids"][0]).endswith("<think>\n\n</think>\n\n")
 
 
 def test_image_tokens_are_as_many_as_the_models_features(load: Load, family: str):

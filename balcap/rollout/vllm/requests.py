@@ -117,6 +117,7 @@ def chat_settings(
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
         "add_special_tokens": template_lacks_bos(policy.encoder),
+        "chat_template_kwargs": policy.encoder.switches,
     }
     return [settings | own for settings in sampling_settings(policy, sampling, num_captions, rows, seeds)]
 

@@ -84,6 +84,7 @@ def asked(fakes: list[FakeServer]) -> list[dict[str, Any]]:
 def test_a_request_draws_from_the_policys_distribution_and_nothing_else(
     connect: Connect, policy: Policy, fakes: list[FakeServer]
 ):
+    policy.encoder.switches = {"enable_thinking": False}  # of a template that knows it
     engine = connect()
     assert isinstance(engine, RolloutEngine)
     assert not engine.on_policy
@@ -107,6 +108,7 @@ def test_a_request_draws_from_the_policys_distribution_and_nothing_else(
         assert tokenizer.convert_tokens_to_ids(body["bad_words"]) == policy.encoder.banned_token_ids
         assert (body["logprobs"], body["top_logprobs"], body["return_token_ids"]) == (True, 0, True)
         assert "mm_processor_kwargs" not in body, "servers refuse them"
+        assert body["chat_template_kwargs"] == {"enable_thinking": False}
         url = body["messages"][0]["content"][0]["image_url"]["url"]
         sent = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
         assert (sent.mode, sent.size, sent.tobytes()) == ("RGB", image.size, image.tobytes())
