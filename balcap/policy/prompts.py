@@ -29,6 +29,8 @@ class Prompts:
         items: ``[B]`` model inputs of one example each, no padding.
         pad_token_id: fills the left side.
         image_token_id: stands where image features go.
+        unexpanded: ``[B]`` their token ids as the chat template writes them: before the processor puts what stands for the
+            image's features in.
         features: row -> features of its image by a frozen vision tower, kept for the whole step.
         cached: rows of which these were read from ``model.policy.feature_cache``.
     """
@@ -36,6 +38,7 @@ class Prompts:
     items: Sequence[dict[str, Tensor]]
     pad_token_id: int
     image_token_id: int = -1
+    unexpanded: Sequence[list[int]] = ()
     features: dict[int, ImageFeatures] = field(default_factory=dict, compare=False, repr=False)
     cached: set[int] = field(default_factory=set, compare=False, repr=False)
 
@@ -59,6 +62,10 @@ class Prompts:
                 join = cat_padded if key.startswith("pixel_") else torch.cat
                 inputs[key] = join([item[key] for item in items]).to(device)
         return inputs
+
+    def image_tokens(self, rows: Sequence[int]) -> list[int]:
+        """Placeholders in the prompts of these rows."""
+        return [int((self.items[row]["input_ids"] == self.image_token_id).sum()) for row in rows]
 
 
 def _pad_left(row: Tensor, width: int, fill: int) -> Tensor:
@@ -108,7 +115,7 @@ class PromptEncoder:
 
     def encode(self, batch: CaptionBatch) -> Prompts:
         """Prompts of B images. PlaceholderMismatch names the sample whose placeholders do not fit its image."""
-        items = []
+        items, unexpanded = [], []
         bos = self.tokenizer.bos_token
         for sample_id, image, prompt in zip(batch.sample_ids, batch.images, batch.prompts, strict=True):
             content = [{"type": "image"}, {"type": "text", "text": self.plain(prompt)}]
@@ -119,7 +126,8 @@ class PromptEncoder:
             item = dict(self.processor(text=[text], images=[image], return_tensors="pt", **has_bos))
             self._check(sample_id, item)
             items.append(item)
-        return Prompts(items, self.tokenizer.pad_token_id, self.image_token_id)
+            unexpanded.append(self.tokenizer(text, **has_bos)["input_ids"])
+        return Prompts(items, self.tokenizer.pad_token_id, self.image_token_id, unexpanded)
 
     def _check(self, sample_id: str, item: dict[str, Tensor]) -> None:
         count = int((item["input_ids"] == self.image_token_id).sum())

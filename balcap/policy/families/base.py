@@ -27,6 +27,25 @@ def num_weights(*parameters: Tensor) -> int:
     return sum(p.numel() if state is None else math.prod(state.shape) for p, state in states)
 
 
+def products(*modules: Any) -> int:
+    """Weights of their linear layers and convolutions: those that each token is multiplied with."""
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    parts = (part for module in modules for part in module.modules())
+    return sum(num_weights(*part.parameters()) for part in parts if isinstance(part, kinds))
+
+
+def transformer_flops(config: Any, tokens: int, *modules: Any) -> float:
+    """Model FLOPs of a plain vision transformer over one picture of so many tokens, which all see each other.
+
+    Args:
+        config: of the tower.
+        tokens: patches, and the class token where there is one.
+        modules: of the tower, what all tokens pass through.
+    """
+    pairs = config.num_hidden_layers * tokens**2
+    return 2 * tokens * products(*modules) + 4 * config.hidden_size * pairs
+
+
 class ImageFeatures(NamedTuple):
     """Of one image.
 
@@ -123,7 +142,9 @@ class Family:
         kind, text = model.config.model_type, model.config.get_text_config()
         if kind not in self.model_types or text.model_type not in self.text_types:
             return f"not written for the architecture {kind}/{text.model_type}"
-        if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        layers = getattr(text, "layer_types", None)  # Mistral's has none: a window is that of all layers
+        window = getattr(text, "sliding_window", None) if layers is None else "sliding_attention" in layers
+        if window:
             return "the language model attends within sliding windows"
         implementation = text._attn_implementation.removeprefix(PREFIX)
         if implementation not in IMPLEMENTATIONS:
@@ -134,15 +155,19 @@ class Family:
         """Make the language model take a packed sequence; `generate` must work as before."""
         install(self.language_model(model))
 
-    def image_features(self, model: Any, images: dict[str, Tensor]) -> list[ImageFeatures]:
+    def image_features(
+        self, model: Any, images: dict[str, Tensor], tokens: Sequence[int]
+    ) -> list[ImageFeatures]:
         """Features of some images in one pass of the vision tower.
 
         Args:
             model: of this family.
             images: their inputs, as `Prompts.images` makes them.
+            tokens: placeholders of each image, of all its tiles together.
         """
         parts = model.model.get_image_features(**images, return_dict=True).pooler_output
-        return [ImageFeatures(part.reshape(-1, part.shape[-1])) for part in parts]
+        embeds = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+        return [ImageFeatures(of_image) for of_image in embeds.split(list(tokens))]
 
     def prompt_positions(self, model: Any, item: dict[str, Tensor]) -> Int[Tensor, "R P"]:
         """Positions of a prompt's tokens, R = 3 with M-RoPE, else 1; captions go on after the largest."""
@@ -166,7 +191,11 @@ class Family:
         """Attention of one layer over the packed sequence; ``options`` are those that transformers gives."""
         return shared_prefix_attention(query, key, value, layout, options.get("scaling"))
 
-    # ── FLOPs ────────────────────────────────────────────────────────────────────────────────────────
+    # ── FLOPs and memory ─────────────────────────────────────────────────────────────────────────────
+
+    def patches_per_token(self, config: Any) -> float:
+        """Patches in the vision tower for each placeholder of a prompt."""
+        return getattr(config.vision_config, "spatial_merge_size", 1) ** 2
 
     def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float | None:
         """Model FLOPs of one image's forward through the tower and what joins it to the language model. None where
