@@ -209,7 +209,9 @@ def _llava_like(path: Path, kind: str) -> Path:
             num_image_tokens=16,
             vision_feature_select_strategy="full",
             chat_template=chat_template("<image>"),
+            vision_aspect_ratio="anyres_max_2",
         )
+        ids["vision_aspect_ratio"] = "anyres_max_2"  # features of four tiles are scaled down
         vision = {"model_type": "siglip_vision_model", "vision_use_head": False} | SIGLIP
         text = {"model_type": "qwen2"}
         ids["video_token_index"] = tokenizer.convert_tokens_to_ids("<video>")

@@ -245,7 +245,9 @@ def update_costs(
         outside=norm,
         vocabulary=text.vocab_size,
         head_gradient=head.nbytes if head.requires_grad else 0,
-        **_vision(vision_config, family.patches_per_token(base.config), product, family.vision_is_frozen(base)),
+        **_vision(
+            vision_config, family.patches_per_token(base.config), product, family.vision_is_frozen(base)
+        ),
     )
 
 

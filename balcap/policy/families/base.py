@@ -27,23 +27,27 @@ def num_weights(*parameters: Tensor) -> int:
     return sum(p.numel() if state is None else math.prod(state.shape) for p, state in states)
 
 
-def products(*modules: Any) -> int:
-    """Weights of their linear layers and convolutions: those that each token is multiplied with."""
+def products(module: Any) -> int:
+    """Weights of its linear layers and convolutions: those that each token is multiplied with."""
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    parts = (part for module in modules for part in module.modules())
-    return sum(num_weights(*part.parameters()) for part in parts if isinstance(part, kinds))
+    return sum(num_weights(*part.parameters()) for part in module.modules() if isinstance(part, kinds))
 
 
-def transformer_flops(config: Any, tokens: int, *modules: Any) -> float:
-    """Model FLOPs of a plain vision transformer over one picture of so many tokens, which all see each other.
+def transformer_flops(
+    config: Any, patches: int, embedding: Any, layers: Any, class_token: bool = False
+) -> float:
+    """Model FLOPs of a plain vision transformer over one picture, whose tokens all see each other.
 
     Args:
         config: of the tower.
-        tokens: patches, and the class token where there is one.
-        modules: of the tower, what all tokens pass through.
+        patches: of the picture.
+        embedding: the module that embeds them.
+        layers: the module of the layers.
+        class_token: whether one token more passes through the layers.
     """
+    tokens = patches + class_token
     pairs = config.num_hidden_layers * tokens**2
-    return 2 * tokens * products(*modules) + 4 * config.hidden_size * pairs
+    return 2 * (patches * products(embedding) + tokens * products(layers)) + 4 * config.hidden_size * pairs
 
 
 class ImageFeatures(NamedTuple):

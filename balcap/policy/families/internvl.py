@@ -29,7 +29,7 @@ class InternVL(Family):
         if config.get_text_config().model_type == "qwen3_moe":
             return None
         patches = _patches(config)
-        flops = transformer_flops(config.vision_config, patches + 1, tower.embeddings, tower.encoder)
+        flops = transformer_flops(config.vision_config, patches, tower.embeddings, tower.encoder, True)
         flops += 2 * patches / self.patches_per_token(config) * products(model.model.multi_modal_projector)
         return len(item["pixel_values"]) * flops
 

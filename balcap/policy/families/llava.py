@@ -25,7 +25,9 @@ class Llava(Family):
             return int(pixtral_patches(vision, item) / self.patches_per_token(config))
         if vision.model_type not in _ONE_SIZE:
             return super().num_features(config, item)
-        return side(vision) ** 2 + (config.vision_feature_select_strategy == "full" and has_class_token(vision))
+        return side(vision) ** 2 + (
+            config.vision_feature_select_strategy == "full" and has_class_token(vision)
+        )
 
     def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float | None:
         """All patches and the class token through the tower, the features through the projector."""
@@ -63,8 +65,7 @@ def has_class_token(vision: Any) -> bool:
 def square_flops(vision: Any, tower: Any, projector: Any) -> float:
     """Of one square image through CLIP or SigLIP, and its patches through the projector."""
     patches = side(vision) ** 2
-    tokens = patches + has_class_token(vision)
-    flops = transformer_flops(vision, tokens, tower.embeddings, tower.encoder)
+    flops = transformer_flops(vision, patches, tower.embeddings, tower.encoder, has_class_token(vision))
     return flops + 2 * patches * products(projector)
 
 

@@ -21,7 +21,10 @@ class LlavaNext(Family):
 
     def num_features(self, config: Any, item: dict[str, Tensor]) -> int:
         """Of the small picture, and of the rows and columns that are left of the tiles."""
-        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+        from transformers.models.llava_next.modeling_llava_next import (
+            get_anyres_image_grid_shape,
+            unpad_image,
+        )
 
         vision, (size,) = config.vision_config, item["image_sizes"]
         shape = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, vision.image_size)
