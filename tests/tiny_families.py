@@ -266,7 +266,9 @@ def _llava_like(path: Path, kind: str) -> Path:
             num_image_tokens=16,
             vision_feature_select_strategy="full",
             chat_template=chat_template("<image>"),
+            vision_aspect_ratio="anyres_max_2",
         )
+        ids["vision_aspect_ratio"] = "anyres_max_2"  # features of four tiles are scaled down
         vision = {"model_type": "siglip_vision_model", "vision_use_head": False} | SIGLIP
         text = {"model_type": "qwen2"}
         ids["video_token_index"] = tokenizer.convert_tokens_to_ids("<video>")
@@ -326,7 +328,7 @@ def mistral3(path: Path) -> Path:
     return _pixtral_like(path, "mistral3")
 
 
-def internvl(path: Path) -> Path:
+def _internvl(path: Path, text: dict[str, Any]) -> Path:
     """One to four tiles of 28x28 pixels, and one of the whole image."""
     from transformers import GotOcr2ImageProcessor, InternVLConfig, InternVLProcessor, InternVLVideoProcessor
 
@@ -345,12 +347,25 @@ def internvl(path: Path) -> Path:
     )
     config = InternVLConfig(
         vision_config=SHAPE | {"image_size": [28, 28], "patch_size": [7, 7]},
-        text_config=_text(tokenizer) | {"model_type": "qwen2"},
+        text_config=_text(tokenizer) | text,
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=4,
         tie_word_embeddings=False,
     )
     return _save(path, processor, config)
+
+
+def internvl(path: Path) -> Path:
+    return _internvl(path, {"model_type": "qwen2"})
+
+
+def internvl_qwen3(path: Path) -> Path:
+    """InternVL3.5."""
+    return _internvl(path, {"model_type": "qwen3"})
+
+
+def internvl_qwen3_moe(path: Path) -> Path:
+    return _internvl(path, {"model_type": "qwen3_moe"} | EXPERTS)
 
 
 def lfm2_vl(path: Path) -> Path:
@@ -419,6 +434,8 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "pixtral": pixtral,
     "mistral3": mistral3,
     "internvl": internvl,
+    "internvl_qwen3": internvl_qwen3,
+    "internvl_qwen3_moe": internvl_qwen3_moe,
     "lfm2_vl": lfm2_vl,
     "paligemma": paligemma,
 }

@@ -50,6 +50,8 @@ LLAVA_TEMPLATE = (  # LLaVA-1.5's own: USER: <image>\n{question} ASSISTANT:
 PLAIN_IMAGE = {
     "gemma3": "<start_of_image>",
     "internvl": "<IMG_CONTEXT>",
+    "internvl_qwen3": "<IMG_CONTEXT>",
+    "internvl_qwen3_moe": "<IMG_CONTEXT>",
     "pixtral": "[IMG]",
     "mistral3": "[IMG]",
 } | dict.fromkeys(("smolvlm", "llava_next", "llava_onevision", "lfm2_vl"), "<image>")

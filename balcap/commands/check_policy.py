@@ -53,11 +53,12 @@ def placeholders(state: State) -> Result:
         if by_itself:
             policy.model(**prompts.inputs([row], 1, policy.device), use_cache=False, logits_to_keep=1)
         else:
-            (features,) = family.image_features(base, prompts.images([row], policy.device))
-            if len(features.embeds) != count:
+            parts = family.image_features(base, prompts.images([row], policy.device))
+            features = sum(len(part.embeds) for part in parts)
+            if features != count:
                 return Result(
                     False,
-                    f"sample {state.batch.sample_ids[row]!r}: {count} placeholders, {len(features.embeds)} features",
+                    f"sample {state.batch.sample_ids[row]!r}: {count} placeholders, {features} features",
                     "the processor is not the model's own: compare model.policy.model and revision with the files of "
                     "the model",
                 )

@@ -253,7 +253,9 @@ def update_costs(
         outside=norms[-1],  # those of the layer itself come last
         vocabulary=text.vocab_size,
         head_gradient=head.nbytes if head.requires_grad else 0,
-        **_vision(vision_config, product, family.vision_is_frozen(base)),
+        **_vision(
+            vision_config, family.patches_per_token(base.config), product, family.vision_is_frozen(base)
+        ),
     )
 
 
@@ -306,12 +308,11 @@ def _kept_inputs(linears: dict[str, Any], stream: int, product: int, autocast: b
     return total
 
 
-def _vision(config: Any, product: int, frozen: bool) -> dict[str, float]:
-    """Costs of the vision tower per image token; Qwen2.5-VL makes one of four patches."""
+def _vision(config: Any, patches: float, product: int, frozen: bool) -> dict[str, float]:
+    """Costs of the vision tower per image token, of which each is made of so many patches."""
     width = getattr(config, "embed_dim", None) or config.hidden_size
     middle = getattr(config, "intermediate_size", None) or width * getattr(config, "mlp_ratio", 4)
     depth = getattr(config, "depth", None) or config.num_hidden_layers
-    patches = getattr(config, "spatial_merge_size", 1) ** 2
     layer = 2 * (4 + 2 * product) * width + product * (8 * width + 4 * middle)
     one_pass = patches * (layer + 8 * width)  # queries and keys are rotated in float32
     return {

@@ -34,6 +34,8 @@ class Prompts:
         items: ``[B]`` model inputs of one example each, no padding.
         pad_token_id: fills the left side.
         image_token_id: stands where image features go.
+        unexpanded: ``[B]`` their token ids as the chat template writes them: before the processor puts what stands for the
+            image's features in.
         features: row -> features of its image by a frozen vision tower, kept for the whole step.
         cached: rows of which these were read from ``model.policy.feature_cache``.
     """
@@ -41,6 +43,7 @@ class Prompts:
     items: Sequence[dict[str, Tensor]]
     pad_token_id: int
     image_token_id: int = -1
+    unexpanded: Sequence[list[int]] = ()
     features: dict[int, ImageFeatures] = field(default_factory=dict, compare=False, repr=False)
     cached: set[int] = field(default_factory=set, compare=False, repr=False)
 
@@ -121,7 +124,7 @@ class PromptEncoder:
 
     def encode(self, batch: CaptionBatch) -> Prompts:
         """Prompts of B images. PlaceholderMismatch names the sample whose placeholders do not fit its image."""
-        items = []
+        items, unexpanded = [], []
         bos = self.tokenizer.bos_token
         for sample_id, image, prompt in zip(batch.sample_ids, batch.images, batch.prompts, strict=True):
             content = [{"type": "image"}, {"type": "text", "text": self.plain(prompt)}]
@@ -135,7 +138,8 @@ class PromptEncoder:
             item = dict(self.processor(text=[text], images=[image], return_tensors="pt", **has_bos))
             self._check(sample_id, item)
             items.append(item)
-        return Prompts(items, self.tokenizer.pad_token_id, self.image_token_id)
+            unexpanded.append(self.tokenizer(text, **has_bos)["input_ids"])
+        return Prompts(items, self.tokenizer.pad_token_id, self.image_token_id, unexpanded)
 
     def _check(self, sample_id: str, item: dict[str, Tensor]) -> None:
         count = int((item["input_ids"] == self.image_token_id).sum())

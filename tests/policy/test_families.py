@@ -15,7 +15,10 @@ from balcap.policy import LoraSettings, PolicyConfig, families
 from balcap.policy.families import Family, base_of, family_of
 from balcap.policy.families.generic import Generic
 from balcap.policy.families.glm4v import Glm4V
-from balcap.policy.families.llava import Llava
+from balcap.policy.families.idefics3 import Idefics3
+from balcap.policy.families.internvl import InternVL
+from balcap.policy.families.llava import Llava, Mistral3
+from balcap.policy.families.llava_next import LlavaNext, LlavaOnevision
 from balcap.policy.families.qwen2_5_vl import Qwen2_5VL
 from balcap.policy.families.qwen3_vl import Qwen3VL, add_features
 from balcap.policy.policy import Policy
@@ -23,23 +26,25 @@ from balcap.policy.prompts import cat_padded
 from balcap.types import Rollouts
 from tests.pretend_device import PretendDevice
 from tests.support import metrics
-from tests.tiny_models import Alone, mixed_batch, rollouts_of, tiny_idefics3
+from tests.tiny_models import Alone, mixed_batch, rollouts_of
 
 Load = Callable[..., Policy]
 LENGTHS = [[3, 1, 5], [7, 2, 2], [4, 6, 1]]
 ROWS = [0, 1, 2]
 
 
-@pytest.fixture(scope="session")
-def idefics3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of an architecture that no family is for; its text model lies under ``model.text_model``."""
-    return tiny_idefics3(tmp_path_factory.mktemp("models") / "idefics3")
+@pytest.fixture
+def unknown(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of an architecture that no family is for, now; its text model lies under ``model.text_model``."""
+    others = tuple(one for one in families.FAMILIES if "idefics3" not in one.model_types)
+    monkeypatch.setattr(families, "FAMILIES", others)
+    return folder_of("idefics3")
 
 
 @pytest.fixture
-def load_unknown(idefics3: Path) -> Load:
+def load_unknown(unknown: Path) -> Load:
     def load(with_reference: bool = False, **config: Any) -> Policy:
-        return Policy.load(PolicyConfig(str(idefics3), **{"dtype": "float32"} | config), with_reference)
+        return Policy.load(PolicyConfig(str(unknown), **{"dtype": "float32"} | config), with_reference)
 
     return load
 
@@ -63,7 +68,13 @@ def rollouts() -> Rollouts:
         ("glm4v", Glm4V),
         ("glm4v_moe", Glm4V),
         ("glm46v", Glm4V),
-        ("smolvlm", Generic),
+        ("mistral3", Mistral3),
+        ("llava_next", LlavaNext),
+        ("llava_onevision", LlavaOnevision),
+        ("idefics3", Idefics3),
+        ("smolvlm", Idefics3),
+        ("internvl", InternVL),
+        ("idefics2", Generic),
     ],
 )
 def test_the_family_follows_the_model_type(model_type: str, family: type[Family]) -> None:
@@ -126,6 +137,41 @@ def test_freezing_vision_of_an_unknown_architecture_leaves_its_language_trained(
     assert sum(".layers." in name for name in language) == 2 * (7 + 2)  # linear layers and norms
     assert policy.vision_is_frozen
     assert not load_unknown(freeze_vision=False).vision_is_frozen
+
+
+PARTS = {
+    "pixtral": ("language_model", {"vision_tower", "multi_modal_projector"}),
+    "mistral3": ("language_model", {"vision_tower", "multi_modal_projector"}),
+    "llava_next": ("language_model", {"vision_tower", "multi_modal_projector", "image_newline"}),
+    "llava_onevision": ("language_model", {"vision_tower", "multi_modal_projector", "image_newline"}),
+    "smolvlm": ("text_model", {"vision_model", "connector"}),
+    "idefics3": ("text_model", {"vision_model", "connector"}),
+    "internvl": ("language_model", {"vision_tower", "multi_modal_projector"}),
+    "internvl_qwen3": ("language_model", {"vision_tower", "multi_modal_projector"}),
+    "internvl_qwen3_moe": ("language_model", {"vision_tower", "multi_modal_projector"}),
+}
+"""Name in `tests.tiny_families` -> the text model and what is vision, below ``model``."""
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_vision_is_frozen_and_language_trained_or_adapted(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    def load(**config: Any) -> Policy:
+        return Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32", **config), False)
+
+    text, vision = PARTS[name]
+    parts: dict[bool, set[str]] = {True: set(), False: set()}
+    for full_name, parameter in load().model.named_parameters():
+        parts[parameter.requires_grad].add(full_name.removeprefix("model.").split(".")[0])
+    assert parts == {True: {text, "lm_head"}, False: vision}
+    experts = name == "internvl_qwen3_moe"  # theirs are no linear layers
+    projections = [f"self_attn.{x}" for x in "qkvo"] + ([] if experts else ["mlp.gate", "mlp.up", "mlp.down"])
+    language = {f"model.{text}.layers.{i}.{x}_proj" for i in (0, 1) for x in projections}
+    assert adapted(load(lora=LoraSettings(r=2))) == language
+    everywhere = adapted(load(lora=LoraSettings(r=2), freeze_vision=False))
+    assert language < everywhere
+    assert {one.split(".")[1] for one in everywhere - language} == vision - {"image_newline"}
 
 
 def adapted(policy: Policy) -> set[str]:
@@ -236,14 +282,14 @@ def test_images_of_different_shapes_are_padded_at_their_ends() -> None:
 
 
 def test_an_unknown_architecture_is_scored_as_each_example_alone(
-    load_unknown: Load, idefics3: Path, rollouts: Rollouts
+    load_unknown: Load, unknown: Path, rollouts: Rollouts
 ) -> None:
     policy = load_unknown()
     prompts = policy.encode(rollouts.batch)
     assert [item["pixel_values"].shape[1] for item in prompts.items] == [17, 9, 9]  # tiles
     assert not policy.shared_prefix
     assert policy.flops(rollouts, prompts, ROWS) is None
-    expected, expected_entropies = Alone("idefics3", idefics3).logps(rollouts, 0.7)
+    expected, expected_entropies = Alone("idefics3", unknown).logps(rollouts, 0.7)
     logps, entropies = policy.logps(rollouts, prompts, ROWS, 0.7, entropy=True)
     torch.testing.assert_close(logps, expected, atol=3e-6, rtol=1e-6)
     torch.testing.assert_close(entropies, expected_entropies, atol=3e-6, rtol=1e-6)
@@ -252,9 +298,9 @@ def test_an_unknown_architecture_is_scored_as_each_example_alone(
 
 
 def test_an_unknown_architecture_trains_from_the_command_line(
-    fit_arguments: Callable[..., list[str]], cli: Callable[[list[str]], None], idefics3: Path, tmp_path: Path
+    fit_arguments: Callable[..., list[str]], cli: Callable[[list[str]], None], unknown: Path, tmp_path: Path
 ) -> None:
-    options = {"model.policy.model": idefics3, "model.sampling.max_tokens": 4, "trainer.max_steps": 1}
+    options = {"model.policy.model": unknown, "model.sampling.max_tokens": 4, "trainer.max_steps": 1}
     options |= {"trainer.limit_val_batches": 0, "model.policy.gradient_checkpointing": "true"}
     cli(fit_arguments(**options, run_dir=tmp_path / "run"))
     row = next(row for row in metrics(tmp_path / "run") if row["train/loss"])
@@ -265,7 +311,7 @@ def test_an_unknown_architecture_trains_from_the_command_line(
 # ── a family from outside ────────────────────────────────────────────────────────────────────────────
 
 
-class Idefics3(Family):
+class Outside(Family):
     """All that it takes to share the prefix of a model whose image features enter as plain embeddings."""
 
     model_types = ("idefics3",)
@@ -292,12 +338,12 @@ def test_a_new_family_shares_the_prefix(
     naive = load_unknown(freeze_vision=False)
     expected, _ = naive.logps(rollouts, naive.encode(rollouts.batch), ROWS)
     expected.sum().backward()
-    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, Idefics3()))
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, Outside()))
     policy = load_unknown(freeze_vision=False)
     assert policy.shared_prefix
-    Idefics3.layers.clear()
+    Outside.layers.clear()
     logps, _ = policy.logps(rollouts, policy.encode(rollouts.batch), ROWS)
-    assert Idefics3.layers == [0, 1]
+    assert Outside.layers == [0, 1]
     torch.testing.assert_close(logps, expected, atol=1e-5, rtol=1e-6)
     logps.sum().backward()
     theirs = dict(base_of(naive.model).named_parameters())

@@ -147,6 +147,6 @@ def test_peak_memory_grows_with_what_is_held() -> None:
 def test_an_unknown_architecture_has_no_count(load: Load) -> None:
     policy = load()
     base = base_of(policy.model)
-    base.config.model_type = "idefics3"
+    base.config.model_type = "git"
     layout = Layout([4], [[3, 2]])
     assert update_flops(base, layout, [{}]) is rollout_flops(base, layout, [{}]) is None

@@ -15,7 +15,11 @@ from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.policy import Policy
 from tests.tiny_models import batch_of, picture, rollouts_of
 
-SHARED = ("qwen2_vl", "llava", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v")
+SHARED = (
+    "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v",
+    "llava", "pixtral", "mistral3", "llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl", "internvl_qwen3",
+    "internvl_qwen3_moe",
+)  # fmt: skip
 """Names of `tests.tiny_families`."""
 
 PROMPTS = ("What is this?", "Describe the image in detail, please.", "Go")

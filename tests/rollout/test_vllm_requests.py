@@ -18,26 +18,22 @@ from balcap.rollout.vllm.requests import (
     token_settings,
 )
 from balcap.rollout.vllm.start import engine_arguments, logprobs_mode, mm_processor_kwargs
-from tests.tiny_models import mixed_batch, picture
+from tests.tiny_models import mixed_batch, prompt_by_hand
 
 Load = Callable[..., Policy]
 
 
-def test_runs_of_the_image_token_collapse():
-    item = {"input_ids": torch.tensor([[7, 7, 1, 7, 2, 2]])}
-    request = prompt_request(item, picture(30, 20), 7)
-    assert request["prompt_token_ids"] == [7, 1, 7, 2, 2]
-
-
-def test_a_collapsed_prompt_is_what_the_template_writes(load: Load):
+def test_an_engine_gets_the_prompt_as_the_template_writes_it(load: Load, family: str):
     policy, batch = load(), mixed_batch()
     prompts = policy.encode(batch)
-    for item, image in zip(prompts.items, batch.images, strict=True):
-        request = prompt_request(item, image, prompts.image_token_id)
-        ids = request["prompt_token_ids"]
-        assert ids.count(prompts.image_token_id) == 1
-        assert len(ids) == int((item["input_ids"] != prompts.image_token_id).sum()) + 1
-        assert request["multi_modal_data"] == {"image": image}
+    for item, ids, image, question in zip(
+        prompts.items, prompts.unexpanded, batch.images, batch.prompts, strict=True
+    ):
+        assert prompt_request(ids, image) == {"prompt_token_ids": ids, "multi_modal_data": {"image": image}}
+        assert policy.encoder.tokenizer.decode(ids).removeprefix("<s>") == prompt_by_hand(family, question)
+        at, features = ids.index(prompts.image_token_id), item["input_ids"].shape[1] - len(ids) + 1
+        image_tokens = [prompts.image_token_id] * features
+        assert item["input_ids"][0].tolist() == ids[:at] + image_tokens + ids[at + 1 :]
 
 
 def test_equal_prompts_pass():

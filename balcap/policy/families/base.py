@@ -27,6 +27,29 @@ def num_weights(*parameters: Tensor) -> int:
     return sum(p.numel() if state is None else math.prod(state.shape) for p, state in states)
 
 
+def products(module: Any) -> int:
+    """Weights of its linear layers and convolutions: those that each token is multiplied with."""
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    return sum(num_weights(*part.parameters()) for part in module.modules() if isinstance(part, kinds))
+
+
+def transformer_flops(
+    config: Any, patches: int, embedding: Any, layers: Any, class_token: bool = False
+) -> float:
+    """Model FLOPs of a plain vision transformer over one picture, whose tokens all see each other.
+
+    Args:
+        config: of the tower.
+        patches: of the picture.
+        embedding: the module that embeds them.
+        layers: the module of the layers.
+        class_token: whether one token more passes through the layers.
+    """
+    tokens = patches + class_token
+    pairs = config.num_hidden_layers * tokens**2
+    return 2 * (patches * products(embedding) + tokens * products(layers)) + 4 * config.hidden_size * pairs
+
+
 class ImageFeatures(NamedTuple):
     """Of one prompt's images, in their order in the prompt.
 
@@ -135,7 +158,9 @@ class Family:
         kind, text = model.config.model_type, model.config.get_text_config()
         if kind not in self.model_types or text.model_type not in self.text_types:
             return f"not written for the architecture {kind}/{text.model_type}"
-        if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        layers = getattr(text, "layer_types", None)  # Mistral's has none: a window is that of all layers
+        window = getattr(text, "sliding_window", None) if layers is None else "sliding_attention" in layers
+        if window:
             return "the language model attends within sliding windows"
         implementation = text._attn_implementation.removeprefix(PREFIX)
         if implementation not in IMPLEMENTATIONS:
@@ -179,7 +204,11 @@ class Family:
         """Attention of one layer over the packed sequence; ``options`` are those that transformers gives."""
         return shared_prefix_attention(query, key, value, layout, options.get("scaling"))
 
-    # ── FLOPs ────────────────────────────────────────────────────────────────────────────────────────
+    # ── FLOPs and memory ─────────────────────────────────────────────────────────────────────────────
+
+    def patches_per_token(self, config: Any) -> float:
+        """Patches in the vision tower for each placeholder of a prompt."""
+        return getattr(config.vision_config, "spatial_merge_size", 1) ** 2
 
     def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float | None:
         """Model FLOPs of one image's forward through the tower and what joins it to the language model. None where

@@ -1,4 +1,4 @@
-"""LLaVA-1.5: CLIP, a projector, Llama. Every image is cropped to one size."""
+"""LLaVA-1.5: CLIP, a projector, Llama; and with Pixtral's tower, for images of any size, Pixtral and Mistral Small 3."""
 
 from __future__ import annotations
 
@@ -6,35 +6,69 @@ from typing import Any
 
 from torch import Tensor
 
-from balcap.policy.families.base import Family, num_weights
+from balcap.policy.families.base import Family, products, transformer_flops
 
 _ONE_SIZE = ("clip_vision_model", "siglip_vision_model")
-"""Towers that make as many features of every image; Pixtral's, in the same architecture, does not."""
+"""Towers whose images are cropped to one size."""
 
 
 class Llava(Family):
     """``LlavaForConditionalGeneration``."""
 
     model_types = ("llava",)
-    text_types = ("llama", "qwen2")
+    text_types: tuple[str, ...] = ("llama", "qwen2", "mistral")
 
     def num_features(self, config: Any, item: dict[str, Tensor]) -> int | None:
         """One per patch, and the class token where the config keeps it."""
-        if config.vision_config.model_type not in _ONE_SIZE:
+        vision = config.vision_config
+        if vision.model_type == "pixtral":
+            return int(pixtral_patches(vision, item) / self.patches_per_token(config))
+        if vision.model_type not in _ONE_SIZE:
             return super().num_features(config, item)
-        return _patches(config.vision_config) + (config.vision_feature_select_strategy == "full")
+        return side(vision) ** 2 + (
+            config.vision_feature_select_strategy == "full" and has_class_token(vision)
+        )
 
     def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float | None:
-        """All patches and the class token through the tower, the patches through the projector."""
-        config, inner = model.config.vision_config, model.model
-        if config.model_type not in _ONE_SIZE:
+        """All patches and the class token through the tower, the features through the projector."""
+        config, tower, projector = model.config, model.model.vision_tower, model.model.multi_modal_projector
+        vision = config.vision_config
+        if vision.model_type == "pixtral":
+            patches = pixtral_patches(vision, item)
+            flops = transformer_flops(vision, patches, tower.patch_conv, tower.transformer)
+            return flops + 2 * patches / self.patches_per_token(config) * products(projector)
+        if vision.model_type not in _ONE_SIZE:
             return super().vision_flops(model, item)
-        tokens = _patches(config)
-        pairs = config.num_hidden_layers * (tokens + 1) ** 2
-        weights = (tokens + 1) * num_weights(*inner.vision_tower.parameters())
-        weights += tokens * num_weights(*inner.multi_modal_projector.parameters())
-        return 2 * weights + 4 * config.hidden_size * pairs
+        return square_flops(vision, tower, projector)
 
 
-def _patches(vision_config: Any) -> int:
-    return (vision_config.image_size // vision_config.patch_size) ** 2
+class Mistral3(Llava):
+    """``Mistral3ForConditionalGeneration``: Mistral Small 3, Ministral 3."""
+
+    model_types = ("mistral3",)
+    text_types = ("mistral", "ministral3")
+
+    def patches_per_token(self, config: Any) -> int:
+        return config.spatial_merge_size**2
+
+
+def side(vision: Any) -> int:
+    """Patches along an edge of a square image."""
+    return vision.image_size // vision.patch_size
+
+
+def has_class_token(vision: Any) -> bool:
+    """SigLIP has none."""
+    return vision.model_type == "clip_vision_model"
+
+
+def square_flops(vision: Any, tower: Any, projector: Any) -> float:
+    """Of one square image through CLIP or SigLIP, and its patches through the projector."""
+    patches = side(vision) ** 2
+    flops = transformer_flops(vision, patches, tower.embeddings, tower.encoder, has_class_token(vision))
+    return flops + 2 * patches * products(projector)
+
+
+def pixtral_patches(vision: Any, item: dict[str, Tensor]) -> int:
+    """Of an image, whose sides the processor has made multiples of a patch's."""
+    return int((item["image_sizes"] // vision.patch_size).prod(-1).sum())

@@ -177,8 +177,7 @@ class VLLMInProcess(RolloutEngine):
     ) -> Generator[Drawn]:
         settings = token_settings(policy, sampling, num_captions, len(batch), self.per_request_seeds)
         seed = int(torch.randint(2**62, ()))
-        images = zip(prompts.items, batch.images, strict=True)
-        inputs = [prompt_request(*one, prompts.image_token_id) for one in images]
+        inputs = [*map(prompt_request, prompts.unexpanded, batch.images)]
         requests = list(zip(inputs, settings, strict=True))
         with _own_precision(policy):
             self._start(policy, sampling.temperature)

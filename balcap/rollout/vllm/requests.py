@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,17 +69,14 @@ def sampling_settings(
 # ── in process ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def prompt_request(item: dict[str, Tensor], image: Image.Image, image_token_id: int) -> dict[str, Any]:
-    """vLLM's input for one image: its prompt ids, with each run of image tokens made one, which vLLM expands again.
+def prompt_request(unexpanded: list[int], image: Image.Image) -> dict[str, Any]:
+    """vLLM's input for one image. vLLM expands the prompt itself, as the model's processor does.
 
     Args:
-        item: of `Prompts.items`.
+        unexpanded: of `Prompts.unexpanded`.
         image: what the policy sees.
-        image_token_id: of the policy.
     """
-    runs = groupby(item["input_ids"].flatten().tolist())
-    ids = [i for token, run in runs for i in ([token] if token == image_token_id else run)]
-    return {"prompt_token_ids": ids, "multi_modal_data": {"image": image}}
+    return {"prompt_token_ids": unexpanded, "multi_modal_data": {"image": image}}
 
 
 def token_settings(
