@@ -28,7 +28,8 @@ from balcap.rollout.base import Drawn
 from balcap.rollout.vllm.requests import check_prompt
 from balcap.types import CaptionBatch
 from callbacks.export import export
-from tests.tiny_models import mixed_batch, tiny_idefics3
+from tests.tiny_families import lfm2_vl
+from tests.tiny_models import mixed_batch
 
 LORA = LoraSettings(r=4, alpha=8)
 
@@ -106,17 +107,17 @@ def failures(results: dict[str, Result]) -> set[str]:
         ("qwen", {"freeze_vision": False}),
         ("qwen", {"lora": LORA}),
         ("llava", {"lora": LORA}),
-        ("idefics3", {}),
+        ("lfm2_vl", {}),
     ],
 )
 def test_a_sound_model_passes_every_check(
     name: str, config: dict[str, Any], folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = tiny_idefics3(tmp_path / "idefics3") if name == "idefics3" else folders[name]
+    folder = lfm2_vl(tmp_path / "lfm2_vl") if name == "lfm2_vl" else folders[name]
     results = run_checks(state_of(folder, **config))
     assert list(results) == list(CHECKS)
     skipped = {check for check, result in results.items() if result.passed is None}
-    assert skipped == ({"shared prefix"} if name == "idefics3" else set())
+    assert skipped == ({"shared prefix"} if name == "lfm2_vl" else set())
     assert not failures(results), results
     trained = results["what is trained"].found
     assert ("vision: " in trained) == ("freeze_vision" in config)
