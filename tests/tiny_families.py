@@ -103,11 +103,13 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 
 def qwen3_vl(path: Path) -> Path:
-    return _qwen(path, "qwen3_vl", QWEN3_VISION, QWEN3_ROPE, 16)
+    """Features of two vision layers go into the first two layers of three: what comes behind the last would not matter."""
+    return _qwen(path, "qwen3_vl", QWEN3_VISION, QWEN3_ROPE | {"num_hidden_layers": 3}, 16)
 
 
 def qwen3_vl_moe(path: Path) -> Path:
-    return _qwen(path, "qwen3_vl_moe", QWEN3_VISION, QWEN3_ROPE | EXPERTS, 16)
+    text = QWEN3_ROPE | EXPERTS | {"num_hidden_layers": 3}
+    return _qwen(path, "qwen3_vl_moe", QWEN3_VISION, text, 16)
 
 
 def qwen3_5(path: Path) -> Path:

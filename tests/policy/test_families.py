@@ -222,7 +222,8 @@ def test_what_is_trained_by_name(
             PolicyConfig(str(folder_of(name)), dtype="float32", **config), with_reference=False
         )
 
-    language = {f"model.language_model.layers.{i}.{layer}" for i in (0, 1) for layer in layers}
+    count = 3 if name.startswith("qwen3_vl") else 2
+    language = {f"model.language_model.layers.{i}.{layer}" for i in range(count) for layer in layers}
     assert adapted(loaded(lora=LoraSettings(r=2))) == language
     with_vision = adapted(loaded(lora=LoraSettings(r=2), freeze_vision=False))
     assert language | {of_vision} <= with_vision
