@@ -16,7 +16,7 @@ class Llava(Family):
     """``LlavaForConditionalGeneration``."""
 
     model_types = ("llava",)
-    text_types = ("llama", "qwen2", "mistral")
+    text_types: tuple[str, ...] = ("llama", "qwen2", "mistral")
 
     def num_features(self, config: Any, item: dict[str, Tensor]) -> int | None:
         """One per patch, and the class token where the config keeps it."""

@@ -17,7 +17,7 @@ class LlavaNext(Family):
     """``LlavaNextForConditionalGeneration``."""
 
     model_types = ("llava_next",)
-    text_types = ("llama", "mistral", "qwen2")
+    text_types: tuple[str, ...] = ("llama", "mistral", "qwen2")
 
     def num_features(self, config: Any, item: dict[str, Tensor]) -> int:
         """Of the small picture, and of the rows and columns that are left of the tiles."""
