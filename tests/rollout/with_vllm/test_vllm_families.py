@@ -91,4 +91,4 @@ def test_qwen_3_5_is_sampled_in_bfloat16(captions: Captions) -> None:
         for each in (rollouts, others)
     ]
     assert differences[0] < 0.05
-    assert differences[1] > 0.5, "given the images of others"
+    assert differences[1] > 3 * differences[0], "given the images of others"
