@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised models of the architectures that `balcap.policy.families` has no file for, and of Qwen2-VL.
+"""Tiny, randomly initialised models of many architectures, beside those in `tests.tiny_models`.
 
 Only what makes an architecture special is spelled out: how it cuts images into tokens, and its attention.
 """
@@ -260,6 +260,7 @@ def _llava_like(path: Path, kind: str) -> Path:
         vision = {"model_type": "clip_vision_model", "projection_dim": 32} | SIGLIP | {"num_hidden_layers": 3}
         text = {"model_type": "llama"}
     else:
+        pinpoints.append([224, 224])  # 16 tiles, whose features are scaled down to those of nine
         image_processor = hf.LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=pinpoints)
         processor = hf.LlavaOnevisionProcessor(
             image_processor,
@@ -268,9 +269,7 @@ def _llava_like(path: Path, kind: str) -> Path:
             num_image_tokens=16,
             vision_feature_select_strategy="full",
             chat_template=chat_template("<image>"),
-            vision_aspect_ratio="anyres_max_2",
         )
-        ids["vision_aspect_ratio"] = "anyres_max_2"  # features of four tiles are scaled down
         vision = {"model_type": "siglip_vision_model", "vision_use_head": False} | SIGLIP
         text = {"model_type": "qwen2"}
         ids["video_token_index"] = tokenizer.convert_tokens_to_ids("<video>")

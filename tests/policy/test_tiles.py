@@ -47,7 +47,9 @@ def test_features_of_many_images_are_those_of_each_alone(name: str, folder_of: C
 def test_operations_of_the_tower_are_those_that_pytorch_counts(
     name: str, folder_of: Callable[[str], Path]
 ) -> None:
-    policy = Policy.load(PolicyConfig(str(folder_of(name)), "float32", attn_implementation="eager"), False)
+    policy = Policy.load(
+        PolicyConfig(str(folder_of(name)), dtype="float32", attn_implementation="eager"), False
+    )
     prompts, family = policy.encode(mixed_batch()), family_of(policy.model)
     for row in ROWS:
         images = prompts.images([row], "cpu")

@@ -145,10 +145,14 @@ def whole_prompts(policy: Policy, max_model_len: int | None) -> dict[str, Any]:
     prompt tokens than a step takes would end in an error. A step must then have room for the longest sequence, so a
     limit beyond 32,768 tokens stays as it is.
     """
-    longest = max_model_len or policy.model.config.get_text_config().max_position_embeddings
+    text = policy.model.config.get_text_config()
+    longest = max_model_len or text.max_position_embeddings
     if longest > 32768:
         return {}
-    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, longest)}
+    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, longest)}
+    # Of recurrent layers it keeps prefixes only where it may split prompts.
+    recurrent = {"linear_attention", "conv"} & set(getattr(text, "layer_types", None) or ())
+    return whole | ({"enable_prefix_caching": False} if recurrent else {})
 
 
 def check_fits(server: str, about: dict[str, Any], names: Sequence[str], policy: Policy) -> None:

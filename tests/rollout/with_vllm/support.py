@@ -48,8 +48,9 @@ class Shared:
 
 
 def wide(folder: Path) -> Path:
-    """The tiny model in this folder with attention heads of 32 dimensions, the fewest that vLLM has on a CPU."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+    """The tiny model in this folder with attention heads of 32 dimensions, the fewest that vLLM has on a CPU, and as the hub
+    would deliver it."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
     config = AutoConfig.from_pretrained(folder)
     text, vision = config.text_config, config.vision_config
@@ -58,16 +59,26 @@ def wide(folder: Path) -> Path:
         text.head_dim = 32
     if hasattr(vision, "out_hidden_size"):
         vision.out_hidden_size = text.hidden_size
-        text.rope_parameters["mrope_section"] = [8, 4, 4]
+    if config.model_type == "qwen2_vl":
+        vision.hidden_size = text.hidden_size
+    if "mrope_section" in text.rope_parameters:
+        partial = "partial_rotary_factor" in text.rope_parameters
+        text.rope_parameters["mrope_section"] = [2, 1, 1] if partial else [8, 4, 4]
+    for size in ("linear_key_head_dim", "linear_value_head_dim"):
+        if hasattr(text, size):
+            setattr(text, size, 64)
     model = loud(AutoModelForImageTextToText.from_config(config))
     model.generation_config = GenerationConfig.from_pretrained(folder)
     model.save_pretrained(folder)
-    if (
-        config.model_type == "llava"
-    ):  # LLaVA's own name on the hub, which HF drops from a model that it made itself
+    if vision.model_type in ("clip_vision_model", "siglip_vision_model"):
+        # the name on the hub, which HF drops from a model that it made itself
         weights = load_file(folder / "model.safetensors")
         named = {re.sub(r"^vision_tower\.", "vision_tower.vision_model.", k): v for k, v in weights.items()}
         save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    if config.model_type == "gemma3":  # vLLM looks them up
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens(["\n" * lines for lines in range(1, 5)])
+        tokenizer.save_pretrained(folder)
     return folder
 
 
