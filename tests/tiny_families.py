@@ -110,8 +110,7 @@ def qwen3_vl_moe(path: Path) -> Path:
     return _qwen(path, "qwen3_vl_moe", QWEN3_VISION, QWEN3_ROPE | EXPERTS, 16)
 
 
-def qwen3_5(path: Path) -> Path:
-    """Three layers in four are gated delta nets."""
+def _qwen3_5(path: Path, model_type: str, **special: Any) -> Path:
     vision = {key: value for key, value in QWEN3_VISION.items() if key != "deepstack_visual_indexes"}
     linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
     text = {
@@ -120,7 +119,17 @@ def qwen3_5(path: Path) -> Path:
         "linear_num_value_heads": 4,
     }
     rope = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}}
-    return _qwen(path, "qwen3_5", vision, rope | linear | text, 16)
+    return _qwen(path, model_type, vision, rope | linear | text | special, 16)
+
+
+def qwen3_5(path: Path) -> Path:
+    """Three layers in four are gated delta nets."""
+    return _qwen3_5(path, "qwen3_5")
+
+
+def qwen3_5_moe(path: Path) -> Path:
+    """With an expert beside the others that all tokens see."""
+    return _qwen3_5(path, "qwen3_5_moe", shared_expert_intermediate_size=32, **EXPERTS)
 
 
 def gemma3(path: Path) -> Path:
@@ -350,6 +359,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,
     "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
     "gemma3": gemma3,
     "smolvlm": smolvlm,
     "idefics3": tiny_idefics3,

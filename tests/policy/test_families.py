@@ -209,7 +209,9 @@ class Idefics3(Family):
         side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
         return item["pixel_values"].shape[1] * side**2
 
-    def language_model_inputs(self, model: Any, features: Any, placeholders: Tensor) -> dict[str, Any]:
+    def language_model_inputs(
+        self, model: Any, features: Any, placeholders: Tensor, layout: Any
+    ) -> dict[str, Any]:
         assert placeholders.sum() == sum(len(image.embeds) for image in features)
         return {"for_attention": "seen"}
 

@@ -48,10 +48,12 @@ class Family:
         model_types: ``config.model_type`` of its models.
         text_types: ``model_type`` of the text models for which `attention` gives what a sequence of one caption
             alone would get: every layer attends to all tokens before.
+        layer_types: kinds of their layers for which this holds, where their config names them.
     """
 
     model_types: tuple[str, ...] = ()
     text_types: tuple[str, ...] = ()
+    layer_types: tuple[str, ...] = ("full_attention",)
 
     # ── what is vision and what is language ──────────────────────────────────────────────────────────
 
@@ -123,8 +125,8 @@ class Family:
         kind, text = model.config.model_type, model.config.get_text_config()
         if kind not in self.model_types or text.model_type not in self.text_types:
             return f"not written for the architecture {kind}/{text.model_type}"
-        if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
-            return "the language model attends within sliding windows"
+        if others := set(getattr(text, "layer_types", None) or ()) - set(self.layer_types):
+            return f"the language model has layers of {', '.join(sorted(others))}"
         implementation = text._attn_implementation.removeprefix(PREFIX)
         if implementation not in IMPLEMENTATIONS:
             return f"attn_implementation is {implementation}, it works with {', '.join(IMPLEMENTATIONS)}"
@@ -149,14 +151,16 @@ class Family:
         return torch.arange(item["input_ids"].shape[1])[None]
 
     def language_model_inputs(
-        self, model: Any, features: Sequence[ImageFeatures], placeholders: Tensor
+        self, model: Any, features: Sequence[ImageFeatures], placeholders: Tensor, layout: AttentionLayout
     ) -> dict[str, Any]:
-        """What the language model's forward is given beside embeddings and positions.
+        """What the language model's forward is given beside embeddings and positions, and hands on to its layers: made once
+        for all of them.
 
         Args:
             model: of this family.
             features: of the images, in their order in the sequence.
             placeholders: ``[1, N]``, True where `ImageFeatures.embeds` stand in the packed sequence.
+            layout: of the packed sequence.
         """
         return {}
 
