@@ -77,7 +77,8 @@ def of_vision(case: Case) -> Counter[str]:
     policy = variant(OURS, model, processor, case).policy
     base = base_of(policy.model)
     with torch.no_grad(), CountOperators() as counted:
-        family_of(base).image_features(base, work.prompts.images([0], policy.device))
+        images, tokens = work.prompts.images([0], policy.device), work.prompts.image_tokens([0])
+        family_of(base).image_features(base, images, tokens)
     return counted.counts
 
 

@@ -132,7 +132,7 @@ def qwen3_5_moe(path: Path) -> Path:
     return _qwen3_5(path, "qwen3_5_moe", shared_expert_intermediate_size=32, **EXPERTS)
 
 
-def gemma3(path: Path) -> Path:
+def _gemma3(path: Path, window: int, **crops: Any) -> Path:
     """Layers in turn with a sliding window; the tokens of an image see each other in both directions."""
     from transformers import Gemma3Config, Gemma3ImageProcessor, Gemma3Processor
 
@@ -141,13 +141,14 @@ def gemma3(path: Path) -> Path:
         extra_special_tokens={
             "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
         },
+        **crops,
     )  # fmt: skip
     size = {"height": 56, "width": 56}
     processor = Gemma3Processor(
         Gemma3ImageProcessor(size=size), tokenizer, chat_template("<start_of_image>"), image_seq_length=4
     )
     rope = {"sliding_attention": ROPE, "full_attention": ROPE | {"rope_theta": 1000.0}}
-    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": window}
     text = _text(tokenizer, rope_parameters=rope, query_pre_attn_scalar=8, **layers)
     ids = tokenizer.convert_tokens_to_ids
     config = Gemma3Config(
@@ -160,6 +161,17 @@ def gemma3(path: Path) -> Path:
         tie_word_embeddings=False,
     )
     return _save(path, processor, config)
+
+
+def gemma3(path: Path) -> Path:
+    return _gemma3(path, 16)
+
+
+def gemma3_crops(path: Path) -> Path:
+    """Images that are not square are seen whole and in crops, each of more tokens than the window. Of what is on disk only
+    the tokenizer's settings reach the processor's crops."""
+    crops = {"pan_and_scan_min_crop_size": 32, "pan_and_scan_max_num_crops": 4}
+    return _gemma3(path, 3, do_pan_and_scan=True, pan_and_scan_min_ratio_to_activate=1.2, **crops)
 
 
 def smolvlm(path: Path) -> Path:
@@ -361,6 +373,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "qwen3_5": qwen3_5,
     "qwen3_5_moe": qwen3_5_moe,
     "gemma3": gemma3,
+    "gemma3_crops": gemma3_crops,
     "smolvlm": smolvlm,
     "idefics3": tiny_idefics3,
     "llava": tiny_llava,

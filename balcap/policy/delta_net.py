@@ -61,6 +61,7 @@ def install(language_model: Any) -> None:
             module.forward = partial(_forward, module, module.forward, *kernels)
 
 
+@torch.compiler.disable  # the rule's loop over chunks would be compiled for each length
 def _forward(
     net: Any,
     original: Any,

@@ -204,9 +204,7 @@ def update_costs(
     """
     base, family = base_of(model), family_of(model)
     vision_config = getattr(base.config, "vision_config", None)
-    layers = [
-        m for m in family.language_model(base).modules() if hasattr(m, "self_attn") and hasattr(m, "mlp")
-    ]
+    layers = [m for m in family.language_model(base).modules() if hasattr(m, "mlp")]
     linears = [_linears(layer) for layer in layers]
     known = {name for group in _READERS for name in group}
     if not layers or vision_config is None or any(set(found) != known for found in linears):

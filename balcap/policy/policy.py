@@ -220,7 +220,8 @@ class Policy(nn.Module):
         if new:
             model = base_of(self.model if self.vision_is_frozen else model)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
-                features = family_of(model).image_features(model, prompts.images(new, self.device))
+                inputs, tokens = prompts.images(new, self.device), prompts.image_tokens(new)
+                features = family_of(model).image_features(model, inputs, tokens)
             known.update(zip(new, features, strict=True))
             if kept is not None:
                 for row in new:

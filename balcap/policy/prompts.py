@@ -60,6 +60,10 @@ class Prompts:
                 inputs[key] = join([item[key] for item in items]).to(device)
         return inputs
 
+    def image_tokens(self, rows: Sequence[int]) -> list[int]:
+        """Placeholders in the prompts of these rows."""
+        return [int((self.items[row]["input_ids"] == self.image_token_id).sum()) for row in rows]
+
 
 def _pad_left(row: Tensor, width: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(row, (width - row.shape[1], 0), value=fill)

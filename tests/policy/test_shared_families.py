@@ -15,7 +15,7 @@ from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.policy import Policy
 from tests.tiny_models import batch_of, picture, rollouts_of
 
-SHARED = ("qwen2_vl", "llava", "qwen3_5", "qwen3_5_moe")
+SHARED = ("qwen2_vl", "llava", "qwen3_5", "qwen3_5_moe", "gemma3", "gemma3_crops")
 """Names of `tests.tiny_families`."""
 
 PROMPTS = ("What is this?", "Describe the image in detail, please.", "Go")

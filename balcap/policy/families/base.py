@@ -136,15 +136,19 @@ class Family:
         """Make the language model take a packed sequence; `generate` must work as before."""
         install(self.language_model(model))
 
-    def image_features(self, model: Any, images: dict[str, Tensor]) -> list[ImageFeatures]:
+    def image_features(
+        self, model: Any, images: dict[str, Tensor], tokens: Sequence[int]
+    ) -> list[ImageFeatures]:
         """Features of some images in one pass of the vision tower.
 
         Args:
             model: of this family.
             images: their inputs, as `Prompts.images` makes them.
+            tokens: placeholders of each image, of all its tiles together.
         """
         parts = model.model.get_image_features(**images, return_dict=True).pooler_output
-        return [ImageFeatures(part.reshape(-1, part.shape[-1])) for part in parts]
+        embeds = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+        return [ImageFeatures(of_image) for of_image in embeds.split(list(tokens))]
 
     def prompt_positions(self, model: Any, item: dict[str, Tensor]) -> Int[Tensor, "R P"]:
         """Positions of a prompt's tokens, R = 3 with M-RoPE, else 1; captions go on after the largest."""
