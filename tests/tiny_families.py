@@ -112,8 +112,7 @@ def qwen3_vl_moe(path: Path) -> Path:
     return _qwen(path, "qwen3_vl_moe", QWEN3_VISION, text, 16)
 
 
-def qwen3_5(path: Path) -> Path:
-    """Three layers in four are gated delta nets."""
+def _qwen3_5(path: Path, model_type: str, **special: Any) -> Path:
     vision = {key: value for key, value in QWEN3_VISION.items() if key != "deepstack_visual_indexes"}
     linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
     text = {
@@ -122,7 +121,7 @@ def qwen3_5(path: Path) -> Path:
         "linear_num_value_heads": 4,
     }
     rope = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}}
-    return _qwen(path, "qwen3_5", vision, rope | linear | text, 16)
+    return _qwen(path, model_type, vision, rope | linear | text | special, 16)
 
 
 GLM_SPECIAL = (
@@ -182,7 +181,17 @@ def glm46v(path: Path) -> Path:
     return _glm(path, "glm46v", "Glm46V", GLM_ROPE)
 
 
-def gemma3(path: Path) -> Path:
+def qwen3_5(path: Path) -> Path:
+    """Three layers in four are gated delta nets."""
+    return _qwen3_5(path, "qwen3_5")
+
+
+def qwen3_5_moe(path: Path) -> Path:
+    """With an expert beside the others that all tokens see."""
+    return _qwen3_5(path, "qwen3_5_moe", shared_expert_intermediate_size=32, **EXPERTS)
+
+
+def _gemma3(path: Path, window: int, **crops: Any) -> Path:
     """Layers in turn with a sliding window; the tokens of an image see each other in both directions."""
     from transformers import Gemma3Config, Gemma3ImageProcessor, Gemma3Processor
 
@@ -191,13 +200,14 @@ def gemma3(path: Path) -> Path:
         extra_special_tokens={
             "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
         },
+        **crops,
     )  # fmt: skip
     size = {"height": 56, "width": 56}
     processor = Gemma3Processor(
         Gemma3ImageProcessor(size=size), tokenizer, chat_template("<start_of_image>"), image_seq_length=4
     )
     rope = {"sliding_attention": ROPE, "full_attention": ROPE | {"rope_theta": 1000.0}}
-    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": window}
     text = _text(tokenizer, rope_parameters=rope, query_pre_attn_scalar=8, **layers)
     ids = tokenizer.convert_tokens_to_ids
     config = Gemma3Config(
@@ -210,6 +220,17 @@ def gemma3(path: Path) -> Path:
         tie_word_embeddings=False,
     )
     return _save(path, processor, config)
+
+
+def gemma3(path: Path) -> Path:
+    return _gemma3(path, 16)
+
+
+def gemma3_crops(path: Path) -> Path:
+    """Images that are not square are seen whole and in crops, each of more tokens than the window. Of what is on disk only
+    the tokenizer's settings reach the processor's crops."""
+    crops = {"pan_and_scan_min_crop_size": 32, "pan_and_scan_max_num_crops": 4}
+    return _gemma3(path, 3, do_pan_and_scan=True, pan_and_scan_min_ratio_to_activate=1.2, **crops)
 
 
 def smolvlm(path: Path) -> Path:
@@ -423,10 +444,12 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,
     "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
     "glm4v": glm4v,
     "glm4v_moe": glm4v_moe,
     "glm46v": glm46v,
     "gemma3": gemma3,
+    "gemma3_crops": gemma3_crops,
     "smolvlm": smolvlm,
     "idefics3": tiny_idefics3,
     "llava": tiny_llava,

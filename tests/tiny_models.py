@@ -49,6 +49,7 @@ LLAVA_TEMPLATE = (  # LLaVA-1.5's own: USER: <image>\n{question} ASSISTANT:
 
 PLAIN_IMAGE = {
     "gemma3": "<start_of_image>",
+    "gemma3_crops": "<start_of_image>",
     "internvl": "<IMG_CONTEXT>",
     "internvl_qwen3": "<IMG_CONTEXT>",
     "internvl_qwen3_moe": "<IMG_CONTEXT>",

@@ -6,10 +6,11 @@ attention that was there before does the work.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -20,6 +21,18 @@ IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+class Visible(NamedTuple):
+    """What tokens see in a layer that does not attend to all tokens before and no others: True where a row sees a column.
+
+    Attributes:
+        prompts: ``[b, 1, P, P]`` tokens of prompts.
+        captions: ``[b * G, 1, L, P + L]`` tokens of a caption, of its prompt and itself.
+    """
+
+    prompts: Bool[Tensor, "b 1 P P"]
+    captions: Bool[Tensor, "bG 1 L P+L"]
 
 
 def install(language_model: Any) -> None:
@@ -53,6 +66,7 @@ def shared_prefix_attention(
     value: Float[Tensor, "1 Hkv N D"],
     layout: AttentionLayout,
     scale: float | None = None,
+    visible: Visible | None = None,
 ) -> Float[Tensor, "1 N Hq D"]:
     """Attention in a constant number of calls for all images: prompts on themselves, captions on their prompt and
     themselves.
@@ -63,13 +77,14 @@ def shared_prefix_attention(
         query, key, value: projections of the packed sequence, rotated to their positions.
         layout: where prompts and captions stand.
         scale: of the scores; None for 1 / sqrt(D).
+        visible: what tokens see; None for all tokens before, and themselves.
     """
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as for torch's own attention
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attend = _Merged.apply if device == "cpu" else _expanded
+    attend = _Merged.apply if device == "cpu" and visible is None else partial(_expanded, visible=visible)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
     return attend(q, k, v, scale, *layout)[None]
 
@@ -193,25 +208,40 @@ def _additive(layout: AttentionLayout, like: Tensor) -> Tensor | None:
 # ── other devices: torch's attention, with the prompt's keys beside each caption's own ───────────────
 
 
-def _expanded(query: Tensor, key: Tensor, value: Tensor, scale: float, *index: Any) -> Tensor:
-    """``[N, Hq, D]``, in two calls. Queries that share keys stand behind one another in the second, because few kernels take
-    a mask and shared heads at once."""
+def _expanded(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *index: Any, visible: Visible | None = None
+) -> Tensor:
+    """``[N, Hq, D]``, in two calls."""
     layout, heads = AttentionLayout(*index), (query.shape[1], key.shape[1], key.shape[1])
-    shared = heads[0] // heads[1]
     qkv = _with_zero(query, key, value)
     of_prompts = _heads(qkv, layout.prompts)
     q, k, v = of_prompts.split(heads, 1)
-    out = _rows(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared > 1))
+    if visible is None:
+        grouped = heads[0] > heads[1]
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    else:
+        out = _masked(q, k, v, visible.prompts, scale)
+    out = _rows(out)
     if layout.captions.shape[1]:
         (_, G, L), P, own = layout.own.shape, layout.prompts.shape[1], _heads(qkv, layout.own.flatten(0, 1))
         prompts = of_prompts[:, None, heads[0] :].expand(-1, G, -1, -1, -1).flatten(0, 1)
         k, v = torch.cat((prompts, own[:, heads[0] :]), 2).split(heads[1:], 1)
-        mask = torch.ones(L, P + L, dtype=torch.bool, device=q.device).tril(P).repeat(shared, 1)
-        if layout.prompt_mask is not None:
-            of_prompt = torch.nn.functional.pad(layout.prompt_mask, (0, L), value=True)
-            mask = mask & of_prompt.repeat_interleave(G, 0)[:, None, None]
-        q = own[:, : heads[0]].unflatten(1, (-1, shared)).flatten(2, 3)  # [b * G, Hkv, shared * L, D]
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        attended = attended.unflatten(2, (shared, L)).flatten(1, 2)
+        if visible is not None:
+            mask = visible.captions
+        else:
+            mask = torch.ones(L, P + L, dtype=torch.bool, device=k.device).tril(P)
+            if layout.prompt_mask is not None:
+                of_prompt = torch.nn.functional.pad(layout.prompt_mask, (0, L), value=True)
+                mask = mask & of_prompt.repeat_interleave(G, 0)[:, None, None]
+        attended = _masked(own[:, : heads[0]], k, v, mask, scale)
         out = torch.cat((out, _rows(attended).index_select(0, layout.places.flatten())))
     return out.index_select(0, layout.order)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """``[n, Hq, L, D]``. Queries that share keys stand behind one another, because few kernels take a mask and shared heads
+    at once."""
+    shared, length = query.shape[1] // key.shape[1], query.shape[2]
+    stacked = query.unflatten(1, (-1, shared)).flatten(2, 3)  # [n, Hkv, shared * L, D]
+    out = scaled_dot_product_attention(stacked, key, value, torch.cat([mask] * shared, -2), scale=scale)
+    return out.unflatten(2, (shared, length)).flatten(1, 2)

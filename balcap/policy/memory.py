@@ -210,9 +210,7 @@ def update_costs(
     """
     base, family = base_of(model), family_of(model)
     vision_config = getattr(base.config, "vision_config", None)
-    layers = [
-        m for m in family.language_model(base).modules() if hasattr(m, "self_attn") and hasattr(m, "mlp")
-    ]
+    layers = [m for m in family.language_model(base).modules() if hasattr(m, "mlp")]
     linears = [_linears(layer) for layer in layers]
     text = base.config.get_text_config()
     dense = all(map(_is_dense, linears)) and not hasattr(text, "num_experts_per_tok")

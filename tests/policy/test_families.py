@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from balcap.policy import LoraSettings, PolicyConfig, families
 from balcap.policy.families import Family, base_of, family_of
+from balcap.policy.families.gemma3 import Gemma3
 from balcap.policy.families.generic import Generic
 from balcap.policy.families.glm4v import Glm4V
 from balcap.policy.families.idefics3 import Idefics3
@@ -20,7 +21,9 @@ from balcap.policy.families.internvl import InternVL
 from balcap.policy.families.llava import Llava, Mistral3
 from balcap.policy.families.llava_next import LlavaNext, LlavaOnevision
 from balcap.policy.families.qwen2_5_vl import Qwen2_5VL
+from balcap.policy.families.qwen3_5 import Qwen3_5
 from balcap.policy.families.qwen3_vl import Qwen3VL, add_features
+from balcap.policy.memory import update_costs
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import cat_padded
 from balcap.types import Rollouts
@@ -75,6 +78,9 @@ def rollouts() -> Rollouts:
         ("smolvlm", Idefics3),
         ("internvl", InternVL),
         ("idefics2", Generic),
+        ("qwen3_5", Qwen3_5),
+        ("qwen3_5_moe", Qwen3_5),
+        ("gemma3", Gemma3),
     ],
 )
 def test_the_family_follows_the_model_type(model_type: str, family: type[Family]) -> None:
@@ -104,6 +110,8 @@ def empty_model(model_type: str) -> Any:
         ("smolvlm", ("model.text_model.", "lm_head.")),
         ("idefics2", ("model.text_model.", "lm_head.")),
         ("gemma3", ("model.language_model.", "lm_head.")),
+        ("qwen3_5", ("model.language_model.", "lm_head.")),
+        ("qwen3_5_moe", ("model.language_model.", "lm_head.")),
         ("internvl", ("model.language_model.", "lm_head.")),
         ("kosmos-2", ("text_model.", "text_model.lm_head.")),
     ],
@@ -254,6 +262,56 @@ def test_features_are_added_as_the_models_own_without_waiting(folder_of: Callabl
     assert torch.equal(found, expected)
 
 
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+DELTA_NET = tuple(
+    f"linear_attn.{x}" for x in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+)
+SHARED_EXPERT = ("mlp.shared_expert_gate", *(name.replace("mlp", "mlp.shared_expert") for name in MLP))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "vision"),
+    [
+        ("qwen3_5", (DELTA_NET + MLP, ATTENTION + MLP), "model.visual."),
+        ("qwen3_5_moe", (DELTA_NET + SHARED_EXPERT, ATTENTION + SHARED_EXPERT), "model.visual."),
+        (
+            "gemma3",
+            (ATTENTION + MLP, ATTENTION + MLP),
+            ("model.vision_tower.", "model.multi_modal_projector."),
+        ),
+    ],
+)
+def test_what_is_frozen_and_adapted_by_name(
+    name: str,
+    layers: tuple[tuple[str, ...], ...],
+    vision: str | tuple[str, ...],
+    folder_of: Callable[[str], Path],
+) -> None:
+    def policy(**options: Any) -> Policy:
+        return Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32", **options), False)
+
+    frozen = policy()
+    assert frozen.vision_is_frozen
+    for parameter, weight in frozen.model.named_parameters():
+        assert weight.requires_grad is not parameter.startswith(vision), parameter
+    names = {f"model.language_model.layers.{i}.{x}" for i, linears in enumerate(layers) for x in linears}
+    assert adapted(policy(lora=LoraSettings(r=2))) == names
+    beyond = adapted(policy(lora=LoraSettings(r=2), freeze_vision=False)) - names
+    assert beyond
+    assert all(linear.startswith(vision) for linear in beyond)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_what_is_not_counted_is_not_reported(
+    name: str, folder_of: Callable[[str], Path], rollouts: Rollouts
+) -> None:
+    """Delta nets have neither the operations nor the memory of attention."""
+    policy = Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32"), False)
+    assert policy.shared_prefix
+    assert policy.flops(rollouts, policy.encode(rollouts.batch), ROWS) is None
+    assert update_costs(policy.model) is None
+
+
 @pytest.mark.parametrize(
     ("targets", "freeze_vision"), [(["lm_head"], True), ([r"out_proj"], False), (r".*vision.*fc1", False)]
 )
@@ -323,7 +381,9 @@ class Outside(Family):
         side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
         return item["pixel_values"].shape[1] * side**2
 
-    def language_model_inputs(self, model: Any, features: Any, placeholders: Tensor) -> dict[str, Any]:
+    def language_model_inputs(
+        self, model: Any, features: Any, placeholders: Tensor, layout: Any
+    ) -> dict[str, Any]:
         assert placeholders.sum() == sum(len(image.embeds) for image in features)
         return {"for_attention": "seen"}
 

@@ -16,9 +16,9 @@ from balcap.policy.policy import Policy
 from tests.tiny_models import batch_of, picture, rollouts_of
 
 SHARED = (
-    "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v",
+    "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v",
     "llava", "pixtral", "mistral3", "llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl", "internvl_qwen3",
-    "internvl_qwen3_moe",
+    "internvl_qwen3_moe", "gemma3", "gemma3_crops",
 )  # fmt: skip
 """Names of `tests.tiny_families`."""
 

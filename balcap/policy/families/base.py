@@ -83,10 +83,12 @@ class Family:
         model_types: ``config.model_type`` of its models.
         text_types: ``model_type`` of the text models for which `attention` gives what a sequence of one caption
             alone would get: every layer attends to all tokens before.
+        layer_types: kinds of their layers for which this holds, where their config names them.
     """
 
     model_types: tuple[str, ...] = ()
     text_types: tuple[str, ...] = ()
+    layer_types: tuple[str, ...] = ("full_attention",)
 
     # ── what is vision and what is language ──────────────────────────────────────────────────────────
 
@@ -159,9 +161,10 @@ class Family:
         if kind not in self.model_types or text.model_type not in self.text_types:
             return f"not written for the architecture {kind}/{text.model_type}"
         layers = getattr(text, "layer_types", None)  # Mistral's has none: a window is that of all layers
-        window = getattr(text, "sliding_window", None) if layers is None else "sliding_attention" in layers
-        if window:
-            return "the language model attends within sliding windows"
+        if layers is None and getattr(text, "sliding_window", None):
+            layers = ("sliding_attention",)
+        if others := set(layers or ()) - set(self.layer_types):
+            return f"the language model has layers of {', '.join(sorted(others))}"
         implementation = text._attn_implementation.removeprefix(PREFIX)
         if implementation not in IMPLEMENTATIONS:
             return f"attn_implementation is {implementation}, it works with {', '.join(IMPLEMENTATIONS)}"
@@ -187,14 +190,16 @@ class Family:
         return torch.arange(item["input_ids"].shape[1])[None]
 
     def language_model_inputs(
-        self, model: Any, features: Sequence[ImageFeatures], placeholders: Tensor
+        self, model: Any, features: Sequence[ImageFeatures], placeholders: Tensor, layout: AttentionLayout
     ) -> dict[str, Any]:
-        """What the language model's forward is given beside embeddings and positions.
+        """What the language model's forward is given beside embeddings and positions, and hands on to its layers: made once
+        for all of them.
 
         Args:
             model: of this family.
             features: of the images, in their order in the sequence.
             placeholders: ``[1, N]``, True where `ImageFeatures.embeds` stand in the packed sequence.
+            layout: of the packed sequence.
         """
         return {}
 

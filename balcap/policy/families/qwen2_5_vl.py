@@ -32,7 +32,7 @@ class Qwen2_5VL(Family):  # noqa: N801
         positions, _ = model.model.get_rope_index(**{key: item[key] for key in keys})
         return positions[:, 0].cpu()
 
-    def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float:
+    def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float | None:
         """Patches through the tower, with windows in most of Qwen2.5-VL's layers, merged ones through the merger."""
         config, tower = model.config.vision_config, model.model.visual
         patches = int(item["image_grid_thw"].prod())

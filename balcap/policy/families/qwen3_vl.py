@@ -11,6 +11,7 @@ from torch import Tensor
 
 from balcap.policy.families.base import ImageFeatures, num_weights
 from balcap.policy.families.qwen2_5_vl import Qwen2_5VL
+from balcap.policy.layout import AttentionLayout
 
 
 class Qwen3VL(Qwen2_5VL):
@@ -38,7 +39,7 @@ class Qwen3VL(Qwen2_5VL):
         ]
 
     def language_model_inputs(
-        self, model: Any, features: Sequence[ImageFeatures], placeholders: Tensor
+        self, model: Any, features: Sequence[ImageFeatures], placeholders: Tensor, layout: AttentionLayout
     ) -> dict[str, Any]:
         """Where image features stand, and for each of the first layers those of all images."""
         layers = zip(*(image.extra for image in features), strict=True)
