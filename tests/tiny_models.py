@@ -259,12 +259,19 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 def batch_of(
     images: Sequence[Image.Image], prompts: Sequence[str], references: Sequence[str] | None = None
 ) -> CaptionBatch:
-    """A batch as the data module makes it; samples are called img0.png, img1.png, ..."""
+    """A batch of one image a row as the data module makes it; samples are called img0.png, img1.png, ..."""
+    return batch_of_rows([(image,) for image in images], prompts, references)
+
+
+def batch_of_rows(
+    images: Sequence[tuple[Image.Image, ...]], prompts: Sequence[str], references: Sequence[str] | None = None
+) -> CaptionBatch:
+    """The same of rows of any number of images."""
     n = len(images)
     return CaptionBatch(
         sample_ids=[f"img{i}.png" for i in range(n)],
         images=images,
-        image_bytes=[b""] * n,
+        image_bytes=[(b"",) * len(row) for row in images],
         prompts=prompts,
         references=references or ["A red circle."] * n,
     )
@@ -346,7 +353,7 @@ class Alone:
             for g, n in enumerate(lengths):
                 ids = rollouts.token_ids[b, g, :n]
                 logits = own_logits(
-                    self.family, self.model, self.processor, batch.images[b], batch.prompts[b], ids
+                    self.family, self.model, self.processor, batch.images[b][0], batch.prompts[b], ids
                 )
                 all_logps = (logits / temperature).log_softmax(-1)
                 logps[b, g, :n] = all_logps.gather(1, ids[:, None])[:, 0]

@@ -27,7 +27,7 @@ def rows_of(units: Sequence[str] | None = None) -> CaptionBatch:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     extras = {"reference_units": [units]} if units else {}
-    return CaptionBatch(["a"], [picture], [buffer.getvalue()], ["Describe it."], [REFERENCE], extras)
+    return CaptionBatch(["a"], [(picture,)], [(buffer.getvalue(),)], ["Describe it."], [REFERENCE], extras)
 
 
 def captions_of(count: int) -> list[list[str]]:

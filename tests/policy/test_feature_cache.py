@@ -68,12 +68,12 @@ def test_operations_that_were_not_made_are_not_counted(load: Load, tmp_path: Pat
 def test_another_tower_another_size_or_other_pixels_have_other_keys(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    def key(image=None, change=lambda policy: None, device=CPU, **config) -> str:
+    def key(images=None, change=lambda policy: None, device=CPU, **config) -> str:
         settings = {"dtype": "float32", "feature_cache": str(tmp_path)} | config
         policy = Policy.load(PolicyConfig(str(folders["qwen"]), **settings), with_reference=False)
         change(policy)
         assert policy.feature_cache is not None
-        return policy.feature_cache.key(image or picture(64, 64), device)
+        return policy.feature_cache.key(images or (picture(64, 64),), device)
 
     def tuned(part: str) -> Callable[[Policy], None]:
         return lambda policy: next(base_of(policy.model).get_submodule(part).parameters()).data.add_(1e-3)
@@ -84,13 +84,14 @@ def test_another_tower_another_size_or_other_pixels_have_other_keys(
         mixed = key()
     others = [
         mixed,
-        key(picture(64, 64, seed=1)),
-        key(picture(64, 128).rotate(90)),
+        key((picture(64, 64, seed=1),)),
+        key((picture(64, 128).rotate(90),)),
+        key((picture(64, 64), picture(64, 64))),
         key(max_pixels=70**2),
         key(dtype="bfloat16"),
         key(change=tuned("model.visual")),
     ]
-    assert len({own, *others}) == 7
+    assert len({own, *others}) == 8
 
 
 def test_a_damaged_file_is_made_anew(load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -46,7 +46,7 @@ def test_scores_are_the_cosines_of_features_and_need_no_judge(clip: Path) -> Non
     assert reward.needs == ()
     scores = reward(rollouts, Judgments({}, [None] * 3))
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
-    for b, image in enumerate(rollouts.batch.images):
+    for b, (image,) in enumerate(rollouts.batch.images):
         for g, caption in enumerate(captions[b]):
             inputs = processor(text=[caption], images=image, return_tensors="pt", truncation=True)
             with torch.no_grad():

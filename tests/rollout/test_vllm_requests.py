@@ -25,19 +25,19 @@ Load = Callable[..., Policy]
 
 def test_runs_of_the_image_token_collapse():
     item = {"input_ids": torch.tensor([[7, 7, 1, 7, 2, 2]])}
-    request = prompt_request(item, picture(30, 20), 7)
+    request = prompt_request(item, [picture(30, 20)], 7)
     assert request["prompt_token_ids"] == [7, 1, 7, 2, 2]
 
 
 def test_a_collapsed_prompt_is_what_the_template_writes(load: Load):
     policy, batch = load(), mixed_batch()
     prompts = policy.encode(batch)
-    for item, image in zip(prompts.items, batch.images, strict=True):
-        request = prompt_request(item, image, prompts.image_token_id)
+    for item, images in zip(prompts.items, batch.images, strict=True):
+        request = prompt_request(item, images, prompts.image_token_id)
         ids = request["prompt_token_ids"]
         assert ids.count(prompts.image_token_id) == 1
         assert len(ids) == int((item["input_ids"] != prompts.image_token_id).sum()) + 1
-        assert request["multi_modal_data"] == {"image": image}
+        assert request["multi_modal_data"] == {"image": list(images)}
 
 
 def test_equal_prompts_pass():

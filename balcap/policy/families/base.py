@@ -60,10 +60,12 @@ class Family:
         model_types: ``config.model_type`` of its models.
         text_types: ``model_type`` of the text models for which `attention` gives what a sequence of one caption
             alone would get: every layer attends to all tokens before.
+        several_images: a prompt may show more than one image.
     """
 
     model_types: tuple[str, ...] = ()
     text_types: tuple[str, ...] = ()
+    several_images: bool = True
 
     # ── what is vision and what is language ──────────────────────────────────────────────────────────
 
@@ -182,6 +184,6 @@ class Family:
     # ── FLOPs ────────────────────────────────────────────────────────────────────────────────────────
 
     def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float | None:
-        """Model FLOPs of one image's forward through the tower and what joins it to the language model. None where
-        they, or those of the text model, are not known: then none are reported."""
+        """Model FLOPs of a prompt's images, forward, through the tower and what joins it to the language model. None
+        where they, or those of the text model, are not known: then none are reported."""
         return None

@@ -19,10 +19,11 @@ class Llava(Family):
     text_types = ("llama", "qwen2")
 
     def num_features(self, config: Any, item: dict[str, Tensor]) -> int | None:
-        """One per patch, and the class token where the config keeps it."""
+        """One per patch of each image, and the class token where the config keeps it."""
         if config.vision_config.model_type not in _ONE_SIZE:
             return super().num_features(config, item)
-        return _patches(config.vision_config) + (config.vision_feature_select_strategy == "full")
+        each = _patches(config.vision_config) + (config.vision_feature_select_strategy == "full")
+        return len(item["pixel_values"]) * each
 
     def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float | None:
         """All patches and the class token through the tower, the patches through the projector."""
@@ -33,7 +34,7 @@ class Llava(Family):
         pairs = config.num_hidden_layers * (tokens + 1) ** 2
         weights = (tokens + 1) * num_weights(*inner.vision_tower.parameters())
         weights += tokens * num_weights(*inner.multi_modal_projector.parameters())
-        return 2 * weights + 4 * config.hidden_size * pairs
+        return len(item["pixel_values"]) * (2 * weights + 4 * config.hidden_size * pairs)
 
 
 def _patches(vision_config: Any) -> int:

@@ -70,17 +70,27 @@ def sampling_settings(
 # ── in process ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def prompt_request(item: dict[str, Tensor], image: Image.Image, image_token_id: int) -> dict[str, Any]:
-    """vLLM's input for one image: its prompt ids, with each run of image tokens made one, which vLLM expands again.
+def prompt_request(
+    item: dict[str, Tensor], images: Sequence[Image.Image], image_token_id: int
+) -> dict[str, Any]:
+    """vLLM's input for one row: its prompt ids, with each run of image tokens made one, which vLLM expands again.
 
     Args:
         item: of `Prompts.items`.
-        image: what the policy sees.
+        images: what the policy sees.
         image_token_id: of the policy.
+
+    Raises:
+        EngineFailed: the tokens of two images follow each other, with nothing between them.
     """
     runs = groupby(item["input_ids"].flatten().tolist())
     ids = [i for token, run in runs for i in ([token] if token == image_token_id else run)]
-    return {"prompt_token_ids": ids, "multi_modal_data": {"image": image}}
+    if ids.count(image_token_id) < len(images):
+        raise EngineFailed(
+            "model.engine: the chat template of model.policy.model writes images side by side, where vLLM cannot tell "
+            "their tokens apart; sample rows of several images with balcap.rollout.VLLMServer or HFGenerate"
+        )
+    return {"prompt_token_ids": ids, "multi_modal_data": {"image": list(images)}}
 
 
 def token_settings(
@@ -121,11 +131,16 @@ def chat_settings(
     return [settings | own for settings in sampling_settings(policy, sampling, num_captions, rows, seeds)]
 
 
-def chat_request(settings: dict[str, Any], image: Image.Image, prompt: str) -> dict[str, Any]:
-    """The body of a request for one image, from its `chat_settings`."""
-    shown = {"type": "image_url", "image_url": {"url": data_url(image)}}
-    content = [shown, {"type": "text", "text": prompt}]
-    return settings | {"messages": [{"role": "user", "content": content}]}
+def chat_request(
+    settings: dict[str, Any], content: Sequence[dict[str, str]], images: Sequence[Image.Image]
+) -> dict[str, Any]:
+    """The body of a request for one row, from its `chat_settings` and its `PromptEncoder.content`."""
+    urls = map(data_url, images)
+    parts = [
+        {"type": "image_url", "image_url": {"url": next(urls)}} if part["type"] == "image" else part
+        for part in content
+    ]
+    return settings | {"messages": [{"role": "user", "content": parts}]}
 
 
 def chat_answer(
@@ -187,6 +202,22 @@ def template_lacks_bos(encoder: PromptEncoder) -> bool:
 
 
 # ── checks ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_images(batch: CaptionBatch, limit: int, engine: str, more: str) -> None:
+    """EngineFailed where a row has more images than vLLM takes.
+
+    Args:
+        limit: images in a prompt.
+        engine: whose limit it is, for the message.
+        more: what raises it, to be followed by the images in JSON.
+    """
+    for sample_id, images in zip(batch.sample_ids, batch.images, strict=True):
+        if len(images) > limit:
+            raise EngineFailed(
+                f"sample {sample_id!r} has {len(images)} images, {engine} takes {limit} in a prompt; {more} "
+                f'\'{{"image": {len(images)}, "video": 0}}\''
+            )
 
 
 def check_lengths(

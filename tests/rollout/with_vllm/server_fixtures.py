@@ -152,7 +152,9 @@ class FakeWorker(WeightSync):
                 quantization=None,
                 logprobs_mode="raw_logprobs",
                 max_model_len=2048,
-                multimodal_config=SimpleNamespace(mm_processor_kwargs={"size": SCALED}),
+                multimodal_config=SimpleNamespace(
+                    mm_processor_kwargs={"size": SCALED}, get_limit_per_prompt=lambda modality: 1
+                ),
             ),
             lora_config=None,
             parallel_config=SimpleNamespace(world_size=workers, data_parallel_size=1),

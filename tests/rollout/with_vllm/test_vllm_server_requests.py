@@ -91,7 +91,7 @@ def test_a_request_draws_from_the_policys_distribution_and_nothing_else(
     bodies, batch = asked(fakes), mixed_batch()
     assert len(bodies) == 3
     tokenizer = policy.encoder.tokenizer
-    for body, image in zip(bodies, batch.images, strict=True):
+    for body, (image,) in zip(bodies, batch.images, strict=True):
         plain = {"temperature": 1.0, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         plain |= {
             "presence_penalty": 0.0,
