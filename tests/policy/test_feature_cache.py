@@ -14,16 +14,17 @@ from balcap.policy.families import ImageFeatures, base_of
 from balcap.policy.feature_cache import FeatureCache
 from balcap.policy.policy import Policy
 from balcap.trainer.update import UpdateSettings, update
+from balcap.types import CaptionBatch
 from tests.support import optimizer_loop
-from tests.tiny_models import mixed_batch, picture, rollouts_of
+from tests.tiny_models import batch_of_rows, mixed_batch, picture, rollouts_of
 
 Load = Callable[..., Policy]
 CPU = torch.device("cpu")
 
 
-def epoch(policy: Policy) -> tuple[torch.Tensor, int, set[int]]:
-    """Log-probs of three images' captions, images that the tower saw, rows that were read."""
-    rollouts = rollouts_of(mixed_batch(), [[3, 5], [2, 4], [6, 1]], range(20, 300))
+def epoch(policy: Policy, batch: CaptionBatch | None = None) -> tuple[torch.Tensor, int, set[int]]:
+    """Log-probs of three rows' captions, images that the tower saw, rows that were read."""
+    rollouts = rollouts_of(batch or mixed_batch(), [[3, 5], [2, 4], [6, 1]], range(20, 300))
     prompts, seen, inner = policy.encode(rollouts.batch), [], base_of(policy.model).model
     tower = type(inner).get_image_features.__get__(inner)
 
@@ -49,6 +50,22 @@ def test_the_second_epoch_makes_no_vision_pass(load: Load, tmp_path: Path, dtype
     assert (made, cached) == (0, {0, 1, 2})
     assert torch.equal(plain, first)
     assert torch.equal(plain, second)
+
+
+def test_images_of_a_row_are_kept_together(load: Load, tmp_path: Path) -> None:
+    pictures = [picture(64, 64, seed=0), picture(150, 60, seed=1), picture(70, 200, seed=2)]
+    rows = [(pictures[0],), (pictures[1], pictures[0]), (pictures[0], pictures[1], pictures[2])]
+    batch = batch_of_rows(rows, ["What?", "Is <image> like <image>?", "Compare them."])
+    plain, made, _ = epoch(load(), batch)
+    assert made == 6
+    first, made, cached = epoch(load(feature_cache=str(tmp_path)), batch)
+    assert (made, cached, len(list(tmp_path.glob("??/*.safetensors")))) == (6, set(), 3)
+    second, made, cached = epoch(load(feature_cache=str(tmp_path)), batch)
+    assert (made, cached) == (0, {0, 1, 2})
+    assert torch.equal(plain, first)
+    assert torch.equal(plain, second)
+    turned = batch_of_rows([row[::-1] for row in rows], batch.prompts)
+    assert epoch(load(feature_cache=str(tmp_path)), turned)[1:] == (5, {0})
 
 
 def test_operations_that_were_not_made_are_not_counted(load: Load, tmp_path: Path) -> None:

@@ -12,13 +12,16 @@ from balcap.policy.policy import Policy
 from balcap.rollout import Sampling
 from balcap.rollout.base import EngineFailed, stop_token_ids
 from balcap.rollout.vllm.requests import (
+    chat_request,
+    check_images,
     check_prompt,
+    data_url,
     prompt_request,
     sampling_settings,
     token_settings,
 )
 from balcap.rollout.vllm.start import engine_arguments, logprobs_mode, mm_processor_kwargs
-from tests.tiny_models import mixed_batch, picture
+from tests.tiny_models import batch_of_rows, mixed_batch, picture
 
 Load = Callable[..., Policy]
 
@@ -38,6 +41,38 @@ def test_a_collapsed_prompt_is_what_the_template_writes(load: Load):
         assert ids.count(prompts.image_token_id) == 1
         assert len(ids) == int((item["input_ids"] != prompts.image_token_id).sum()) + 1
         assert request["multi_modal_data"] == {"image": list(images)}
+
+
+def test_images_within_the_text_are_sent_where_they_stand(load: Load, family: str):
+    encoder, images = load().encoder, (picture(64, 64), picture(150, 60, seed=1))
+    batch = batch_of_rows([images], ["Is <image> older than <image>?"])
+    prompts = encoder.encode(batch)
+    request = prompt_request(prompts.items[0], images, prompts.image_token_id)
+    assert request["prompt_token_ids"].count(prompts.image_token_id) == 2
+    assert request["multi_modal_data"] == {"image": list(images)}
+    (message,) = chat_request({}, encoder.content(batch.prompts[0], 2), images)["messages"]
+    urls = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+    texts = [{"type": "text", "text": text} for text in ("Is ", " older than ", "?")]
+    assert message["content"] == [texts[0], urls[0], texts[1], urls[1], texts[2]]
+    (message,) = chat_request({}, encoder.content("Compare them.", 2), images)["messages"]
+    assert message["content"] == [*urls, {"type": "text", "text": "Compare them."}]
+
+
+def test_images_side_by_side_are_refused():
+    item = {"input_ids": torch.tensor([[1, 7, 7, 7, 7, 2]])}
+    with pytest.raises(EngineFailed, match=r"side by side.*HFGenerate"):
+        prompt_request(item, [picture(30, 20)] * 2, 7)
+
+
+def test_more_images_than_the_engine_takes_name_the_sample_and_the_flag():
+    batch = batch_of_rows([(picture(30, 20),), (picture(30, 20),) * 3], ["Go", "Go"])
+    check_images(batch, 3, "vLLM", "")
+    with pytest.raises(EngineFailed) as error:
+        check_images(batch, 1, "vLLM", "set options.limit_mm_per_prompt to")
+    assert str(error.value) == (
+        "sample 'img1.png' has 3 images, vLLM takes 1 in a prompt; set options.limit_mm_per_prompt to "
+        """'{"image": 3, "video": 0}'"""
+    )
 
 
 def test_equal_prompts_pass():
