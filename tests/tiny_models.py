@@ -277,6 +277,14 @@ def batch_of_rows(
     )
 
 
+def several_images() -> CaptionBatch:
+    """Rows of one, two and three images of different sizes; those of the second stand within its text."""
+    sizes = [(64, 64), (150, 60), (70, 200), (60, 60), (112, 84), (56, 140)]
+    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+    prompts = ["What is this?", "Is <image> older than <image>, and why?", "Compare them."]
+    return batch_of_rows([(images[0],), tuple(images[1:3]), tuple(images[3:])], prompts)
+
+
 def mixed_batch() -> CaptionBatch:
     """Three images of different sizes and aspect, prompts of different lengths."""
     sizes = [(64, 64), (150, 60), (70, 200)]

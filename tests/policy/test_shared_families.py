@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.families import base_of
 from balcap.policy.policy import Policy
-from balcap.types import CaptionBatch
-from tests.tiny_models import batch_of, batch_of_rows, picture, rollouts_of
+from tests.tiny_models import batch_of, picture, rollouts_of, several_images
 
 SHARED = ("qwen2_vl", "llava")
 """Names of `tests.tiny_families`."""
@@ -80,19 +79,11 @@ def test_log_probs_and_gradients_are_those_of_separate_sequences(
     compare()
 
 
-def several() -> CaptionBatch:
-    """Rows of one, two and three images of different sizes; those of the second stand within its text."""
-    sizes = [(64, 64), (150, 60), (70, 200), (60, 60), (112, 84), (56, 140)]
-    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
-    prompts = ["What is this?", "Is <image> older than <image>, and why?", "Compare them."]
-    return batch_of_rows([(images[0],), tuple(images[1:3]), tuple(images[3:])], prompts)
-
-
 @pytest.mark.parametrize("name", SHARED)
 def test_rows_of_one_two_and_three_images_are_those_of_separate_sequences(
     name: str, folder_of: Callable[[str], Path]
 ) -> None:
-    rollouts = rollouts_of(several(), [[3, 0], [7, 2], [1, 6]], range(60, 300))
+    rollouts = rollouts_of(several_images(), [[3, 0], [7, 2], [1, 6]], range(60, 300))
     ours, mine = logps_and_gradients(loaded(folder_of(name), "full", True), rollouts, 0)
     naive, theirs = logps_and_gradients(loaded(folder_of(name), "full", False), rollouts, 0)
     torch.testing.assert_close(ours, naive, atol=1e-5, rtol=1e-6)
@@ -104,7 +95,7 @@ def test_rows_of_one_two_and_three_images_are_those_of_separate_sequences(
 @pytest.mark.parametrize("name", SHARED)
 def test_flops_of_several_images_are_those_of_each(name: str, folder_of: Callable[[str], Path]) -> None:
     policy = Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32"), False)
-    base, batch = base_of(policy.model), several()
+    base, batch = base_of(policy.model), several_images()
     flops = [policy.encoder.family.vision_flops(base, item) for item in policy.encode(batch).items]
     apart = batch_of([image for row in batch.images for image in row], ["Go"] * 6)
     each = [policy.encoder.family.vision_flops(base, item) for item in policy.encode(apart).items]

@@ -22,7 +22,7 @@ from balcap.rollout.vllm.server import VLLMServer
 from balcap.types import CaptionBatch
 from tests.rollout.with_vllm.server_fixtures import LORA, FakeServer, FakeWorker, free_port
 from tests.rollout.with_vllm.support import Load, draw
-from tests.tiny_models import batch_of, mixed_batch, picture
+from tests.tiny_models import batch_of, mixed_batch, picture, several_images
 
 CHAT = "/v1/chat/completions"
 Connect = Callable[..., VLLMServer]
@@ -186,6 +186,13 @@ def test_servers_share_the_images(connect: Connect, policy: Policy, fakes: list[
     assert sum(counts) == 12
     assert counts[1] >= 2
     assert counts[0] > counts[1]
+
+
+def test_a_server_for_fewer_images_than_a_row_has_names_the_flag(connect: Connect, policy: Policy):
+    with pytest.raises(
+        EngineFailed, match=r"has 2 images, the vLLM server .* takes 1 .*--limit-mm-per-prompt '\{"
+    ):
+        draw(connect(), policy, batch=several_images())
 
 
 def test_no_more_are_under_way_than_allowed_and_an_error_of_the_listener_ends_the_call(
