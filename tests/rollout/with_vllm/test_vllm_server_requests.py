@@ -354,7 +354,7 @@ def test_a_refusal_is_passed_on_and_says_how_to_start_the_server(
         ({"logprobs_mode": "processed_logprobs"}, "--logprobs-mode processed_logprobs; .*1.0 it must be raw"),
         ({"max_model_len": 20}, r"sample 'img0\.png': .* is 20; raise its --max-model-len"),
         (
-            {"multimodal_config": SimpleNamespace(mm_processor_kwargs=None)},
+            {"mm_processor_kwargs": None},
             r"scales images otherwise .*--mm-processor-kwargs '.\"size\": .\"shortest_edge\": 3136, ",
         ),
         ({"data_parallel_size": 2}, "--data-parallel-size 2; start that many servers"),
@@ -370,7 +370,8 @@ def test_a_server_that_does_not_fit_says_what_to_change(
     config = fakes[0].workers[0].vllm_config
     fakes[0].model = change.get("model", policy.source)
     for name, value in change.items():
-        parts = (config, config.model_config, config.lora_config, config.parallel_config)
+        model = config.model_config
+        parts = (config, model, model.multimodal_config, config.lora_config, config.parallel_config)
         setattr(next(part for part in parts if hasattr(part, name)), name, value)
     with pytest.raises(EngineFailed, match=said):
         draw(connect(policy), policy)
