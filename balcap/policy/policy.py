@@ -206,7 +206,7 @@ class Policy(nn.Module):
         )
 
     def _features(
-        self, model: Any, prompts: Prompts, rows: Sequence[int], images: Sequence[Image.Image]
+        self, model: Any, prompts: Prompts, rows: Sequence[int], images: Sequence[tuple[Image.Image, ...]]
     ) -> list[ImageFeatures]:
         """Image features of these rows; a frozen tower sees each image once, for policy and reference alike."""
         known = prompts.features if self.vision_is_frozen else {}

@@ -84,11 +84,13 @@ class Family:
         text_types: ``model_type`` of the text models for which `attention` gives what a sequence of one caption
             alone would get: every layer attends to all tokens before.
         layer_types: kinds of their layers for which this holds, where their config names them.
+        several_images: a prompt may show more than one image.
     """
 
     model_types: tuple[str, ...] = ()
     text_types: tuple[str, ...] = ()
     layer_types: tuple[str, ...] = ("full_attention",)
+    several_images: bool = True
 
     # ── what is vision and what is language ──────────────────────────────────────────────────────────
 
@@ -216,6 +218,6 @@ class Family:
         return getattr(config.vision_config, "spatial_merge_size", 1) ** 2
 
     def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float | None:
-        """Model FLOPs of one image's forward through the tower and what joins it to the language model. None where
-        they, or those of the text model, are not known: then none are reported."""
+        """Model FLOPs of a prompt's images, forward, through the tower and what joins it to the language model. None
+        where they, or those of the text model, are not known: then none are reported."""
         return None
