@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.families import base_of
 from balcap.policy.policy import Policy
+from balcap.policy.prompts import PlaceholderMismatch
 from tests.tiny_models import batch_of, picture, rollouts_of, several_images
 
 SHARED = (
@@ -22,6 +23,9 @@ SHARED = (
     "internvl_qwen3_moe", "gemma3", "gemma3_crops",
 )  # fmt: skip
 """Names of `tests.tiny_families`."""
+
+SEVERAL = tuple(name for name in SHARED if name not in ("llava_next", "llava_onevision"))
+"""Those that take several images in a prompt."""
 
 PROMPTS = ("What is this?", "Describe the image in detail, please.", "Go")
 lengths = st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=3).filter(
@@ -83,7 +87,7 @@ def test_log_probs_and_gradients_are_those_of_separate_sequences(
     compare()
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", SEVERAL)
 def test_rows_of_one_two_and_three_images_are_those_of_separate_sequences(
     name: str, folder_of: Callable[[str], Path]
 ) -> None:
@@ -96,7 +100,7 @@ def test_rows_of_one_two_and_three_images_are_those_of_separate_sequences(
         assert (mine[parameter] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5, parameter
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", SEVERAL)
 def test_flops_of_several_images_are_those_of_each(name: str, folder_of: Callable[[str], Path]) -> None:
     policy = Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32"), False)
     base, batch = base_of(policy.model), several_images()
@@ -105,3 +109,10 @@ def test_flops_of_several_images_are_those_of_each(name: str, folder_of: Callabl
     each = [policy.encoder.family.vision_flops(base, item) for item in policy.encode(apart).items]
     if None not in each:
         assert flops == pytest.approx([each[0], sum(each[1:3]), sum(each[3:])])
+
+
+@pytest.mark.parametrize("name", sorted({*SHARED} - {*SEVERAL}))
+def test_a_family_of_one_image_refuses_several(name: str, folder_of: Callable[[str], Path]) -> None:
+    policy = Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32"), False)
+    with pytest.raises(PlaceholderMismatch, match=r"has 2 images, a prompt of llava_\w+ takes one"):
+        policy.encode(several_images())

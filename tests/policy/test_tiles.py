@@ -67,4 +67,4 @@ def test_a_text_model_with_windows_shares_no_prefix(name: str, folder_of: Callab
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None}
     config.text_config = type(config.text_config)(**config.text_config.to_dict() | windows)
     config.text_config._attn_implementation = "sdpa"
-    assert "sliding windows" in family_of(config).obstacle(model)
+    assert "layers of sliding_attention" in family_of(config).obstacle(model)
