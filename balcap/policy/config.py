@@ -78,6 +78,8 @@ class PolicyConfig:
         feature_cache: folder that keeps what a frozen vision tower makes of each image, for later epochs and runs; ranks
             may share it, and it only grows. Needs `freeze_vision` and `shared_prefix`. null keeps nothing.
         attn_implementation: of transformers ("sdpa", "flash_attention_2", "eager"); null lets it choose.
+        family: import path of a class of `balcap.policy.families.Family`, for an architecture that the package has no file
+            for, or to take the place of one; null for those of the package.
         min_pixels: smallest image area in pixels that the processor scales to (Qwen-VL; GLM-V counts each pixel twice,
             as of two frames); null: the model's own.
         max_pixels: largest image area, likewise. Fewer pixels are fewer image tokens.
@@ -94,6 +96,7 @@ class PolicyConfig:
     compile: bool | Literal["auto"] = "auto"
     feature_cache: str | None = None
     attn_implementation: str | None = None
+    family: str | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
 
@@ -132,6 +135,7 @@ class PolicyConfig:
         elif self.load_in_4bit and not problems and self.adapter is None:
             problems.append("load_in_4bit: 4-bit weights cannot be trained; set model.policy.lora as well")
         problems += self._feature_cache_problems()
+        problems += self._family_problems()
         for name in ("min_pixels", "max_pixels"):
             area = getattr(self, name)
             if area is not None and area < 1:
@@ -141,6 +145,17 @@ class PolicyConfig:
                 f"min_pixels: {self.min_pixels} is above model.policy.max_pixels: {self.max_pixels}"
             )
         return [f"model.policy.{problem}" for problem in problems]
+
+    def _family_problems(self) -> Sequence[str]:
+        if self.family is None:
+            return []
+        from balcap.policy.families import load_family  # imports torch
+
+        try:
+            load_family(self.family)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            return [f"family: {self.family} is no class of balcap.policy.families.Family that loads: {error}"]
+        return []
 
     def _feature_cache_problems(self) -> Sequence[str]:
         if self.feature_cache is None:

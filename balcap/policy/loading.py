@@ -12,7 +12,7 @@ import torch
 
 from balcap.policy.checkpointing import prepare_checkpointing
 from balcap.policy.config import LoraSettings, PolicyConfig, PolicyError
-from balcap.policy.families import family_of
+from balcap.policy.families import family_of, load_family
 
 REFERENCE = "reference"
 """Name of the frozen adapter that a run's policy is compared with, where the run continues an adapter."""
@@ -41,6 +41,8 @@ def load_processor(config: PolicyConfig) -> Any:
     """
     from transformers import AutoProcessor
 
+    if config.family is not None:
+        load_family(config.family)
     with _explained(config):
         processor = AutoProcessor.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=False

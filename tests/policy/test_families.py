@@ -399,8 +399,8 @@ def test_a_new_family_shares_the_prefix(
     naive = load_unknown(freeze_vision=False)
     expected, _ = naive.logps(rollouts, naive.encode(rollouts.batch), ROWS)
     expected.sum().backward()
-    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, Outside()))
-    policy = load_unknown(freeze_vision=False)
+    monkeypatch.setattr(families, "_others", [])
+    policy = load_unknown(freeze_vision=False, family=f"{__name__}.Outside")
     assert policy.shared_prefix
     Outside.layers.clear()
     logps, _ = policy.logps(rollouts, policy.encode(rollouts.batch), ROWS)
@@ -412,3 +412,17 @@ def test_a_new_family_shares_the_prefix(
         gradient = theirs[name].grad
         if gradient is not None:
             assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm() + 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("tests.policy.test_families.Nothing", "no attribute"),
+        ("tests.policy.test_families.ROWS", "must be a subclass"),
+        ("balcap.policy.families.Family", "sets model_types"),
+    ],
+)
+def test_what_is_no_family_is_refused_by_its_key(path: str, why: str) -> None:
+    problems = [one for one in PolicyConfig("a/b", family=path).problems() if "model.policy.family" in one]
+    assert len(problems) == 1
+    assert why in problems[0]

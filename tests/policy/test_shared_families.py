@@ -15,17 +15,8 @@ from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.families import base_of
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import PlaceholderMismatch
+from tests.tested_families import ONE_IMAGE, SEVERAL, SHARED
 from tests.tiny_models import batch_of, picture, rollouts_of, several_images
-
-SHARED = (
-    "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v",
-    "llava", "pixtral", "mistral3", "llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl", "internvl_qwen3",
-    "internvl_qwen3_moe", "gemma3", "gemma3_crops",
-)  # fmt: skip
-"""Names of `tests.tiny_families`."""
-
-SEVERAL = tuple(name for name in SHARED if name not in ("llava_next", "llava_onevision"))
-"""Those that take several images in a prompt."""
 
 PROMPTS = ("What is this?", "Describe the image in detail, please.", "Go")
 lengths = st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=3).filter(
@@ -111,7 +102,7 @@ def test_flops_of_several_images_are_those_of_each(name: str, folder_of: Callabl
         assert flops == pytest.approx([each[0], sum(each[1:3]), sum(each[3:])])
 
 
-@pytest.mark.parametrize("name", sorted({*SHARED} - {*SEVERAL}))
+@pytest.mark.parametrize("name", ONE_IMAGE)
 def test_a_family_of_one_image_refuses_several(name: str, folder_of: Callable[[str], Path]) -> None:
     policy = Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32"), False)
     with pytest.raises(PlaceholderMismatch, match=r"has 2 images, a prompt of llava_\w+ takes one"):

@@ -6,11 +6,12 @@ Pixtral, Mistral Small 3; ``llava_next.py`` LLaVA-NeXT and LLaVA-OneVision; ``id
 ``internvl.py`` InternVL3 and 3.5; ``gemma3.py`` Gemma 3; ``generic.py`` every other model of transformers, one sequence
 per caption.
 
-A new family is one file here, and its class in `FAMILIES`.
+A new family is one file here, and its class in `FAMILIES`; or a class anywhere that ``model.policy.family`` names.
 """
 
 from __future__ import annotations
 
+import pkgutil
 from typing import Any
 
 from balcap.policy.families.base import Family, ImageFeatures, base_of, regrouped
@@ -25,7 +26,7 @@ from balcap.policy.families.qwen2_5_vl import Qwen2_5VL
 from balcap.policy.families.qwen3_5 import Qwen3_5
 from balcap.policy.families.qwen3_vl import Qwen3VL
 
-__all__ = ["FAMILIES", "Family", "ImageFeatures", "base_of", "family_of", "regrouped"]
+__all__ = ["FAMILIES", "Family", "ImageFeatures", "base_of", "family_of", "load_family", "regrouped"]
 
 FAMILIES: tuple[Family, ...] = (
     Qwen2_5VL(),
@@ -42,8 +43,25 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+_others: list[Family] = []
+
+
+def load_family(path: str) -> None:
+    """From now on, take the family at this import path for the model types that it names.
+
+    Raises:
+        ImportError, AttributeError, ValueError: nothing is there.
+        TypeError: it is no class of `Family`, or names no model types.
+    """
+    kind = pkgutil.resolve_name(path)
+    if not (isinstance(kind, type) and issubclass(kind, Family) and kind.model_types):
+        raise TypeError("it must be a subclass that sets model_types")
+    if not any(type(family) is kind for family in _others):
+        _others.insert(0, kind())
+
+
 def family_of(model_or_config: Any) -> Family:
     """The family of an HF model (with or without an adapter) or of its config; `Generic` for unknown ones."""
     config = getattr(base_of(model_or_config), "config", model_or_config)
-    known = (family for family in FAMILIES if config.model_type in family.model_types)
+    known = (family for family in (*_others, *FAMILIES) if config.model_type in family.model_types)
     return next(known, Generic())

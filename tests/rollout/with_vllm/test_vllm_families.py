@@ -18,13 +18,8 @@ from balcap.policy.policy import Policy
 from balcap.rollout.vllm import inprocess
 from balcap.types import Rollouts
 from tests.rollout.with_vllm.support import Shared, draw, own_logps, update, wide
+from tests.tested_families import IN_VLLM
 from tests.tiny_families import FAMILIES
-
-EQUAL = (
-    "qwen2_vl", "qwen3_vl", "pixtral", "mistral3", "llava_next", "llava_onevision", "idefics3", "smolvlm",
-    "internvl", "internvl_qwen3",
-)  # fmt: skip
-"""Families whose log-probs are the trainer's; Qwen2.5-VL and LLaVA-1.5 are those of the other tests."""
 
 Captions = Callable[..., tuple[Policy, Rollouts]]
 
@@ -57,7 +52,7 @@ def captions(tmp_path: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch) ->
     return captions
 
 
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("name", IN_VLLM)
 def test_prompts_and_log_probs_are_the_trainers(name: str, captions: Captions) -> None:
     policy, rollouts = captions(name)
     torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=0)
