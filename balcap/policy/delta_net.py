@@ -81,7 +81,8 @@ def _forward(
 
     def run(index: Tensor, before: int, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs of all rows but the first `before` of each, which are there for the convolution; last states."""
-        mixed, beta, decay = columns[index].split((net.conv_dim, heads, heads), -1)
+        rows = columns.index_select(0, index.flatten()).unflatten(0, index.shape)
+        mixed, beta, decay = rows.split((net.conv_dim, heads, heads), -1)
         mixed = convolve(mixed.transpose(1, 2), weight, net.conv1d.bias, activation=net.activation)
         widths = (net.key_dim, net.key_dim, net.value_dim)
         query, key, value = mixed.transpose(1, 2)[:, before:].split(widths, -1)
@@ -104,5 +105,5 @@ def _forward(
         of_captions, _ = run(recurrence.captions, before, state.repeat_interleave(captions, 0))
         out = torch.cat((out, of_captions.flatten(0, 1)))
     gate = net.in_proj_z(states).unflatten(-1, (heads, -1))
-    normed = net.norm(out[recurrence.order].flatten(0, 1), gate.flatten(0, 1))
+    normed = net.norm(out.index_select(0, recurrence.order).flatten(0, 1), gate.flatten(0, 1))
     return net.out_proj(normed.unflatten(0, (-1, heads)).flatten(1))[None]

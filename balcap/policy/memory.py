@@ -206,11 +206,16 @@ def update_costs(
         load_in_4bit: count matrices as if they were in 4 bits, where they are not yet.
 
     Returns:
-        None for a language model whose layers are not those of a dense decoder (`_READERS`), or an unusual tower.
+        None for a language model whose layers are not those of a dense decoder (`_READERS`), or do not all attend to all
+        tokens before, or an unusual tower.
     """
     base, family = base_of(model), family_of(model)
+    if set(getattr(base.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}:
+        return None
     vision_config = getattr(base.config, "vision_config", None)
-    layers = [m for m in family.language_model(base).modules() if hasattr(m, "mlp")]
+    layers = [
+        m for m in family.language_model(base).modules() if hasattr(m, "self_attn") and hasattr(m, "mlp")
+    ]
     linears = [_linears(layer) for layer in layers]
     text = base.config.get_text_config()
     dense = all(map(_is_dense, linears)) and not hasattr(text, "num_experts_per_tok")

@@ -301,11 +301,11 @@ def test_what_is_frozen_and_adapted_by_name(
     assert all(linear.startswith(vision) for linear in beyond)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe", "gemma3"])
 def test_what_is_not_counted_is_not_reported(
     name: str, folder_of: Callable[[str], Path], rollouts: Rollouts
 ) -> None:
-    """Delta nets have neither the operations nor the memory of attention."""
+    """Delta nets and windows have neither the operations nor the memory of attention to all tokens before."""
     policy = Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32"), False)
     assert policy.shared_prefix
     assert policy.flops(rollouts, policy.encode(rollouts.batch), ROWS) is None
