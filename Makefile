@@ -49,9 +49,12 @@ seeds: $(VENV)/.installed data/shapes/shapes.json
 	done
 	$(BIN)/python -m examples.shapes.summary runs/seed-0 runs/seed-1 runs/seed-2
 
+# One thread for each of several processes: OpenMP threads that wait take the core that another test needs.
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(1)/python -m pytest --numprocesses auto --dist worksteal
+
 ## every test
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(call PYTEST,$(BIN))
 
 ## every test with the newest release of everything that pyproject.toml allows; then how it differs from the lock
 test-newest:
@@ -59,7 +62,7 @@ test-newest:
 	$(NEWEST_BIN)/python -m pip install --quiet --upgrade pip
 	$(NEWEST_BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]"
 	sed 's/ *;.*//' requirements.lock > $(NEWEST_VENV)/locked
-	$(NEWEST_BIN)/python -m pytest; status=$$?; echo "not as in requirements.lock:"; \
+	$(call PYTEST,$(NEWEST_BIN)); status=$$?; echo "not as in requirements.lock:"; \
 	  $(NEWEST_BIN)/python -m pip freeze --exclude-editable | sed s/_/-/g | grep -vixFf $(NEWEST_VENV)/locked; exit $$status
 
 # vLLM pins its own torch: an environment of its own, every package at the version in .ci/vllm.txt.
