@@ -60,6 +60,23 @@ def test_operations_of_the_tower_are_those_that_pytorch_counts(
         assert family.vision_flops(policy.model, prompts.items[row]) == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("name", ["internvl", "smolvlm", "llava_next"])
+def test_the_tiles_of_an_image_are_kept_together(
+    name: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rollouts, found = rollouts_of(mixed_batch(), [[3, 1], [7, 2], [4, 6]], range(60, 300)), []
+    for cache in (None, str(tmp_path), str(tmp_path)):
+        policy = Policy.load(
+            PolicyConfig(str(folder_of(name)), dtype="float32", feature_cache=cache), with_reference=False
+        )
+        prompts = policy.encode(rollouts.batch)
+        found.append((policy.logps(rollouts, prompts, ROWS)[0], len(prompts.cached)))
+    assert [read for _, read in found] == [0, 0, 3]
+    assert len(list(tmp_path.glob("??/*.safetensors"))) == 3
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][0], found[2][0])
+
+
 def test_experts_have_no_count(folder_of: Callable[[str], Path]) -> None:
     rollouts = rollouts_of(mixed_batch(), [[3, 1], [7, 2], [4, 6]], range(60, 300))
     policy = Policy.load(PolicyConfig(str(folder_of("internvl_qwen3_moe")), dtype="float32"), False)
