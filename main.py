@@ -1,4 +1,5 @@
-"""Train, measure and use a captioner: ``python main.py {fit,estimate,validate,test,predict} --config configs/shapes.yaml``.
+"""Train, measure and use a captioner: ``python main.py {fit,validate,test,predict} --config configs/shapes.yaml``; ``check``
+and ``estimate`` take the same and look at a run before it starts.
 
 ``recaption --config configs/recaption.yaml`` writes the references that it is trained on; ``serve`` starts a vLLM
 server that samples for a run; ``general`` runs lmms-eval; ``cache`` and ``ledger`` show what judges have answered and cost.

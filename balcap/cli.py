@@ -29,7 +29,7 @@ from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException  # noqa: E402
 
 from balcap.commands.benchmark import config_of, run_test  # noqa: E402
-from balcap.commands.estimate import HERE, BalCapTrainer, estimate_problems  # noqa: E402
+from balcap.commands.estimate import HERE, ONE_DEVICE, BalCapTrainer, estimate_problems  # noqa: E402
 from balcap.config import ConfigError, model_problems, trainer_problems  # noqa: E402
 from balcap.data import CaptionDataModule  # noqa: E402
 from balcap.judge import BudgetSpent  # noqa: E402
@@ -61,6 +61,9 @@ class ConfigFile(ActionConfigFile):
         super().__call__(parser, namespace, values, option_string)
 
 
+NO_RUN = {"estimate": HERE, "check": ONE_DEVICE}
+"""Subcommands that leave the run folder alone, and settings of their trainer."""
+
 RESULTS = (
     "checkpoints/last.ckpt", "export", "curves.png", "metrics.csv", "rollouts", "captions.jsonl", "benchmarks.json",
     "bad_rows.jsonl",
@@ -85,7 +88,7 @@ class RunParser(LightningArgumentParser):
 
 
 class BalCapCLI(LightningCLI):
-    """``fit``, ``estimate``, ``validate``, ``predict`` and ``test``, with all outputs of a run in ``run_dir``."""
+    """``fit``, ``check``, ``estimate``, ``validate``, ``predict`` and ``test``, with all outputs of a run in ``run_dir``."""
 
     def __init__(self, args: Any = None) -> None:
         super().__init__(
@@ -114,6 +117,7 @@ class BalCapCLI(LightningCLI):
         skip = {"model", "dataloaders", "datamodule", "weights_only"}
         return {
             "fit": {*skip, "train_dataloaders", "val_dataloaders"},
+            "check": skip,
             "estimate": {*skip, "launch"},
             "validate": skip,
             "predict": {*skip, "return_predictions"},
@@ -173,7 +177,7 @@ class BalCapCLI(LightningCLI):
         _quieten(self.config[self.subcommand].model.policy.load_in_4bit)
         self.checkpoint: Path | None = None
         options = self.config[self.subcommand]
-        self._run_problems = [] if self.subcommand == "estimate" else self._find_checkpoint(options)
+        self._run_problems = [] if self.subcommand in NO_RUN else self._find_checkpoint(options)
         self.save_config_kwargs = {"checkpoint": self.checkpoint}
 
     def _find_checkpoint(self, options: Any) -> list[str]:
@@ -217,8 +221,8 @@ class BalCapCLI(LightningCLI):
         from balcap.trainer.loggers import RunCSVLogger
 
         options = self.config[self.subcommand]
-        if self.subcommand == "estimate":
-            kwargs |= HERE
+        if self.subcommand in NO_RUN:
+            kwargs |= NO_RUN[self.subcommand]
         elif options.trainer.logger is None:
             saved = None if self.checkpoint is None else read_checkpoint(self.checkpoint)
             keep, logged = (saved["global_step"], saved["balcap"].get("logged")) if saved else (None, None)
@@ -243,6 +247,12 @@ class BalCapCLI(LightningCLI):
             return estimate_problems(self.model, self.datamodule)
         if self.subcommand == "test":
             return self._run_problems + self._test_problems(self.model)
+        if self.subcommand == "check":
+            options = self.config[self.subcommand]
+            given = [name for name in ("ckpt_path", "resume") if options[name]]
+            where = "the weights that are checked are those of model.policy.model; remove it"
+            own = [*model_problems(self.model, judges=False), *self.datamodule.problems("fit")]
+            return [f"{name}: {where}" for name in given] + own
         judges = self.subcommand != "predict"
         problems = [*model_problems(self.model, judges), *self.datamodule.problems(str(self.subcommand))]
         if self.subcommand == "fit":
@@ -278,7 +288,7 @@ class BalCapCLI(LightningCLI):
         }
 
     def _run_subcommand(self, subcommand: str) -> None:
-        mine = subcommand != "estimate" and _is_first_rank()
+        mine = subcommand not in NO_RUN and _is_first_rank()
         try:
             with in_use(self.config[subcommand].run_dir) if mine else nullcontext():
                 try:
@@ -326,8 +336,8 @@ class BalCapCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if subcommand == "estimate":
-            return kwargs | {"launch": self.config[subcommand].trainer}
+        if subcommand in NO_RUN:
+            return kwargs | ({"launch": self.config[subcommand].trainer} if subcommand == "estimate" else {})
         kwargs["ckpt_path"] = self.checkpoint and str(self.checkpoint)
         kwargs["weights_only"] = True  # a checkpoint is data: it must not run code when it is read
         if subcommand == "predict":

@@ -140,6 +140,9 @@ class BalCapModule(L.LightningModule):
         if judge and judge.cache is not None and stage != "predict":
             answers, size = describe(judge.cache)
             rank_zero_info(f"judge cache: {judge.cache}, {answers:,} answers, {size / 1e6:,.1f} MB")
+        if judge and stage != "predict":
+            for line in judge.endings("take --config configs/judge/gpt-6-luna.yaml instead, for a whole run"):
+                rank_zero_info(line)
         if stage == "fit":
             self._check_val_interval()
 

@@ -1,7 +1,7 @@
 """What travels between the packages, and the one legend of shapes.
 
 =====  =============================================================
-B      prompts (images) in the batch of one rank
+B      prompts (rows, each of one image or several) in the batch of one rank
 G      captions (rollouts) sampled per prompt: the group
 K      rewards, in the order of the reward suite
 P      prompt tokens, image tokens included
@@ -44,13 +44,15 @@ class Cursor:
 
 @dataclass(frozen=True)
 class CaptionBatch:
-    """B images to caption.
+    """B rows to caption, of one image each, or of several that one caption is about.
 
     Attributes:
-        sample_ids: ``[B]`` unique per image: the path as the data set writes it.
-        images: ``[B]`` decoded, upright, RGB: what the policy sees.
-        image_bytes: ``[B]`` the file as it is on disk: what the judge sees and what a cache keys on.
-        prompts: ``[B]`` the instruction, without image placeholder.
+        sample_ids: ``[B]`` unique per row: the path of the image as the data set writes it; of several images their
+            paths with `balcap.data.layouts.BETWEEN` between them.
+        images: ``[B]`` those of each row, in order; decoded, upright, RGB: what the policy sees.
+        image_bytes: ``[B]`` their files as they are on disk: what the judge sees and what a cache keys on.
+        prompts: ``[B]`` the instruction. In a row of several images, ``<image>`` stands where each of them goes, or
+            nowhere: then all stand before the text, as a single image does.
         references: ``[B]`` the reference captions; an empty string where there is none (predict).
         extras: column name -> ``[B]`` values of further columns of the data set (``data.columns``), as parsed from
             JSON and of one kind per column; None where a row has none. ``reference_units``, the assertions of the
@@ -59,8 +61,8 @@ class CaptionBatch:
     """
 
     sample_ids: Sequence[str]
-    images: Sequence[Image.Image]
-    image_bytes: Sequence[bytes]
+    images: Sequence[tuple[Image.Image, ...]]
+    image_bytes: Sequence[tuple[bytes, ...]]
     prompts: Sequence[str]
     references: Sequence[str]
     extras: Mapping[str, Sequence[Any]] = field(default_factory=dict)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from balcap.judge import BudgetSpent
 from balcap.utils.files import replaced_folder
+
+if TYPE_CHECKING:
+    from balcap.policy.policy import Policy
 
 
 class ExportPolicy(Callback):
@@ -36,10 +39,15 @@ class ExportPolicy(Callback):
         if not self.enabled or not trainer.is_global_zero:
             return
         folder = Path(self.dirpath or Path(trainer.default_root_dir) / "export")
-        policy: Any = pl_module.policy
-        for adapter in getattr(policy.model, "peft_config", {}).values():  # it is read from anywhere
-            base = Path(adapter.base_model_name_or_path or "")
-            adapter.base_model_name_or_path = str(base.resolve()) if base.is_dir() else str(base)
-        with replaced_folder(folder) as new:
-            policy.save_pretrained(new)
-            policy.encoder.processor.save_pretrained(new)
+        module: Any = pl_module
+        export(module.policy, folder)
+
+
+def export(policy: Policy, folder: str | Path) -> None:
+    """Write what a fit exports of this policy; an older `folder` is replaced."""
+    for adapter in getattr(policy.model, "peft_config", {}).values():  # it is read from anywhere
+        base = Path(adapter.base_model_name_or_path or "")
+        adapter.base_model_name_or_path = str(base.resolve()) if base.is_dir() else str(base)
+    with replaced_folder(folder) as new:
+        policy.save_pretrained(new)
+        policy.encoder.processor.save_pretrained(new)

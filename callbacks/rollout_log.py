@@ -35,7 +35,7 @@ class RolloutLog(Callback):
 
     Args:
         every_n_steps: log every n-th training batch, the first one included.
-        max_images: images per logged step, or per validation pass, in TensorBoard; 0 for none.
+        max_images: rows, each with all its images, per logged step, or per validation pass, in TensorBoard; 0 for none.
         dirpath: folder of the Parquet files; None: ``rollouts`` under the trainer's ``default_root_dir``.
     """
 
@@ -86,11 +86,14 @@ class RolloutLog(Callback):
 
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         for b in range(min(len(record.rollouts), self.max_images - self._shown) if loggers else 0):
-            image = record.rollouts.batch.images[b].convert("RGB")
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
             tag = f"{stage}_rollouts/{self._shown}"
+            for number, image in enumerate(record.rollouts.batch.images[b]):
+                shown = image.convert("RGB")
+                shown.thumbnail((THUMBNAIL, THUMBNAIL))
+                name = f"{tag}_{number + 1}" if number else tag
+                for logger in loggers:
+                    logger.experiment.add_image(name, np.asarray(shown), step, dataformats="HWC")
             for logger in loggers:
-                logger.experiment.add_image(tag, np.asarray(image), step, dataformats="HWC")
                 logger.experiment.add_text(tag, rollout_markdown(record, b), step)
             self._shown += 1
 

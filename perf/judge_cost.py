@@ -125,8 +125,8 @@ def world(scenes: int) -> CaptionBatch:
         scene = sample_scene(rng)
         references.append(reference(scene, rng))
         prompts.append(QUESTIONS[rng.integers(len(QUESTIONS))])
-        images.append(draw_scene(scene, rng))
-        files.append(png_bytes(images[-1].resize(JUDGE_SIZE, Image.Resampling.LANCZOS), scene))
+        images.append((drawn := draw_scene(scene, rng),))
+        files.append((png_bytes(drawn.resize(JUDGE_SIZE, Image.Resampling.LANCZOS), scene),))
     return CaptionBatch([str(i) for i in range(scenes)], images, files, prompts, references)
 
 

@@ -77,8 +77,7 @@ def of_vision(case: Case) -> Counter[str]:
     policy = variant(OURS, model, processor, case).policy
     base = base_of(policy.model)
     with torch.no_grad(), CountOperators() as counted:
-        images, tokens = work.prompts.images([0], policy.device), work.prompts.image_tokens([0])
-        family_of(base).image_features(base, images, tokens)
+        family_of(base).image_features(base, work.prompts.images([0], policy.device))
     return counted.counts
 
 

@@ -77,7 +77,7 @@ class Peer(TrainerCallback):
         started = time.perf_counter()
         texts = [message[0]["content"].strip() for message in completions]
         G = self.captions
-        batch = CaptionBatch(sample_id[::G], [], image_bytes[::G], [], reference[::G])
+        batch = CaptionBatch(sample_id[::G], [], [(file,) for file in image_bytes[::G]], [], reference[::G])
         rollouts = rollouts_of_texts(batch, [texts[i : i + G] for i in range(0, len(texts), G)])
         judgments = await asyncio.to_thread(self.suite.gather, self.judge, rollouts)
         self.judge_s += time.perf_counter() - started
@@ -92,9 +92,9 @@ def rows(case: Case, seed: int, run_dir: Path) -> Dataset:
     examples = [
         {
             "prompt": [{"role": "user", "content": batch.prompts[i]}],
-            "image": batch.images[i],
+            "image": batch.images[i][0],
             "sample_id": batch.sample_ids[i],
-            "image_bytes": batch.image_bytes[i],
+            "image_bytes": batch.image_bytes[i][0],
             "reference": batch.references[i],
         }
         for batch in itertools.islice(batches(DATA, case.images, run_dir, seed), case.updates)

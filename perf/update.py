@@ -2,6 +2,7 @@
 
     python perf/update.py              a CPU: two families of about 30M parameters, float32, about 25 minutes
     python perf/update.py --quick      one small case, within a minute; memory is not measured
+    python perf/update.py --family qwen3_vl|qwen3_5|...   P 420, G 8 of one family at that size, on a CPU
     python perf/update.py --size 3b    a GPU (the default there), bfloat16, G = 8; 7b, llava7b; --lora
     ... --no-checkpointing             keep all activations, in all variants
 
@@ -13,7 +14,7 @@ enough for every token to matter.
 
 ours       `balcap.policy.policy.Policy` as training uses it, with ``compile: false``
 ours, compiled   with ``compile: true``, which is the default on GPUs; there only
-naive      the same with ``shared_prefix: false``
+naive      the same with ``shared_prefix: false``; of a family that cannot share a prefix, ours is that too
 TRL        ``GRPOTrainer.training_step`` with its inputs prepared: its own log-probs, loss and backward, with
            ``loss_type="dapo"``, whose denominator is ours (tokens). Checkpointing, dtype and attention are those of
            the others. On a CPU its head computes logits of prompt tokens too; "TRL, captions only" is TRL made to do
@@ -61,6 +62,8 @@ from perf.update_variants import COMPACT, COMPILED, NAIVE, OURS, TRL, variant
 warnings.simplefilter("ignore")
 THREE = [OURS, NAIVE, TRL]
 TOLERANCE = 1e-3
+SMALL = {SIZES[size]["family"]: size for size in ("30m", "llava30m", "qwen3_vl30m", "qwen3_5_30m")}
+"""About 30M parameters, by family."""
 
 
 @dataclass
@@ -192,12 +195,15 @@ def _resident_peak() -> int:
 
 def plan(options: Namespace) -> list[tuple[Case, list[str]]]:
     """Cases, the headline first, and their variants."""
-    if torch.cuda.is_available():
+    if options.family is None and torch.cuda.is_available():
         kept = options.checkpointing
         large = Case(options.size, 1300, 8, 200, 300, "cuda", "bfloat16", options.lora, checkpointing=kept)
         return [(large, [COMPILED, *THREE])]
+    size = SMALL[options.family or "qwen2_5_vl"]
     if options.quick:
-        return [(Case("30m", 200, 4, 20, 40), THREE)]
+        return [(Case(size, 200, 4, 20, 40), THREE)]
+    if options.family is not None:
+        return [(Case(size, 420, 8), THREE)]
     return [
         (Case("30m", 420, 8), [*THREE, COMPACT]),
         (Case("30m", 420, 4), THREE),
@@ -212,6 +218,7 @@ def main() -> None:
     """Measure, print a table and one line of JSON; the exit status is 1 where variants disagree."""
     parser = arguments(__doc__)
     parser.add_argument("--size", choices=["3b", "7b", "llava7b"], default="3b", help="of the model on CUDA")
+    parser.add_argument("--family", choices=SMALL, help="one family alone, on a CPU")
     parser.add_argument("--lora", action="store_true", help="on CUDA: train adapters of rank 64 only")
     parser.add_argument(
         "--checkpointing",

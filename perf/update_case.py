@@ -1,4 +1,4 @@
-"""What `perf/update.py` measures on: random models of two families, an image and its captions."""
+"""What `perf/update.py` measures on: random models of several families, an image and its captions."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from balcap.policy.loading import prepare
 from balcap.policy.prompts import PromptEncoder, Prompts
 from balcap.types import Rollouts
 from tests import tiny_models as tiny
+from tests.tiny_families import FAMILIES
 
 QUESTION = "Describe the image in detail."
 SIZES: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "models.yaml").read_text())
@@ -45,8 +46,8 @@ class Case:
 
     @property
     def family(self) -> str:
-        """``llava`` or ``qwen``."""
-        return "llava" if self.size.startswith("llava") else "qwen"
+        """``qwen2_5_vl``, or a name of `FAMILIES`."""
+        return SIZES[self.size]["family"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ def build(case: Case) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     with tempfile.TemporaryDirectory() as folder:
-        (tiny.tiny_llava if case.family == "llava" else tiny.tiny_qwen)(Path(folder))
+        FAMILIES.get(case.family, tiny.tiny_qwen)(Path(folder))
         config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     text, vision = SIZES[case.size]["text"], SIZES[case.size]["vision"]
     config.text_config = type(config.text_config)(**text)
@@ -81,7 +82,8 @@ def build(case: Case) -> tuple[Any, Any]:
         config.image_seq_length = (side // vision["patch_size"]) ** 2
         images.size, images.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
     else:
-        images.size = {"shortest_edge": 56**2, "longest_edge": 4096 * 28**2}
+        of_token = (images.patch_size * images.merge_size) ** 2
+        images.size = {"shortest_edge": 4 * of_token, "longest_edge": 4096 * of_token}
     with torch.device(case.device):
         model = AutoModelForImageTextToText.from_config(
             config, dtype=getattr(torch, case.dtype), attn_implementation="sdpa"
@@ -103,7 +105,9 @@ def work_of(case: Case, model: Any, processor: Any) -> Work:
         case.prompt - len(processor.tokenizer(text)["input_ids"]) + 1
     )  # the text holds one of the image's
     rows = round(tokens**0.5)
-    image = tiny.picture(28 * round(tokens / rows), 28 * rows)
+    images = processor.image_processor
+    side = 28 if case.family == "llava" else images.patch_size * images.merge_size
+    image = tiny.picture(side * round(tokens / rows), side * rows)
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(case.shortest, case.longest + 1, (64,), generator=generator)[: case.captions]
     batch = tiny.batch_of([image], [QUESTION])

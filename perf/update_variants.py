@@ -35,7 +35,6 @@ class Ours:
         encoder = PromptEncoder(processor, model.config)
         self.policy = Policy(model, encoder, shared_prefix=shared_prefix, compile=compile)
         self.policy.model.train()
-        assert self.policy.shared_prefix == shared_prefix, "this model cannot share a prefix"
 
     def update(self, work: Work) -> Tensor:
         """One update, its gradients left on the weights; log-probs ``[1, G, T]``.

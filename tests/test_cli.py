@@ -20,6 +20,10 @@ SCALED = (
     "{class_path: lightning.pytorch.plugins.MixedPrecision, init_args: {precision: 16-mixed, device: cpu}}"
 )
 OVERLAYS = sorted(ROOT.glob("configs/judge/*.yaml"))
+JUDGED = [(config, None) for config in CONFIGS] + [
+    (ROOT / f"configs/{name}.yaml", overlay) for name in ("shapes", "qwen7b") for overlay in OVERLAYS
+]
+"""Each config with its own judge, and each overlay, which replaces the whole judge, on two of them."""
 
 
 def _imported(*command: str) -> set[str]:
@@ -48,8 +52,7 @@ class ParsedCLI(BalCapCLI):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=lambda p: p.stem if p else "own judge")
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(("config", "overlay"), JUDGED, ids=lambda p: p.stem if p else "own judge")
 def test_every_config_instantiates_without_weights(
     config: Path, overlay: Path | None, world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -89,7 +89,7 @@ def test_trl_rewards_are_the_weighted_sums_of_ours(oracle: Judge, world: Path, t
             prompts=[],
             completions=[[{"role": "assistant", "content": text}] for group in texts for text in group],
             sample_id=[batch.sample_ids[i // 2] for i in range(4)],
-            image_bytes=[batch.image_bytes[i // 2] for i in range(4)],
+            image_bytes=[batch.image_bytes[i // 2][0] for i in range(4)],
             reference=[batch.references[i // 2] for i in range(4)],
             trainer_state=None,
         )

@@ -55,7 +55,7 @@ def _spoil(world: Path, out: Path) -> set[str]:
     (out / "shapes.json").write_bytes(text)
     return {
         "missing_file", "truncated_image", "not_an_image", "decompression_bomb", "no_caption", "text_too_long",
-        "outside_image_root", "several_images", "no_image_field", "unreadable_file", "malformed_row", "not_utf8",
+        "outside_image_root", "placeholder_mismatch", "no_image_field", "unreadable_file", "malformed_row", "not_utf8",
     }  # fmt: skip
 
 

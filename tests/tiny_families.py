@@ -103,15 +103,16 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 
 def qwen3_vl(path: Path) -> Path:
-    return _qwen(path, "qwen3_vl", QWEN3_VISION, QWEN3_ROPE, 16)
+    """Features of two vision layers go into the first two layers of three: what comes behind the last would not matter."""
+    return _qwen(path, "qwen3_vl", QWEN3_VISION, QWEN3_ROPE | {"num_hidden_layers": 3}, 16)
 
 
 def qwen3_vl_moe(path: Path) -> Path:
-    return _qwen(path, "qwen3_vl_moe", QWEN3_VISION, QWEN3_ROPE | EXPERTS, 16)
+    text = QWEN3_ROPE | EXPERTS | {"num_hidden_layers": 3}
+    return _qwen(path, "qwen3_vl_moe", QWEN3_VISION, text, 16)
 
 
-def qwen3_5(path: Path) -> Path:
-    """Three layers in four are gated delta nets."""
+def _qwen3_5(path: Path, model_type: str, **special: Any) -> Path:
     vision = {key: value for key, value in QWEN3_VISION.items() if key != "deepstack_visual_indexes"}
     linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
     text = {
@@ -120,10 +121,77 @@ def qwen3_5(path: Path) -> Path:
         "linear_num_value_heads": 4,
     }
     rope = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}}
-    return _qwen(path, "qwen3_5", vision, rope | linear | text, 16)
+    return _qwen(path, model_type, vision, rope | linear | text | special, 16)
 
 
-def gemma3(path: Path) -> Path:
+GLM_SPECIAL = (
+    "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
+    "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|image|>", "<|video|>",
+)  # fmt: skip
+GLM_TEMPLATE = (  # GLM-4.1V's own, without its branches for tools, thoughts and videos
+    "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|begin_of_image|><|image|><|end_of_image|>{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+GLM_ROPE = {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}}
+
+
+def _glm(path: Path, model_type: str, version: str, text: dict[str, Any]) -> Path:
+    """Images of 56x56 to 112x112 pixels become 4 to 16 tokens; for their processor an image has two frames."""
+    import transformers as hf
+    from transformers import AutoConfig
+
+    tokenizer = tiny_tokenizer(GLM_SPECIAL, None, eos_token="<|user|>", pad_token="<|endoftext|>")
+    ids = tokenizer.convert_tokens_to_ids
+    sizes = {"size": {"shortest_edge": 2 * 56**2, "longest_edge": 2 * 112**2}, "patch_size": 14}
+    processor = getattr(hf, f"{version}Processor")(
+        image_processor=getattr(hf, f"{version}ImageProcessor")(**sizes),
+        tokenizer=tokenizer,
+        video_processor=getattr(hf, f"{version}VideoProcessor")(**sizes),
+        chat_template=GLM_TEMPLATE,
+    )
+    vision = {"depth": 2, "num_heads": 4, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64}
+    config = AutoConfig.for_model(
+        model_type,
+        text_config=_text(tokenizer, num_attention_heads=2, num_key_value_heads=1, head_dim=16) | text,
+        vision_config=vision | {"patch_size": 14, "image_size": 112},
+        image_token_id=ids("<|image|>"),
+        video_token_id=ids("<|video|>"),
+        image_start_token_id=ids("<|begin_of_image|>"),
+        image_end_token_id=ids("<|end_of_image|>"),
+        video_start_token_id=ids("<|begin_of_video|>"),
+        video_end_token_id=ids("<|end_of_video|>"),
+        tie_word_embeddings=False,
+    )
+    return _save(path, processor, config)
+
+
+def glm4v(path: Path) -> Path:
+    return _glm(path, "glm4v", "Glm4v", GLM_ROPE)
+
+
+def glm4v_moe(path: Path) -> Path:
+    """The first layer is dense; beside the experts that are chosen, one that is not."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return _glm(path, "glm4v_moe", "Glm4v", GLM_ROPE | experts)
+
+
+def glm46v(path: Path) -> Path:
+    return _glm(path, "glm46v", "Glm46V", GLM_ROPE)
+
+
+def qwen3_5(path: Path) -> Path:
+    """Three layers in four are gated delta nets."""
+    return _qwen3_5(path, "qwen3_5")
+
+
+def qwen3_5_moe(path: Path) -> Path:
+    """With an expert beside the others that all tokens see."""
+    return _qwen3_5(path, "qwen3_5_moe", shared_expert_intermediate_size=32, **EXPERTS)
+
+
+def _gemma3(path: Path, window: int, **crops: Any) -> Path:
     """Layers in turn with a sliding window; the tokens of an image see each other in both directions."""
     from transformers import Gemma3Config, Gemma3ImageProcessor, Gemma3Processor
 
@@ -132,13 +200,14 @@ def gemma3(path: Path) -> Path:
         extra_special_tokens={
             "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
         },
+        **crops,
     )  # fmt: skip
     size = {"height": 56, "width": 56}
     processor = Gemma3Processor(
         Gemma3ImageProcessor(size=size), tokenizer, chat_template("<start_of_image>"), image_seq_length=4
     )
     rope = {"sliding_attention": ROPE, "full_attention": ROPE | {"rope_theta": 1000.0}}
-    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": window}
     text = _text(tokenizer, rope_parameters=rope, query_pre_attn_scalar=8, **layers)
     ids = tokenizer.convert_tokens_to_ids
     config = Gemma3Config(
@@ -151,6 +220,17 @@ def gemma3(path: Path) -> Path:
         tie_word_embeddings=False,
     )
     return _save(path, processor, config)
+
+
+def gemma3(path: Path) -> Path:
+    return _gemma3(path, 16)
+
+
+def gemma3_crops(path: Path) -> Path:
+    """Images that are not square are seen whole and in crops, each of more tokens than the window. Of what is on disk only
+    the tokenizer's settings reach the processor's crops."""
+    crops = {"pan_and_scan_min_crop_size": 32, "pan_and_scan_max_num_crops": 4}
+    return _gemma3(path, 3, do_pan_and_scan=True, pan_and_scan_min_ratio_to_activate=1.2, **crops)
 
 
 def smolvlm(path: Path) -> Path:
@@ -364,7 +444,12 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,
     "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
+    "glm4v": glm4v,
+    "glm4v_moe": glm4v_moe,
+    "glm46v": glm46v,
     "gemma3": gemma3,
+    "gemma3_crops": gemma3_crops,
     "smolvlm": smolvlm,
     "idefics3": tiny_idefics3,
     "llava": tiny_llava,
@@ -379,3 +464,6 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "paligemma": paligemma,
 }
 """Name -> writes a model of that architecture into a folder and returns the folder."""
+
+WORKING = tuple(name for name in FAMILIES if name != "paligemma")
+"""Those that a policy can be: the other has no chat template."""

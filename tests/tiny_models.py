@@ -49,6 +49,7 @@ LLAVA_TEMPLATE = (  # LLaVA-1.5's own: USER: <image>\n{question} ASSISTANT:
 
 PLAIN_IMAGE = {
     "gemma3": "<start_of_image>",
+    "gemma3_crops": "<start_of_image>",
     "internvl": "<IMG_CONTEXT>",
     "internvl_qwen3": "<IMG_CONTEXT>",
     "internvl_qwen3_moe": "<IMG_CONTEXT>",
@@ -261,15 +262,30 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 def batch_of(
     images: Sequence[Image.Image], prompts: Sequence[str], references: Sequence[str] | None = None
 ) -> CaptionBatch:
-    """A batch as the data module makes it; samples are called img0.png, img1.png, ..."""
+    """A batch of one image a row as the data module makes it; samples are called img0.png, img1.png, ..."""
+    return batch_of_rows([(image,) for image in images], prompts, references)
+
+
+def batch_of_rows(
+    images: Sequence[tuple[Image.Image, ...]], prompts: Sequence[str], references: Sequence[str] | None = None
+) -> CaptionBatch:
+    """The same of rows of any number of images."""
     n = len(images)
     return CaptionBatch(
         sample_ids=[f"img{i}.png" for i in range(n)],
         images=images,
-        image_bytes=[b""] * n,
+        image_bytes=[(b"",) * len(row) for row in images],
         prompts=prompts,
         references=references or ["A red circle."] * n,
     )
+
+
+def several_images() -> CaptionBatch:
+    """Rows of one, two and three images of different sizes; those of the second stand within its text."""
+    sizes = [(64, 64), (150, 60), (70, 200), (60, 60), (112, 84), (56, 140)]
+    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+    prompts = ["What is this?", "Is <image> older than <image>, and why?", "Compare them."]
+    return batch_of_rows([(images[0],), tuple(images[1:3]), tuple(images[3:])], prompts)
 
 
 def mixed_batch() -> CaptionBatch:
@@ -305,6 +321,8 @@ def prompt_by_hand(family: str, question: str) -> str:
         return f"USER: <image>\n{question} ASSISTANT:"
     if family == "idefics3":
         return f"User:<image>{question}<end_of_utterance>\nAssistant:"
+    if family.startswith("glm"):
+        return f"[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>{question}<|assistant|>\n"
     if family in PLAIN_IMAGE:
         return f"<s>USER: {PLAIN_IMAGE[family]}{question}\nASSISTANT: "
     return (
@@ -348,7 +366,7 @@ class Alone:
             for g, n in enumerate(lengths):
                 ids = rollouts.token_ids[b, g, :n]
                 logits = own_logits(
-                    self.family, self.model, self.processor, batch.images[b], batch.prompts[b], ids
+                    self.family, self.model, self.processor, batch.images[b][0], batch.prompts[b], ids
                 )
                 all_logps = (logits / temperature).log_softmax(-1)
                 logps[b, g, :n] = all_logps.gather(1, ids[:, None])[:, 0]

@@ -258,7 +258,7 @@ class JudgedMetric:
             if row.get(key) is not None
         ]
         reference = next((row["reference"] for row in rows if row.get("reference")), "")
-        group = Group(self.judge, image, data, reference, captions)
+        group = Group(self.judge, image, (data,), reference, captions)
         needs: dict[str, tuple[type[Task[Any]], ...]] = {
             "precision": (Verify,),
             "recall": (Match,),

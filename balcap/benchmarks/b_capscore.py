@@ -58,7 +58,8 @@ class BCapScore(Benchmark):
 
     async def judge_caption(self, judge: Judge, image: BenchmarkImage, caption: str) -> Record:
         reference, extras = image.row
-        group = Group(judge, image.id, await image.file(), reference, [caption], extras.get(REFERENCE_UNITS))
+        files = (await image.file(),)
+        group = Group(judge, image.id, files, reference, [caption], extras.get(REFERENCE_UNITS))
         judged = await group.judgments((Verify, Match, Rate))
         parts = {
             "precision": _score(judged[Verify.name], score_precision),

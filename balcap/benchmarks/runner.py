@@ -236,7 +236,8 @@ class BenchmarkRun:
             return None
         ids, files, decoded = zip(*good, strict=True)
         prompts = [self.benchmark.prompt] * len(ids)
-        return CaptionBatch(ids, decoded, files, prompts, [""] * len(ids))
+        one_each = [(image,) for image in decoded], [(file,) for file in files]
+        return CaptionBatch(ids, *one_each, prompts, [""] * len(ids))
 
     def _leave_out(self, image: BenchmarkImage, bad: BadImage) -> None:
         self.left_out[bad.cause] += 1

@@ -4,6 +4,8 @@
                  `estimate_assumptions.py` (its flags), `estimate_plan.py` (the images that are judged),
                  `estimate_dry_run.py` (judging that asks nobody), `estimate_tokens.py` (tokens of images, texts,
                  reasoning), `estimate_run.py` (all of it together)
+`check.py`       whether model and engine do what training relies on: a subcommand of the trainer, too;
+                 `check_policy.py`, `check_engine.py` (the checks), `check_state.py` (what they share)
 `recaption.py`   new references for a data set; `recaption_settings.py`, `recaption_run.py` (the run),
                  `recaption_files.py` (what it writes)
 `export.py`      an adapter and its base as one model

@@ -34,9 +34,39 @@ HERE: dict[str, Any] = {
 }
 """Settings of the trainer that estimates, wherever the run will be."""
 
+ONE_DEVICE: dict[str, Any] = {
+    name: HERE[name] for name in ("devices", "num_nodes", "strategy", "profiler", "logger")
+}
+"""Settings of the trainer that checks, on the kind of device that the run has."""
+
 
 class BalCapTrainer(Trainer):
-    """`Trainer`, which can also say what the judge of a ``fit`` will cost."""
+    """`Trainer`, which can also say what the judge of a ``fit`` will cost, and check its model."""
+
+    def check(
+        self,
+        model: BalCapModule,
+        datamodule: CaptionDataModule,
+        images: int = 10,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Check on a few images that model and rollout engine do what training relies on: prompts, bans, log-probs, export.
+
+        Takes the config and flags of ``fit``; needs its device, no judge and no key, and leaves the run folder alone.
+        Exits with an error where a check fails.
+
+        Args:
+            model: with the policy and the engine.
+            datamodule: the rows.
+            images: rows of training, drawn at random.
+            ckpt_path: must be null; what is checked is ``model.policy.model``.
+        """
+        from balcap.commands.check import check_run
+
+        try:
+            check_run(self, model, datamodule, images)
+        except ValueError as error:  # DataError is one
+            raise SystemExit(f"Cannot check: {error}") from None
 
     def estimate(
         self,

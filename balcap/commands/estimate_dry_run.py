@@ -98,9 +98,10 @@ class FakeClient:
             schema is not None and self.assume.chars_per_token is None
         ):  # who counts characters counts the messages alone
             texts.append(json.dumps(response_format(question.task.name, schema)))
-        images = [value for value in question.context.values() if isinstance(value, bytes)]
         given = self.assume.image_tokens
-        tokens = [image_tokens(self.settings, model, image) if given is None else given for image in images]
+        tokens = [
+            image_tokens(self.settings, model, image) if given is None else given for image in question.shown
+        ]
         self.images[model] += tokens
         return sum(tokens) + sum(map(self._text, texts))
 

@@ -38,6 +38,9 @@ def main(args: Sequence[str] | None = None) -> None:
     settings = RecaptionSettings(**values)
     if problems := settings.problems():
         raise ConfigError(problems)
+    assert settings.judge is not None
+    for line in settings.judge.settings.endings("take another judge.model, such as openai/gpt-6-luna"):
+        print(line, file=sys.stderr, flush=True)
     from balcap.commands.recaption_run import RecaptionRun  # imports torch
 
     try:

@@ -20,7 +20,7 @@ from typing import Any
 from balcap.commands.recaption_settings import RecaptionSettings
 from balcap.config import ConfigError
 from balcap.data.json_files import DataError
-from balcap.data.layouts import LAYOUT_KEYS, PLACEHOLDER, normalise
+from balcap.data.layouts import LAYOUT_KEYS, PLACEHOLDER, image_paths, normalise
 from balcap.data.order import select_rows
 from balcap.data.reader import prompt_for
 from balcap.data.table import TEXT_ONLY_CAUSES, raw_rows
@@ -164,14 +164,15 @@ def output_row(
         settings: which question the row was asked, and who answered.
     """
     flat = normalise(raw, 0)
+    paths = image_paths(flat["sample_id"])
     turns = raw.get("conversations") or ()
     human = next((turn.get("value") for turn in turns if str(turn.get("from")) == "human"), None)
     if settings.prompts or not human or PLACEHOLDER not in human:
         asked = prompt_for(flat["sample_id"], flat["question"], settings.prompts or (), settings.seed)
-        human = f"{PLACEHOLDER}\n{asked}"
+        human = asked if PLACEHOLDER in asked else f"{PLACEHOLDER * len(paths)}\n{asked}"
     return {
         **{key: value for key, value in raw.items() if key not in LAYOUT_KEYS},
-        "image": flat["sample_id"],
+        "image": paths if len(paths) > 1 else paths[0],
         "conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": caption}],
         "original_caption": "\n".join(flat["captions"]),
         "caption_model": settings.asked_model(Recaption),

@@ -21,6 +21,7 @@ from typing import Any
 from balcap.commands.recaption_files import Quarantine, QuarantinedRow, claim, plan_rows, write_out
 from balcap.commands.recaption_settings import RecaptionSettings, own_keys
 from balcap.data.images import BadImage
+from balcap.data.layouts import image_paths
 from balcap.data.reader import ImageFolder, prompt_for
 from balcap.data.table import load_rows
 from balcap.judge import BudgetSpent, Decompose, JudgeFailure, Recaption
@@ -163,12 +164,13 @@ class RecaptionRun:
         """The row's new caption; None where there is none."""
         flat, settings = self.table[row], self.settings
         try:
-            image, _ = await asyncio.to_thread(self.images.read, flat["sample_id"])
+            paths = image_paths(flat["sample_id"])
+            read = [await asyncio.to_thread(self.images.read, path) for path in paths]
         except BadImage as bad:
             self._give_up(row, bad.cause, bad.detail)
             return None
         question = prompt_for(flat["sample_id"], flat["question"], settings.prompts or (), settings.seed)
-        (answer,) = await self.judge.ask(Recaption, [question], image=image)
+        (answer,) = await self.judge.ask(Recaption, [question], image=tuple(file for file, _ in read))
         if isinstance(answer, JudgeFailure):
             self._give_up(row, answer.kind, str(answer))
             return None

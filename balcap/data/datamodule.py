@@ -22,6 +22,7 @@ from balcap.data.bad_rows import BadRowLog
 from balcap.data.columns import MALFORMED_COLUMN
 from balcap.data.images import BadImage
 from balcap.data.json_files import DataError
+from balcap.data.layouts import image_paths
 from balcap.data.order import Split, select_rows, split_rows
 from balcap.data.reader import ImageFolder, RowReader, folder_rows
 from balcap.data.settings import DataSettings
@@ -145,8 +146,9 @@ class CaptionDataModule(lightning.LightningDataModule):
         """The files that are validated."""
         images, files = self.reader(self.table, self.root).images, set()
         for row in (*self.split.val, *self.split.spare):
-            with contextlib.suppress(BadImage):
-                files.add(images.locate(self.table[row]["sample_id"]))
+            for path in image_paths(self.table[row]["sample_id"]):
+                with contextlib.suppress(BadImage):
+                    files.add(images.locate(path))
         return frozenset(files)
 
     def consumed(self, batch: CaptionBatch) -> None:

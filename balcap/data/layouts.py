@@ -1,4 +1,4 @@
-"""One row of a data set, in whichever of the usual layouts -> its image, question and captions.
+"""One row of a data set, in whichever of the usual layouts -> its images, question and captions.
 
 ShareGPT4V, LLaVA            ``{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                              {"from": "gpt", "value": "A tray of …"}]}``
@@ -8,7 +8,7 @@ tables of captions           ``{"file_name": "a.jpg", "caption": "A tray of …"
 COCO, Flickr30k              files of one object, see `balcap.data.json_files`
 
 A row that is not as it should be keeps its place in the table with a cause: whoever reads it can list it and go on.
-``id`` is not unique in ShareGPT4V, so a sample is known by its image.
+``id`` is not unique in ShareGPT4V, so a sample is known by its image, or by its images in their order.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from balcap.data.columns import storable
 from balcap.data.images import BadImage
 
 PLACEHOLDER = "<image>"
+
+BETWEEN = " // "
+"""Between the paths in the ``sample_id`` of a row of several images; `one_spelling` leaves no path with two slashes."""
+
 IMAGE_KEYS = ("image", "images", "image_path", "file_name", "filename", "img")
 TURN_KEYS = ("conversations", "messages", "conversation")
 QUESTION_KEYS = ("question", "query", "instruction", "prompt")
@@ -58,7 +62,8 @@ def normalise(raw: Any, row: int) -> dict[str, Any]:
 
     Returns:
         ``row``; ``first``, the number of the first row of the same image, which `balcap.data.table` fills in;
-        ``sample_id``, the path of the image in one spelling ("" if there is none); ``question`` without placeholder;
+        ``sample_id``, the path of the image in one spelling ("" if there is none), or several, see `image_paths`;
+        ``question``, with placeholders only where images stand within it;
         ``captions``; ``problem``, the cause why the row is bad, or ""; ``detail``; and ``columns``, JSON texts that
         `balcap.data.table` fills in.
     """
@@ -68,9 +73,10 @@ def normalise(raw: Any, row: int) -> dict[str, Any]:
             raise BadImage("malformed_row", raw.detail)
         if not isinstance(raw, dict):
             raise BadImage("malformed_row", f"expected an object, found {type(raw).__name__}")
-        flat["sample_id"] = storable(one_spelling(_image(raw)))
+        paths = _images(raw)
+        flat["sample_id"] = storable(BETWEEN.join(map(one_spelling, paths)))
         question, captions = _turns(raw) or _texts(raw)
-        flat["question"] = storable(question.replace(PLACEHOLDER, "")).strip()
+        flat["question"] = storable(_with_places(question, len(paths))).strip()
         flat["captions"] = list(filter(None, (storable(caption).strip() for caption in captions)))
         _check(flat, raw)
     except BadImage as bad:
@@ -83,22 +89,36 @@ def one_spelling(path: str) -> str:
     return unicodedata.normalize("NFC", posixpath.normpath(path.strip())) if path.strip() else ""
 
 
-def _image(raw: Mapping[str, Any]) -> str:
+def image_paths(sample_id: str) -> list[str]:
+    """The images of a row, in their order, from its ``sample_id``."""
+    return sample_id.split(BETWEEN)
+
+
+def _images(raw: Mapping[str, Any]) -> list[str]:
     key = next((key for key in IMAGE_KEYS if raw.get(key)), None)
     value = raw.get(key or "")
-    if isinstance(value, list):
-        if len(value) > 1:
-            raise BadImage("several_images", f'"{key}" names {len(value)} images; a caption is of one')
-        value = value[0]
-    if isinstance(value, dict):
-        value = value.get("path")
-    if isinstance(value, str) and value.strip():
+    values = value if isinstance(value, list) else [value]
+    named = [value.get("path") if isinstance(value, dict) else value for value in values]
+    paths = [path for path in named if isinstance(path, str) and path.strip()]
+    if len(paths) == len(named):
         folder = raw.get("filepath") if key == "filename" else ""  # Karpathy's splits of COCO
-        return posixpath.join(folder, value) if isinstance(folder, str) else value
+        return [posixpath.join(folder, path) if isinstance(folder, str) else path for path in paths]
     if key is not None:
         raise BadImage("no_image_field", f'"{key}" is {raw[key]!r:.60}')
     known = ", ".join(IMAGE_KEYS[:2])
     raise BadImage("no_image_field", f"no key that names an image ({known}, …); keys are {list(raw)!r:.100}")
+
+
+def _with_places(question: str, images: int) -> str:
+    """The question, without placeholders where they only say that the images come first, or where there is one image."""
+    count = question.count(PLACEHOLDER)
+    if count not in (0, images):
+        raise BadImage(
+            "placeholder_mismatch", f"{PLACEHOLDER} stands {count} times in the question, {images=}"
+        )
+    *before, _ = question.split(PLACEHOLDER)
+    within = images > 1 and any(map(str.strip, before))
+    return question if within else question.replace(PLACEHOLDER, "")
 
 
 def _turns(raw: Mapping[str, Any]) -> tuple[str, list[str]] | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from balcap.data.columns import MALFORMED_COLUMN
+from balcap.data.layouts import image_paths
 
 
 def image_hash(seed: int, sample_id: str) -> int:
@@ -33,9 +34,9 @@ def select_rows(
     """Rows that take part, in the order of the file.
 
     Args:
-        sample_ids: image of every row, "" where a row has none.
+        sample_ids: image or images (`image_paths`) of every row, "" where a row has none.
         image_root: folder that the images are relative to.
-        folders: keep only images below one of these, such as ``coco/train2017``; None keeps all.
+        folders: keep only rows whose images are all below one of these, such as ``coco/train2017``; None keeps all.
         max_rows: keep only the first this many of what is left.
 
     Returns:
@@ -48,18 +49,17 @@ def select_rows(
     missing: Counter[str] = Counter()
     kept = []
     for index, sample_id in enumerate(sample_ids):
-        name = sample_id.removeprefix(root)
-        if below is not None and not name.startswith(below):
+        names = [path.removeprefix(root) for path in image_paths(sample_id)]
+        if below is not None and not all(name.startswith(below) for name in names):
             continue
-        top, _, rest = name.partition("/")
         # Paths that leave image_root are bad rows, to be listed as such when they are read.
-        if rest and top not in ("", ".."):
-            if top not in exists:
-                exists[top] = os.path.isdir(root + top)
-            if not exists[top]:
-                missing[top] += 1
-                continue
-        kept.append(index)
+        parts = (name.partition("/") for name in names)
+        tops = [top for top, _, rest in parts if rest and top not in ("", "..")]
+        exists.update((top, os.path.isdir(root + top)) for top in tops if top not in exists)
+        if absent := [top for top in tops if not exists[top]]:
+            missing[absent[0]] += 1
+        else:
+            kept.append(index)
     return np.asarray(kept[:max_rows], dtype=np.int64), dict(missing.most_common())
 
 

@@ -1,4 +1,4 @@
-"""One row of the table -> one sample: its image file, its prompt and its reference, or a line in bad_rows.jsonl.
+"""One row of the table -> one sample: its image files, its prompt and its reference, or a line in bad_rows.jsonl.
 
 Nothing outside `data.image_root` is ever read. An image goes to a judge, who may be a third party, so a path in a
 downloaded data set must not be able to name a file that its owner did not mean to share.
@@ -22,7 +22,7 @@ from PIL import Image
 from balcap.data.bad_rows import BadRowLog
 from balcap.data.columns import REFERENCE_UNITS, read_columns, storable
 from balcap.data.images import MAX_PIXELS, BadImage, decode_image
-from balcap.data.layouts import PLACEHOLDER, flat_row
+from balcap.data.layouts import PLACEHOLDER, flat_row, image_paths
 from balcap.data.order import image_hash
 from balcap.data.settings import DataSettings
 from balcap.data.table import Table
@@ -173,13 +173,13 @@ def folder_rows(folder: str | Path, link_targets: Sequence[str | Path] = ()) -> 
 
 
 def prompt_for(sample_id: str, question: str, prompts: Sequence[str] = (), seed: int = 0) -> str:
-    """The instruction for one image, the same in every epoch, process and run.
+    """The instruction for one row, the same in every epoch, process and run.
 
     Args:
-        sample_id: the image.
+        sample_id: of the row.
         question: the row's own, "" if it has none.
         prompts: one of these instead, picked by `seed` and `sample_id`; empty for the row's own question. The
-            placeholder ``<image>`` in them says nothing: the chat template places the image.
+            placeholder ``<image>`` in them says nothing: images come before the text.
         seed: of the choice among `prompts`.
     """
     if prompts:
@@ -192,8 +192,8 @@ class Sample:
     """What one row gives to a batch; fields as in `CaptionBatch`."""
 
     sample_id: str
-    image: Image.Image
-    image_bytes: bytes
+    images: tuple[Image.Image, ...]
+    image_bytes: tuple[bytes, ...]
     prompt: str
     reference: str
     extras: Mapping[str, Any]
@@ -209,7 +209,8 @@ class RowReader:
         settings: which prompt and which captions an image gets.
         bad_rows: where bad ones are listed.
         ignored_causes: causes on the row itself that do not matter here.
-        held_out: files that must not be read: what is validated is not trained on, by whatever name or link.
+        held_out: files that must not be read: what is validated is not trained on, by whatever name or link, nor
+            in another row of several images.
     """
 
     table: Table
@@ -226,17 +227,19 @@ class RowReader:
         try:
             if row["problem"] and row["problem"] not in self.ignored_causes:
                 raise BadImage(row["problem"], row["detail"])
-            path = self.images.locate(name)
-            if path in self.held_out:
-                raise BadImage("held_out", f"{path} is validated under another name")
-            data, image = self.images.load(path)
+            paths = [self.images.locate(path) for path in image_paths(name)]
+            if validated := [path for path in paths if path in self.held_out]:
+                raise BadImage(
+                    "held_out", f"{validated[0]} is validated, under another name or in another row"
+                )
+            files, images = zip(*map(self.images.load, paths), strict=True)
         except BadImage as bad:
             self.bad_rows.add(row["row"], name, bad.cause, bad.detail)
             return None
         prompt = prompt_for(name, row["question"], self.settings.prompts or (), self.settings.seed)
         rows = [row if r == index else self.table[r] for r in self.table.same_image(index)]
         reference, extras = references_of(rows, self.settings, name, visit)
-        return Sample(name, image, data, prompt, reference, extras)
+        return Sample(name, images, files, prompt, reference, extras)
 
 
 def references_of(
@@ -259,7 +262,7 @@ def to_batch(samples: Sequence[Sample], cursor: Cursor | None = None) -> Caption
     """Samples side by side; at least one."""
     return CaptionBatch(
         sample_ids=[s.sample_id for s in samples],
-        images=[s.image for s in samples],
+        images=[s.images for s in samples],
         image_bytes=[s.image_bytes for s in samples],
         prompts=[s.prompt for s in samples],
         references=[s.reference for s in samples],

@@ -26,7 +26,7 @@ from balcap.utils.files import atomic_write
 TEXT_ONLY_CAUSES = frozenset(("no_caption", MALFORMED_COLUMN))
 """Causes that do not matter to who only needs the image."""
 
-_FORMAT = 4
+_FORMAT = 5
 """Part of the cache's key: raise it when `flat_rows` answers differently."""
 
 _CHUNK = 20_000
@@ -67,7 +67,7 @@ class Table(Sequence[dict[str, Any]]):
         return self.data.column(name).to_pylist()
 
     def same_image(self, index: int) -> list[int]:
-        """The good rows of the image of row `index`, itself among them, in the order of the file."""
+        """The good rows of the image (or images) of row `index`, itself among them, in the order of the file."""
         first, order = self._by_image
         start, end = np.searchsorted(first, [index, index + 1])
         return [int(row) for row in order[start:end]] or [index]

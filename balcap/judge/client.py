@@ -15,6 +15,7 @@ import os
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from balcap.judge.errors import FailureKind, InvalidAnswer
@@ -405,6 +406,17 @@ def listed_price(model: str) -> Price | None:
         return None
     cached = info.get("cache_read_input_token_cost")
     return Price(given * 1e6, made * 1e6, None if cached is None else cached * 1e6)
+
+
+@functools.lru_cache(maxsize=64)
+def end_of(model: str) -> date | None:
+    """The day on which its provider ends a model, None if litellm's table holds none."""
+    litellm = import_litellm()
+    try:
+        listed = litellm.model_cost[litellm.get_model_info(model)["key"]]
+        return date.fromisoformat(listed.get("deprecation_date") or "")
+    except Exception:  # as in `listed_price`; or the table has a text there
+        return None
 
 
 def _deployed(route: Route, place: Deployment) -> dict[str, Any]:

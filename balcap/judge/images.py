@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Images = bytes | tuple[bytes, ...]
+"""What a question shows: an image file, or those of a row in their order."""
+
 LEAST_SIDE = 28
 """Pixels that an image is never made smaller than: one visual token of the Qwen-VL family."""
 
@@ -48,6 +51,12 @@ class ImagePolicy:
     max_mb: float = 15.0
     quality: int = 90
     detail: Literal["low", "high", "auto"] | None = None
+
+
+def images_in(value: Any) -> tuple[bytes, ...]:
+    """The image files in a value of a question's context, in order; none in any other value."""
+    values = value if isinstance(value, tuple) else (value,)
+    return values if all(isinstance(one, bytes) for one in values) else ()
 
 
 @lru_cache(maxsize=16)  # the questions about an image come together

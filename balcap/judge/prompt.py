@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from balcap.judge.errors import InvalidAnswer
-from balcap.judge.images import ImagePolicy
+from balcap.judge.images import ImagePolicy, Images, images_in
 from balcap.judge.task import Message, Schema, Task
 
 # Where a model is reached, not what it answers: no part of a key, so that a server may move.
@@ -47,7 +47,7 @@ class Question:
 
     Attributes:
         task: the kind of judgment.
-        context: what its `messages` takes beside the items.
+        context: what its `messages` takes beside the items; images are `bytes`, or a tuple of them.
         routes: who is asked, the others where the first fails.
         images: how images are sent.
         items: what is asked about.
@@ -65,19 +65,23 @@ class Question:
         """Keys under which the answer to an item may be stored, one per route.
 
         SHA-256 over model, parameters, task, its version (which stands for prompt and schema), context
-        (images by the SHA-256 of their file) and what identifies the item.
+        (images by the SHA-256 of their files) and what identifies the item.
         """
         about = [self.task.identity(one) for one in (item, *(self.items if self.together else ()))]
         return [_digest([route.model, route.content, *self._fixed, about]) for route in self.routes]
 
     @cached_property
     def _fixed(self) -> list[Any]:
-        context = {
-            name: _image_digest(value) if isinstance(value, bytes) else value
-            for name, value in self.context.items()
-        }
-        has_image = any(isinstance(value, bytes) for value in self.context.values())
-        return [self.task.name, self.task.version, context, repr(self.images) if has_image else ""]
+        digests = {name: [*map(_image_digest, images_in(value))] for name, value in self.context.items()}
+        # one image in a tuple is that image
+        shown = {name: of[0] if len(of) == 1 else of for name, of in digests.items() if of}
+        context = {**self.context, **shown}
+        return [self.task.name, self.task.version, context, repr(self.images) if shown else ""]
+
+    @property
+    def shown(self) -> list[bytes]:
+        """The image files that the judge sees, in order."""
+        return [image for value in self.context.values() for image in images_in(value)]
 
     def messages(self) -> list[Message]:
         """The chat as `Task.messages` writes it."""
@@ -146,18 +150,32 @@ def _escape(match: re.Match[str]) -> str:
     return json.dumps(match.group())[1:-1] if not match.group().isascii() else f"\\u{ord(match.group()):04x}"
 
 
-def chat(task: str, instructions: str, text: str, image: bytes | None = None) -> list[Message]:
+_TOGETHER = (
+    "All {} images belong together: what is said and asked of the image is said and asked of all of them."
+)
+
+
+def chat(task: str, instructions: str, text: str, image: Images = ()) -> list[Message]:
     """System message whose first line is ``Task: <task>``; user message of the image, if any, then `text`.
 
     The image stands as ``{"type": "image", "image": <bytes>}``: how it is sent (size, encoding, detail) is
-    for whoever sends it.
+    for whoever sends it. Several are numbered, and said to belong together.
     """
-    parts: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
-    parts.append({"type": "text", "text": text})
+    shown: list[dict[str, Any]] = [{"type": "image", "image": one} for one in images_in(image)]
+    texts = [text]
+    if len(shown) > 1:
+        numbers = [_text(f"Image {number}:") for number in range(1, len(shown) + 1)]
+        shown = [part for pair in zip(numbers, shown, strict=True) for part in pair]
+        texts = [_TOGETHER.format(len(numbers)), text]
+    parts = [*shown, *map(_text, texts)]
     return [
         {"role": "system", "content": f"Task: {task}\n\n{instructions.strip()}"},
         {"role": "user", "content": parts},
     ]
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
 
 
 def numbered(texts: Sequence[str]) -> list[dict[str, Any]]:

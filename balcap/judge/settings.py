@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import date, timedelta
 from typing import Any, Literal
 
 from balcap.judge import client
@@ -16,6 +17,9 @@ from balcap.judge.ledger import Ledger
 from balcap.judge.prompt import Route
 from balcap.judge.task import Task
 from balcap.utils.redact import secret_problems
+
+SOON = timedelta(days=30)
+"""A run says so where a judge ends within this time."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,25 @@ class JudgeSettings:
             except (ImportError, AttributeError, ValueError, TypeError) as error:
                 problems.append(f"{key}.providers.{name}: cannot load {path}: {error}")
         return problems + self._model_problems(key)
+
+    def endings(self, instead: str, today: date | None = None) -> list[str]:
+        """A line for each model that its provider has ended, or ends within `SOON`.
+
+        Args:
+            instead: what to do, in words.
+            today: null for the day of the machine.
+        """
+        asked = [self.model] if not self.deployments else [one.model for one in self.deployments]
+        others = (*(self.fallbacks or ()), *(self.per_task or {}).values())
+        asked += [one.model for one in others if one.model is not None]
+        lines, today = [], today or date.today()
+        for model in dict.fromkeys(asked):
+            end = None if model.partition("/")[0] in (self.providers or ()) else client.end_of(model)
+            if end is not None and end - today <= SOON:
+                days = (end - today).days
+                when = f"ends on {end}, in {days} days" if days > 0 else f"ended on {end}"
+                lines.append(f"judge: {model} {when} (by litellm's table); {instead}")
+        return lines
 
     def _number_problems(self, key: str) -> list[str]:
         late = f"at least {key}.timeout_s: {self.timeout_s:g}"

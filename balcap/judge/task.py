@@ -162,7 +162,7 @@ def _validated(validate: Callable[[Any], Any], value: Any) -> Any:
 
 @dataclass(eq=False)
 class Group:
-    """The answers about one image's captions, each kind asked for once.
+    """The answers about the captions of one row, each kind asked for once.
 
     A sampler often repeats itself: equal captions are one question, and `captions` holds each once.
     Tasks work on `captions`; `judgments` gives the answers back in the order of the rollouts. It lives
@@ -171,7 +171,7 @@ class Group:
     Args:
         judge: answers the questions; its ``grouping`` says whether the captions share calls.
         sample_id: identity of the group.
-        image_bytes: the image file.
+        image_bytes: the files of its images, in order; most rows have one.
         reference: reference caption; empty where there is none.
         captions: ``[G]`` captions of the rollouts.
         reference_units: what the reference asserts, where the data already hold it.
@@ -179,7 +179,7 @@ class Group:
 
     judge: Judge
     sample_id: str
-    image_bytes: bytes
+    image_bytes: tuple[bytes, ...]
     reference: str
     captions: Sequence[str]
     reference_units: Sequence[str] | None = None

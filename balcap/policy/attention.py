@@ -6,10 +6,11 @@ attention that was there before does the work.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -20,6 +21,18 @@ IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+class Visible(NamedTuple):
+    """What tokens see in a layer that does not attend to all tokens before and no others: True where a row sees a column.
+
+    Attributes:
+        prompts: ``[b, 1, P, P]`` tokens of prompts.
+        captions: ``[b * G, 1, L, P + L]`` tokens of a caption, of its prompt and itself.
+    """
+
+    prompts: Bool[Tensor, "b 1 P P"]
+    captions: Bool[Tensor, "bG 1 L P+L"]
 
 
 def install(language_model: Any) -> None:
@@ -53,6 +66,7 @@ def shared_prefix_attention(
     value: Float[Tensor, "1 Hkv N D"],
     layout: AttentionLayout,
     scale: float | None = None,
+    visible: Visible | None = None,
 ) -> Float[Tensor, "1 N Hq D"]:
     """Attention in a constant number of calls for all images: prompts on themselves, captions on their prompt and
     themselves.
@@ -63,13 +77,14 @@ def shared_prefix_attention(
         query, key, value: projections of the packed sequence, rotated to their positions.
         layout: where prompts and captions stand.
         scale: of the scores; None for 1 / sqrt(D).
+        visible: what tokens see; None for all tokens before, and themselves.
     """
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as for torch's own attention
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attend = _Merged.apply if device == "cpu" else _expanded
+    attend = _Merged.apply if device == "cpu" and visible is None else partial(_expanded, visible=visible)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
     return attend(q, k, v, scale, *layout)[None]
 
@@ -88,21 +103,20 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, *index: Any) -> Tensor:
-        layout, heads = AttentionLayout(*index), (query.shape[1], key.shape[1], key.shape[1])
-        qkv = _with_zero(query, key, value)
-        q, k, v = _heads(qkv, layout.prompts).split(heads, 1)
+        layout = AttentionLayout(*index)
+        q, k, v = (_of_prompts(x, layout) for x in (query, key, value))
         out, lse = map(_rows, _flash(q, k, v, 0.0, True, scale=scale))
         if layout.captions.shape[1]:
-            q = _heads(qkv[:, : heads[0]], layout.captions)
+            q, own = _of_captions(query, layout), layout.own.flatten(0, 1)
             on_prompt, log_prompt = map(_rows, _flash(q, k, v, attn_mask=_additive(layout, q), scale=scale))
-            q, k, v = _heads(qkv, layout.own.flatten(0, 1)).split(heads, 1)
+            q, k, v = (_some(x, own) for x in (query, key, value))
             places = layout.places.flatten()
             on_own, log_own = (_rows(x)[places] for x in _flash(q, k, v, 0.0, True, scale=scale))
             both = torch.logaddexp(log_prompt, log_own)
             share = (log_prompt - both).exp()[..., None].to(out.dtype)
             out = torch.cat((out, torch.lerp(on_own, on_prompt, share)))
             lse = torch.cat((lse, both))
-        out, lse = out[layout.order], lse[layout.order]
+        out, lse = _in_order(out, layout), _in_order(lse, layout)
         ctx.save_for_backward(query, key, value, out, lse, *index)
         ctx.scale = scale
         return out
@@ -110,30 +124,59 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         query, key, value, out, lse, *index = ctx.saved_tensors
-        layout, heads = AttentionLayout(*index), (query.shape[1], key.shape[1], key.shape[1])
-        rows, lse = _with_zero(grad, query, out, key, value), _with_zero(lse)
-        (Hq, Hkv, _), options = heads, {"scale": ctx.scale}
+        layout = AttentionLayout(*index)
+        # Of padding exp(score - lse) is 0, and so are its gradients.
+        lse = torch.nn.functional.pad(lse, (0, 0, 0, 1), value=torch.inf)
 
-        def gradients(parts: Tensor, index: Tensor, k: Tensor, v: Tensor, causal: bool, **mask: Any) -> Any:
-            grad, q, out = parts.split(Hq, 1)
-            log_sum = lse[index].transpose(1, 2)
-            return _flash_backward(grad, q, k, v, out, log_sum, 0.0, causal, **mask, **options)
+        def gradients(parts: Any, index: Tensor, k: Tensor, v: Tensor, causal: bool, **mask: Any) -> Any:
+            grad, q, out = parts
+            return _flash_backward(
+                grad, q, k, v, out, lse[index].transpose(1, 2), 0.0, causal, **mask, scale=ctx.scale
+            )
 
-        parts, k, v = _heads(rows, layout.prompts).split((3 * Hq, Hkv, Hkv), 1)
-        of_q, of_k, of_v = gradients(parts, layout.prompts, k, v, True)
+        rows = (grad, query, out)
+        k, v = _of_prompts(key, layout), _of_prompts(value, layout)
+        of_prompts = gradients([_of_prompts(x, layout) for x in rows], layout.prompts, k, v, True)
         if not layout.captions.shape[1]:
-            found = _rows(torch.cat((of_q, of_k, of_v), 1))
+            found = tuple(map(_rows, of_prompts))
         else:
-            parts = _heads(rows[:, : 3 * Hq], layout.captions)
-            mask = _additive(layout, parts)
+            parts = [_of_captions(x, layout) for x in rows]
+            mask = _additive(layout, parts[0])
             on_prompt = gradients(parts, layout.captions, k, v, False, attn_mask=mask)
-            prompts = torch.cat((of_q, of_k + on_prompt[1], of_v + on_prompt[2]), 1)
             own = layout.own.flatten(0, 1)
-            parts, k, v = _heads(rows, own).split((3 * Hq, Hkv, Hkv), 1)
-            captions = _rows(torch.cat(gradients(parts, own, k, v, True), 1))[layout.places.flatten()]
-            captions[:, :Hq] += _rows(on_prompt[0])
-            found = torch.cat((_rows(prompts), captions))
-        return *found[layout.order].split(heads, 1), *(None for _ in range(1 + len(layout)))
+            k, v = _some(key, own), _some(value, own)
+            of_own = gradients([_some(x, own) for x in rows], own, k, v, True)
+            of_q, of_k, of_v = (_rows(x)[layout.places.flatten()] for x in of_own)
+            found = (
+                torch.cat((_rows(of_prompts[0]), of_q.add_(_rows(on_prompt[0])))),
+                torch.cat((_rows(of_prompts[1].add_(on_prompt[1])), of_k)),
+                torch.cat((_rows(of_prompts[2].add_(on_prompt[2])), of_v)),
+            )
+        return *(_in_order(x, layout) for x in found), *(None for _ in range(1 + len(layout)))
+
+
+def _some(rows: Tensor, index: Tensor) -> Tensor:
+    """``[b, H, L, D]`` of rows ``[N, H, D]``; for padding, whose index is N, the last one stands."""
+    return _heads(rows, index.clamp(max=len(rows) - 1))
+
+
+def _of_prompts(rows: Tensor, layout: AttentionLayout) -> Tensor:
+    """``[b, H, P, D]`` of rows ``[N, H, D]``. One image's tokens stand side by side already."""
+    if len(layout.prompts) > 1:
+        return _some(rows, layout.prompts)
+    return rows[: layout.prompts.shape[1]].transpose(0, 1)[None]
+
+
+def _of_captions(rows: Tensor, layout: AttentionLayout) -> Tensor:
+    """``[b, H, M, D]``, likewise."""
+    if len(layout.prompts) > 1:
+        return _some(rows, layout.captions)
+    return rows[layout.prompts.shape[1] :].transpose(0, 1)[None]
+
+
+def _in_order(rows: Tensor, layout: AttentionLayout) -> Tensor:
+    """``[N, …]`` of the rows of all prompts followed by those of all captions."""
+    return rows[layout.order] if len(layout.prompts) > 1 else rows
 
 
 def _with_zero(*tensors: Tensor) -> Tensor:
@@ -165,25 +208,40 @@ def _additive(layout: AttentionLayout, like: Tensor) -> Tensor | None:
 # ── other devices: torch's attention, with the prompt's keys beside each caption's own ───────────────
 
 
-def _expanded(query: Tensor, key: Tensor, value: Tensor, scale: float, *index: Any) -> Tensor:
-    """``[N, Hq, D]``, in two calls. Queries that share keys stand behind one another in the second, because few kernels take
-    a mask and shared heads at once."""
+def _expanded(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *index: Any, visible: Visible | None = None
+) -> Tensor:
+    """``[N, Hq, D]``, in two calls."""
     layout, heads = AttentionLayout(*index), (query.shape[1], key.shape[1], key.shape[1])
-    shared = heads[0] // heads[1]
     qkv = _with_zero(query, key, value)
     of_prompts = _heads(qkv, layout.prompts)
     q, k, v = of_prompts.split(heads, 1)
-    out = _rows(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared > 1))
+    if visible is None:
+        grouped = heads[0] > heads[1]
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    else:
+        out = _masked(q, k, v, visible.prompts, scale)
+    out = _rows(out)
     if layout.captions.shape[1]:
         (_, G, L), P, own = layout.own.shape, layout.prompts.shape[1], _heads(qkv, layout.own.flatten(0, 1))
         prompts = of_prompts[:, None, heads[0] :].expand(-1, G, -1, -1, -1).flatten(0, 1)
         k, v = torch.cat((prompts, own[:, heads[0] :]), 2).split(heads[1:], 1)
-        mask = torch.ones(L, P + L, dtype=torch.bool, device=q.device).tril(P).repeat(shared, 1)
-        if layout.prompt_mask is not None:
-            of_prompt = torch.nn.functional.pad(layout.prompt_mask, (0, L), value=True)
-            mask = mask & of_prompt.repeat_interleave(G, 0)[:, None, None]
-        q = own[:, : heads[0]].unflatten(1, (-1, shared)).flatten(2, 3)  # [b * G, Hkv, shared * L, D]
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        attended = attended.unflatten(2, (shared, L)).flatten(1, 2)
+        if visible is not None:
+            mask = visible.captions
+        else:
+            mask = torch.ones(L, P + L, dtype=torch.bool, device=k.device).tril(P)
+            if layout.prompt_mask is not None:
+                of_prompt = torch.nn.functional.pad(layout.prompt_mask, (0, L), value=True)
+                mask = mask & of_prompt.repeat_interleave(G, 0)[:, None, None]
+        attended = _masked(own[:, : heads[0]], k, v, mask, scale)
         out = torch.cat((out, _rows(attended).index_select(0, layout.places.flatten())))
     return out.index_select(0, layout.order)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """``[n, Hq, L, D]``. Queries that share keys stand behind one another, because few kernels take a mask and shared heads
+    at once."""
+    shared, length = query.shape[1] // key.shape[1], query.shape[2]
+    stacked = query.unflatten(1, (-1, shared)).flatten(2, 3)  # [n, Hkv, shared * L, D]
+    out = scaled_dot_product_attention(stacked, key, value, torch.cat([mask] * shared, -2), scale=scale)
+    return out.unflatten(2, (shared, length)).flatten(1, 2)

@@ -27,7 +27,7 @@ class LoraSettings:
         dropout: in [0, 1). Above 0 the first update's importance ratio is no longer exactly 1.
         target_modules: names of the linear layers to adapt, or one regular expression over full names; null for
             those that the model's family usually adapts: all but the output head. Each name must match something.
-            Layers of a frozen vision tower are left out whatever their name.
+            Layers of a frozen vision tower are left out whatever their name. Fused experts are no linear layers.
     """
 
     target_modules: str | list[str] | None = None
@@ -78,7 +78,8 @@ class PolicyConfig:
         feature_cache: folder that keeps what a frozen vision tower makes of each image, for later epochs and runs; ranks
             may share it, and it only grows. Needs `freeze_vision` and `shared_prefix`. null keeps nothing.
         attn_implementation: of transformers ("sdpa", "flash_attention_2", "eager"); null lets it choose.
-        min_pixels: smallest image area in pixels that the processor scales to (Qwen2.5-VL); null: the model's own.
+        min_pixels: smallest image area in pixels that the processor scales to (Qwen-VL; GLM-V counts each pixel twice,
+            as of two frames); null: the model's own.
         max_pixels: largest image area, likewise. Fewer pixels are fewer image tokens.
     """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ log = logging.getLogger(__name__)
 
 
 class FeatureCache:
-    """One file for each image, ``<first two digits of its key>/<key>.safetensors``; several processes may share a folder.
+    """One file for the images of each row, ``<first two digits of its key>/<key>.safetensors``; several processes may share
+    a folder.
 
     Args:
         folder: of the files; made when the first is written.
@@ -37,12 +39,15 @@ class FeatureCache:
         self.folder = Path(folder).expanduser()
         self._model, self._processor = model, processor
 
-    def key(self, image: Image.Image, device: torch.device) -> str:
-        """SHA-256 of all that the features of an image depend on: its pixels, how they are prepared, what computes."""
+    def key(self, images: Sequence[Image.Image], device: torch.device) -> str:
+        """SHA-256 of all that the features of a row's images depend on: their pixels, how they are prepared, what
+        computes."""
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        pixels = image.convert("RGB")
-        digest = hashlib.sha256(f"{self._tower} {autocast} {pixels.size}".encode())
-        digest.update(pixels.tobytes())
+        digest = hashlib.sha256(f"{self._tower} {autocast}".encode())
+        for image in images:
+            pixels = image.convert("RGB")
+            digest.update(f" {pixels.size}".encode())
+            digest.update(pixels.tobytes())
         return digest.hexdigest()
 
     def get(self, key: str, device: torch.device) -> ImageFeatures | None:

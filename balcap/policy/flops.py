@@ -39,6 +39,8 @@ def update_flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]]) 
         attention  3 * 4 * heads * head size * layers * Q
         vision     2 * patches per weight and 4 * width per pair of patches; three times that where trained
 
+    Of a mixture's experts a token goes through ``num_experts_per_tok``.
+
     Args:
         base: the HF image-text-to-text model; adapters within it count as what they are.
         layout: of prompts and captions.
@@ -74,7 +76,7 @@ def _flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]], backwa
     """Of a forward, and with `backward` of what follows it."""
     family, text = family_of(base), base.config.get_text_config()
     images = [family.vision_flops(base, item) for item in items]
-    if text.model_type not in family.text_types or None in images:  # the formula is that of a dense decoder
+    if text.model_type not in family.text_types or None in images:
         return None
 
     def passes(trained: bool) -> int:
@@ -85,7 +87,8 @@ def _flops(base: Any, layout: Layout, items: Sequence[dict[str, Tensor]], backwa
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
     for name, parameter in family.language_model(base).named_parameters():
         if parameter is not embedding and f".{REFERENCE}." not in name:
-            total += 2 * num_weights(parameter) * layout.tokens * passes(parameter.requires_grad)
+            share = text.num_experts_per_tok / len(parameter) if ".experts." in name else 1
+            total += 2 * num_weights(parameter) * share * layout.tokens * passes(parameter.requires_grad)
     total += 2 * num_weights(head) * len(layout.predictors) * passes(head.requires_grad)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     pairs = text.num_attention_heads * size * text.num_hidden_layers * layout.attention_pairs

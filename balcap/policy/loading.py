@@ -171,7 +171,7 @@ def prepare(model: Any, config: PolicyConfig, with_reference: bool = False) -> A
         if config.freeze_vision:
             layers = [name for name in layers if f"{name}.".startswith(language)]
         model = _adapt(model, config.lora, layers, family.lora_targets(model, layers), config.revision)
-    _check_language_is_trained(family.language_model(base))
+    check_language_is_trained(family.language_model(base))
     prepare_checkpointing(model, config.gradient_checkpointing)
     return model
 
@@ -179,14 +179,29 @@ def prepare(model: Any, config: PolicyConfig, with_reference: bool = False) -> A
 def _adapt(
     model: Any, lora: LoraSettings, layers: list[str], default: list[str], revision: str | None
 ) -> Any:
-    """A PeftModel with adapters on those of `layers` (full names of what may be trained) that are wanted."""
+    """A PeftModel with adapters on those of `layers` (full names of what may be trained) that are wanted.
+
+    Raises:
+        PolicyError: peft adapts others. Of some mixtures of experts it takes names of linear layers for experts.
+    """
     from peft import LoraConfig, get_peft_model
 
     chosen = default if lora.target_modules is None else _matching(lora.target_modules, layers)
     names = "|".join(map(re.escape, chosen))  # full names, as one expression: exact, and serialisable
     options: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     options["revision"] = revision  # of the base, for whoever loads the adapter
-    return get_peft_model(model, LoraConfig(target_modules=f"(?:{names})", bias="none", **options))
+    try:
+        adapted = get_peft_model(model, LoraConfig(target_modules=f"(?:{names})", bias="none", **options))
+        tuner: Any = adapted.base_model
+        found = {*tuner.targeted_module_names, *tuner.targeted_parameter_names}
+        if others := sorted(found ^ set(chosen)):
+            raise ValueError(f"{others[0]} and {len(others) - 1} others differ")
+    except ValueError as error:
+        raise PolicyError(
+            f"model.policy.lora.target_modules: peft cannot adapt just those layers of a {model.config.model_type} "
+            f"({error}); name layers of attention, as q_proj"
+        ) from error
+    return adapted
 
 
 def _matching(wanted: str | list[str], layers: list[str]) -> list[str]:
@@ -203,7 +218,7 @@ def _matching(wanted: str | list[str], layers: list[str]) -> list[str]:
     return [name for name in layers if any(name in names for names in matches.values())]
 
 
-def _check_language_is_trained(language_model: Any) -> None:
+def check_language_is_trained(language_model: Any) -> None:
     """PolicyError where only the head or the vision tower would be: such a run learns next to nothing, silently."""
     linear = (m for m in language_model.modules() if isinstance(m, torch.nn.Linear))
     if not any(parameter.requires_grad for module in linear for parameter in module.parameters()):

@@ -40,19 +40,12 @@ def caption_logps(
     Returns:
         float32 log-probs, 0 where masked; entropies in nats, likewise, or None.
     """
-    (_, G, T), flat = mask.shape, mask.flatten(0, 1)
+    T, flat = mask.shape[-1], mask.flatten(0, 1)
     width = max(1, int(flat.any(0).sum()))  # the longest caption of these rows
     flat = flat[:, :width]
     # Padding may hold any token, placeholders too: 0 is an ordinary one.
     ids = torch.where(flat, token_ids.flatten(0, 1)[:, :width], 0)
-    inputs = prompts.inputs(rows, G, token_ids.device)
-    more = {"input_ids": ids, "attention_mask": flat}
-    for key in PER_TOKEN:
-        if key in inputs:
-            captions = more.get(key, torch.zeros_like(ids)).to(inputs[key].dtype)
-            inputs[key] = torch.cat([inputs[key], captions], 1)
-    inputs |= family_of(model).sequence_inputs(inputs)
-    logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits[:, :-1]
+    logits = caption_logits(model, prompts, rows, ids, flat)
     logps = (logits.float() / temperature).log_softmax(-1)  # [b * G, width, V]
 
     def unflatten(x: Tensor) -> Tensor:
@@ -63,3 +56,25 @@ def caption_logps(
         return chosen, None
     with torch.no_grad():
         return chosen, unflatten(-(logps.exp() * logps).sum(-1))
+
+
+def caption_logits(
+    model: Any, prompts: Prompts, rows: Sequence[int], ids: Int[Tensor, "bG T"], mask: Bool[Tensor, "bG T"]
+) -> Float[Tensor, "bG T V"]:
+    """What each token of a caption was drawn from, in the model's dtype.
+
+    Args:
+        model: an HF image-text-to-text model.
+        prompts: of the whole batch.
+        rows: the b images, positions in the batch.
+        ids: G captions of each, those of one image together; no image token, also where masked.
+        mask: True on caption tokens, padding on the right.
+    """
+    inputs = prompts.inputs(rows, len(ids) // len(rows), ids.device)
+    more = {"input_ids": ids, "attention_mask": mask}
+    for key in PER_TOKEN:
+        if key in inputs:
+            captions = more.get(key, torch.zeros_like(ids)).to(inputs[key].dtype)
+            inputs[key] = torch.cat([inputs[key], captions], 1)
+    inputs |= family_of(model).sequence_inputs(inputs)
+    return model(**inputs, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits[:, :-1]

@@ -6,6 +6,7 @@ K the widths of all query heads and of all key heads; e is the size of a number 
 
     each RMSNorm       4 H + 4            input in float32, and the inverse of its root mean square
                        e H                normalised, where the norm's own weight is trained
+      of queries, keys                     likewise with Q and K instead of H, and 4 for each head
     q, k, v            b (Q + 2 K)        packed, after rotation (rotation itself keeps but its sines)
     attention          b Q + 4 heads      output and log-sum-exp
       not on a CPU     b Q                the parts of the output, before they stand in order
@@ -33,8 +34,13 @@ import torch
 from balcap.policy.families import base_of, family_of
 from balcap.policy.head import CELLS
 
-_READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Linear layers of a dense decoder layer, those with the same input together."""
+_READERS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj", "gate_up_proj"),
+    ("down_proj",),
+)
+"""Linear layers of a dense decoder layer, those with the same input together; GLM's has one for gate and up."""
 
 _FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4: itself, an 8-bit scale for 64 of them, a float32 scale for 256 scales."""
@@ -204,21 +210,21 @@ def update_costs(
     """
     base, family = base_of(model), family_of(model)
     vision_config = getattr(base.config, "vision_config", None)
-    layers = [
-        m for m in family.language_model(base).modules() if hasattr(m, "self_attn") and hasattr(m, "mlp")
-    ]
+    layers = [m for m in family.language_model(base).modules() if hasattr(m, "mlp")]
     linears = [_linears(layer) for layer in layers]
-    known = {name for group in _READERS for name in group}
-    if not layers or vision_config is None or any(set(found) != known for found in linears):
+    text = base.config.get_text_config()
+    dense = all(map(_is_dense, linears)) and not hasattr(text, "num_experts_per_tok")
+    if not layers or vision_config is None or not dense:
         return None
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
-    text, stream = base.config.get_text_config(), embedding.element_size()
+    stream = embedding.element_size()
     product = 2 if autocast else stream
-    hidden, heads, middle = text.hidden_size, text.num_attention_heads, linears[0]["gate_proj"].out_features
+    hidden, heads, middle = text.hidden_size, text.num_attention_heads, linears[0]["down_proj"].in_features
     size = getattr(text, "head_dim", None) or hidden // heads
     queries, keys, merged = heads * size, text.num_key_value_heads * size, device_type == "cpu"
-    norms = [m for name, m in layers[0].named_children() if "norm" in name]
-    norm = 4 * hidden + 4 + (stream * hidden if any(m.weight.requires_grad for m in norms) else 0)
+    widths = {"q_norm": queries, "k_norm": keys}
+    named = ((name.rsplit(".", 1)[-1], module) for name, module in layers[0].named_modules())
+    norms = [_norm(module, widths.get(name, hidden), stream) for name, module in named if "norm" in name]
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
     wide = (
@@ -234,7 +240,7 @@ def update_costs(
         optimizer=2 * gradients,
         casts=sum(2 * p.numel() for p in trained if p.dim() > 1 and p.element_size() == 4) if autocast else 0,
         layers=len(layers),
-        per_token=len(norms) * norm
+        per_token=sum(norms)
         + product * ((2 if merged else 3) * queries + 2 * keys + 3 * middle)
         + 4 * heads
         + max(_kept_inputs(found, stream, product, autocast) for found in linears),
@@ -242,7 +248,7 @@ def update_costs(
         apart=product * 2 * (queries - keys),
         checkpointed=stream * hidden,
         gradient=middle * (4 * product + (4 if wide else 0)),
-        outside=norm,
+        outside=norms[-1],  # those of the layer itself come last
         vocabulary=text.vocab_size,
         head_gradient=head.nbytes if head.requires_grad else 0,
         **_vision(
@@ -251,11 +257,23 @@ def update_costs(
     )
 
 
+def _norm(module: Any, width: int, stream: int) -> int:
+    """Bytes per token that an RMSNorm keeps, of a token's `width` numbers; those of queries and keys work on each head."""
+    trained = stream * width if module.weight.requires_grad else 0
+    return 4 * width + 4 * (width // len(module.weight)) + trained
+
+
 def _linears(layer: Any) -> dict[str, Any]:
     """Of a decoder layer, by name; those with an adapter are its modules around them."""
     names = {name for group in _READERS for name in group}
     found = ((name.rsplit(".", 1)[-1], module) for name, module in layer.named_modules())
     return {name: module for name, module in found if name in names}
+
+
+def _is_dense(linears: dict[str, Any]) -> bool:
+    """Whether these are all linear layers of a dense decoder layer."""
+    known = {name for group in _READERS for name in group}
+    return set(linears) in (known - {"gate_up_proj"}, known - {"gate_proj", "up_proj"})
 
 
 def _adapters(linears: dict[str, Any]) -> dict[str, Any]:
@@ -270,9 +288,11 @@ def _kept_inputs(linears: dict[str, Any], stream: int, product: int, autocast: b
     """Bytes per token that a layer keeps of the inputs of its linear layers, and between the matrices of adapters."""
     total, adapters = 0, _adapters(linears)
     for group in _READERS:
-        width, shared = linears[group[0]].in_features, False
+        shared = False
         for name in group:
-            linear = linears[name]
+            if (linear := linears.get(name)) is None:
+                continue
+            width = linear.in_features
             if getattr(linear, "base_layer", linear).weight.requires_grad and (autocast or not shared):
                 total, shared = total + product * width, True
             if (first := adapters.get(name)) is None:

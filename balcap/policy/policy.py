@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from balcap.policy.compiled import Compiled, compile_layers
 from balcap.policy.config import PolicyConfig
-from balcap.policy.families import ImageFeatures, base_of, family_of
+from balcap.policy.families import ImageFeatures, base_of, family_of, regrouped
 from balcap.policy.feature_cache import FeatureCache
 from balcap.policy.flops import rollout_flops, update_flops
 from balcap.policy.head import logps_of_chunk
@@ -206,7 +206,7 @@ class Policy(nn.Module):
         )
 
     def _features(
-        self, model: Any, prompts: Prompts, rows: Sequence[int], images: Sequence[Image.Image]
+        self, model: Any, prompts: Prompts, rows: Sequence[int], images: Sequence[tuple[Image.Image, ...]]
     ) -> list[ImageFeatures]:
         """Image features of these rows; a frozen tower sees each image once, for policy and reference alike."""
         known = prompts.features if self.vision_is_frozen else {}
@@ -220,9 +220,8 @@ class Policy(nn.Module):
         if new:
             model = base_of(self.model if self.vision_is_frozen else model)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
-                inputs, tokens = prompts.images(new, self.device), prompts.image_tokens(new)
-                features = family_of(model).image_features(model, inputs, tokens)
-            known.update(zip(new, features, strict=True))
+                parts = family_of(model).image_features(model, prompts.images(new, self.device))
+            known.update(zip(new, regrouped(parts, prompts.num_features(new)), strict=True))
             if kept is not None:
                 for row in new:
                     kept.put(keys[row], known[row])

@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from balcap.data.layouts import PLACEHOLDER
 from balcap.policy.families import ImageFeatures, family_of
 from balcap.types import CaptionBatch
 from balcap.utils.errors import UserError
 
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # [1, P] each
+
+
+SWITCHES = {"enable_thinking": False}
+"""Given to chat templates that know them. Models that would think before they answer, such as Qwen3.5, caption at once:
+judges would be shown their thoughts."""
 
 
 class PlaceholderMismatch(UserError, ValueError):
@@ -30,8 +36,8 @@ class Prompts:
         pad_token_id: fills the left side.
         image_token_id: stands where image features go.
         unexpanded: ``[B]`` their token ids as the chat template writes them: before the processor puts what stands for the
-            image's features in.
-        features: row -> features of its image by a frozen vision tower, kept for the whole step.
+            features of images in.
+        features: row -> features of its images by a frozen vision tower, kept for the whole step.
         cached: rows of which these were read from ``model.policy.feature_cache``.
     """
 
@@ -54,6 +60,10 @@ class Prompts:
                 inputs[key] = torch.cat([_pad_left(item[key], width, fill) for item in items]).to(device)
         return inputs
 
+    def num_features(self, rows: Sequence[int]) -> list[int]:
+        """Placeholders of image features in these prompts."""
+        return [int((self.items[row]["input_ids"] == self.image_token_id).sum()) for row in rows]
+
     def images(self, rows: Sequence[int], device: torch.device | str) -> dict[str, Tensor]:
         """The inputs of the vision tower for the images of these rows, in one batch; pixels are padded."""
         items, inputs = [self.items[row] for row in rows], {}
@@ -62,10 +72,6 @@ class Prompts:
                 join = cat_padded if key.startswith("pixel_") else torch.cat
                 inputs[key] = join([item[key] for item in items]).to(device)
         return inputs
-
-    def image_tokens(self, rows: Sequence[int]) -> list[int]:
-        """Placeholders in the prompts of these rows."""
-        return [int((self.items[row]["input_ids"] == self.image_token_id).sum()) for row in rows]
 
 
 def _pad_left(row: Tensor, width: int, fill: int) -> Tensor:
@@ -91,6 +97,9 @@ class PromptEncoder:
     Args:
         processor: the model's own.
         config: the model's own; tells its family.
+
+    Attributes:
+        switches: of `SWITCHES`, those that the model's chat template knows.
     """
 
     def __init__(self, processor: Any, config: Any) -> None:
@@ -99,6 +108,7 @@ class PromptEncoder:
         self.config = config
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.switches = {name: on for name, on in SWITCHES.items() if name in str(processor.chat_template)}
         self.family = family_of(config)
         self.image_token_id = self.family.image_token_id(config)
         self.banned_token_ids = self.family.placeholder_ids(config, self.tokenizer)
@@ -113,17 +123,39 @@ class PromptEncoder:
         that it ends no turn and stands for no pixels."""
         return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
+    def content(self, prompt: str, images: int) -> list[dict[str, str]]:
+        """What the chat template is given for a prompt of so many images, see `CaptionBatch.prompts`."""
+        texts = prompt.split(PLACEHOLDER)
+        if images == 1 or len(texts) - 1 != images:
+            texts = [*[""] * images, prompt]
+        first, *others = ({"type": "text", "text": self.plain(text)} for text in texts)
+        content = [first, *(part for text in others for part in ({"type": "image"}, text))]
+        return [part for part in content if part.get("text") != ""]
+
     def encode(self, batch: CaptionBatch) -> Prompts:
-        """Prompts of B images. PlaceholderMismatch names the sample whose placeholders do not fit its image."""
+        """Prompts of B rows.
+
+        Raises:
+            PlaceholderMismatch: a row has placeholders that do not fit its images, or several images, of which the
+                model's family takes one; names the sample.
+        """
         items, unexpanded = [], []
         bos = self.tokenizer.bos_token
-        for sample_id, image, prompt in zip(batch.sample_ids, batch.images, batch.prompts, strict=True):
-            content = [{"type": "image"}, {"type": "text", "text": self.plain(prompt)}]
+        for sample_id, images, prompt in zip(batch.sample_ids, batch.images, batch.prompts, strict=True):
+            if len(images) > 1 and not self.family.several_images:
+                raise PlaceholderMismatch(
+                    f"sample {sample_id!r} has {len(images)} images, a prompt of {self.config.model_type} takes one: "
+                    "leave such rows out of data.data, or set model.policy.model to a model that takes several"
+                )
+            content = self.content(prompt, len(images))
             text = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=False,
+                **self.switches,
             )
             has_bos = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-            item = dict(self.processor(text=[text], images=[image], return_tensors="pt", **has_bos))
+            item = dict(self.processor(text=[text], images=list(images), return_tensors="pt", **has_bos))
             self._check(sample_id, item)
             items.append(item)
             unexpanded.append(self.tokenizer(text, **has_bos)["input_ids"])
@@ -134,7 +166,7 @@ class PromptEncoder:
         expected = self.family.num_features(self.config, item)
         if count == 0 or (expected is not None and count != expected):
             raise PlaceholderMismatch(
-                f"sample {sample_id!r}: the prompt holds {count} image placeholders, the image makes "
+                f"sample {sample_id!r}: the prompt holds {count} image placeholders, its images make "
                 f"{expected or 'more than 0'} features. Is the processor the model's own?"
             )
 

@@ -83,7 +83,7 @@ def shared_prefix_logps(
         position_ids=there(positions),
         use_cache=False,
         packed_attention=partial(family.attention, layout=layout.attention),
-        **family.language_model_inputs(base, features, there(placeholders)),
+        **family.language_model_inputs(base, features, there(placeholders), layout.attention),
     ).last_hidden_state[0]
     logps, entropies = token_logps(
         base.get_output_embeddings(),

@@ -1,7 +1,9 @@
 """Attention of a vision tower over windows: those of one size in one batched call, where transformers makes a call each.
+And its patches embedded by one matrix product, where it makes a convolution.
 
 Exact: attention within a window does not depend on the others. A picture of Qwen2.5-VL's has up to a hundred windows of
-at most four sizes (whole ones, and those cut by the right and the lower edge).
+at most four sizes (whole ones, and those cut by the right and the lower edge). A convolution whose input is as large as
+its kernel is a product.
 """
 
 from __future__ import annotations
@@ -60,6 +62,16 @@ def install(tower: Any) -> None:
         fits = all(hasattr(module, name) for name in ("qkv", "proj", "num_heads", "scaling"))
         if fits and module.config._attn_implementation == "sdpa" and "forward" not in vars(module):
             module.forward = MethodType(_forward, module)
+        elif isinstance(module, torch.nn.Conv3d) and "forward" not in vars(module):
+            module.forward = MethodType(_one_patch, module)  # type: ignore[method-assign]
+
+
+def _one_patch(conv: torch.nn.Conv3d, patches: Float[Tensor, "N C T H W"]) -> Float[Tensor, "N E 1 1 1"]:
+    """As the convolution, where each input is one patch."""
+    if patches.shape[2:] != conv.kernel_size:
+        return torch.nn.Conv3d.forward(conv, patches)
+    embedded = torch.nn.functional.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
+    return embedded[..., None, None, None]
 
 
 def _forward(

@@ -16,8 +16,9 @@ from balcap.types import Rollouts
 class CLIPScore(Reward):
     """max(cos(image, caption), 0) per rollout, in [0, 1] (Hessel et al., arXiv 2104.08718, without its factor 2.5).
 
-    The captions of an image are scored in one forward pass. CLIP reads only the first tokens of a caption, usually
-    77. (torchmetrics' own CLIPScore, version 1.9, does not run with transformers 5.)
+    Of a row of several images it is the mean over them. The captions of a row are scored in one forward pass. CLIP reads
+    only the first tokens of a caption, usually 77. (torchmetrics' own CLIPScore, version 1.9, does not run with
+    transformers 5.)
 
     Args:
         model: hub id or folder of a CLIP model, loaded at the first use.
@@ -35,12 +36,14 @@ class CLIPScore(Reward):
     def score(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         model, processor = self._load()
         rows = []
-        for image, captions in zip(rollouts.batch.images, rollouts.captions, strict=True):
+        for images, captions in zip(rollouts.batch.images, rollouts.captions, strict=True):
             inputs = processor(
-                text=list(captions), images=image, return_tensors="pt", padding=True, truncation=True
+                text=list(captions), images=list(images), return_tensors="pt", padding=True, truncation=True
             )
-            logits = model(**inputs.to(self.clip_device)).logits_per_image[0]  # [G], cosine times a scale
-            rows.append((logits / model.logit_scale.exp()).clamp(0, 1).cpu())
+            logits = model(
+                **inputs.to(self.clip_device)
+            ).logits_per_image  # [images, G], cosine times a scale
+            rows.append((logits / model.logit_scale.exp()).clamp(0, 1).mean(0).cpu())
         return torch.stack(rows).float()
 
     def _load(self) -> Any:

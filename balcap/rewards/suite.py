@@ -76,9 +76,9 @@ class RewardSuite(nn.Module):
 
         `merge` puts groups together that were gathered one by one, as their captions came.
         """
-        image, reference = batch.image_bytes[row], batch.references[row]
+        files, reference = batch.image_bytes[row], batch.references[row]
         units = batch.extra("reference_units")[row]
-        group = Group(judge, batch.sample_ids[row], image, reference, captions, units)
+        group = Group(judge, batch.sample_ids[row], files, reference, captions, units)
         return await group.judgments(self.needs)
 
     def forward(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G K"]:

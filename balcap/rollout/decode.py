@@ -84,7 +84,7 @@ class _Batch:
 
     def keep(self, places: Int[Tensor, m]) -> None:  # noqa: F821
         """The others leave."""
-        self.cache.batch_select_indices(places)
+        self.cache.reorder_cache(places)
         self.rows, self.mask, self.positions = self.rows[places], self.mask[places], self.positions[places]
 
 
@@ -158,7 +158,8 @@ def _prefill(
     out = model(**inputs, **family.sequence_inputs(inputs), use_cache=True, logits_to_keep=1)
     starts = [int(family.prompt_positions(base, prompts.items[image]).max()) + 1 for image in images]
     cache = getattr(out, "cache", None) or out.past_key_values
-    cache.batch_repeat_interleave(num_captions)
+    # What beam search needs, recurrent layers have too.
+    cache.reorder_cache(torch.arange(len(images), device=device).repeat_interleave(num_captions))
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
             layer.update = _WriteBehind(layer)  # type: ignore[method-assign, assignment]

@@ -170,7 +170,7 @@ def update(
 
     Returns:
         Sums for ``train/loss``, ``kl``, ``clip_fraction``, ``entropy`` and ``grad_norm``, over what was
-        forwarded, the size of one pass (`_record_size`) and the distance to the sampler (`_record_mismatch`).
+        forwarded, the size of one pass (`_record_size`) and the distance to the sampler (`record_mismatch`).
 
     Raises:
         OutOfMemory: an update does not fit the device.
@@ -206,7 +206,7 @@ def update(
                 sampler = there(rollouts.sampler_logps[rows])
                 old.append(logps.detach())
                 importance.append(truncated_importance(old[i], sampler, mask, cap) if cap else None)
-                _record_mismatch(tally, old[i], sampler, mask, settings.mismatch_threshold, cap)
+                record_mismatch(tally, old[i], sampler, mask, settings.mismatch_threshold, cap)
             part = policy_loss(
                 logps,
                 old[i],
@@ -299,7 +299,7 @@ def _record_size(
         tally.add("features_cached", len(prompts.cached), len(prompts.features))
 
 
-def _record_mismatch(
+def record_mismatch(
     tally: Tally, logps: Tensor, sampler: Tensor, mask: Tensor, threshold: float, cap: float | None
 ) -> None:
     """|log-prob of the trainer - log-prob of the sampler| over tokens, in nats: mean, largest, share beyond

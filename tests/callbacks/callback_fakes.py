@@ -32,11 +32,14 @@ class Rated:
 
 
 def make_record(advantages: bool = True, number: int = 0) -> StepRecord:
-    """Two images, two captions each; the judge failed on the very last one."""
+    """A row of one image and one of two, two captions each; the judge failed on the very last one."""
     batch = CaptionBatch(
         sample_ids=["a.png", "b.png"],
-        images=[Image.new("RGB", (900, 30), "red"), Image.new("RGB", (8, 8), "blue")],
-        image_bytes=[b"", b""],
+        images=[
+            (Image.new("RGB", (900, 30), "red"),),
+            (Image.new("RGB", (8, 8), "blue"), Image.new("RGB", (9, 8))),
+        ],
+        image_bytes=[(b"",), (b"", b"")],
         prompts=["Describe | this.", "What is it?"],
         references=["A red bar.", "A blue square."],
     )

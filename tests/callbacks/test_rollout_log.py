@@ -83,12 +83,14 @@ def test_a_run_logs_every_nth_batch_and_all_of_validation(tmp_path):
 
     events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "images": 0}).Reload()
     tags = events.Tags()
-    # Two validation batches of two images, three of which are shown.
+    # Two validation batches of two rows, three of which are shown; of the second row all images.
     assert {f"val_rollouts/{i}" for i in range(3)} <= set(tags["images"])
     assert "val_rollouts/3" not in tags["images"]
     assert {f"train_rollouts/{i}/text_summary" for i in range(2)} <= set(tags["tensors"])
     assert [event.step for event in events.Images("train_rollouts/0")] == [1, 3, 5]
     assert events.Images("train_rollouts/0")[0].width == 512
+    assert [events.Images(f"train_rollouts/{tag}")[0].width for tag in ("1", "1_2")] == [8, 9]
+    assert len([tag for tag in tags["images"] if "_2" in tag]) == 2
 
 
 def test_a_step_without_record_and_sanity_checking_log_nothing(tmp_path):

@@ -22,12 +22,14 @@ MODEL = "openai/gpt-4o-mini"
 REFERENCE = " ".join(f"a{number}" for number in range(20))  # 20 words: 5 assertions at 4 words each
 
 
-def rows_of(units: Sequence[str] | None = None) -> CaptionBatch:
+def rows_of(units: Sequence[str] | None = None, images: int = 1) -> CaptionBatch:
     picture = Image.new("RGB", (64, 64))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     extras = {"reference_units": [units]} if units else {}
-    return CaptionBatch(["a"], [picture], [buffer.getvalue()], ["Describe it."], [REFERENCE], extras)
+    return CaptionBatch(
+        ["a"], [(picture,) * images], [(buffer.getvalue(),) * images], ["Describe it."], [REFERENCE], extras
+    )
 
 
 def captions_of(count: int) -> list[list[str]]:
@@ -41,12 +43,13 @@ def play(
     visits: tuple[int, int] = (1, 0),
     units: Sequence[str] | None = None,
     suite: RewardSuite | None = None,
+    images: int = 1,
 ) -> Usage:
     """What one row uses: every text is a token, an image 1000."""
     assume = Assumptions(words_per_assertion=4, image_tokens=1000, reasoning_tokens=0, chars_per_token=1)
     client = FakeClient(settings or JudgeSettings(MODEL), lambda text: 1, assume)
     suite = suite or RewardSuite([Precision(), Recall(), Linguistic()])
-    (used,) = dry_run(client, suite, rows_of(units), captions_of(2 * captions), visits)
+    (used,) = dry_run(client, suite, rows_of(units, images), captions_of(2 * captions), visits)
     return used
 
 
@@ -63,6 +66,11 @@ def test_a_group_shares_calls() -> None:
     assert used["rate", MODEL][:3].tolist() == [8, 16, 8]
     # $0.15 and $0.60 per million tokens
     assert used["rate", MODEL][3] == pytest.approx((16 * 0.15 + 8 * 0.6) / 1e6)
+
+
+def test_all_images_of_a_row_are_counted() -> None:
+    # two images, with a number before each and a sentence after them, and the system and user texts
+    assert play(images=2)["verify", MODEL][:3].tolist() == [1, 2002, 1]
 
 
 def test_units_of_the_data_are_not_asked_for() -> None:

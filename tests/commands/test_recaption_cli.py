@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 
 from balcap.commands import recaption_run
 from balcap.commands.recaption import RecaptionSettings
+from balcap.judge import JudgeSettings
 from tests.support import ROOT
 
 
@@ -101,3 +102,11 @@ def test_progress_is_a_line_now_and_then_and_in_a_terminal_one_that_changes(
     first, *_, last = capsys.readouterr().out.removesuffix("\n").split(end)
     assert first == "0/5 rows  $0.00  0 quarantined"
     assert last.startswith("5 of 5 rows are captioned")
+
+
+def test_a_judge_that_ends_soon_is_named_first(recaption_arguments, cli, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(
+        JudgeSettings, "endings", lambda self, instead: [f"judge: {self.model} ends; {instead}"]
+    )
+    cli(recaption_arguments(max_rows=2))
+    assert capsys.readouterr().err.startswith("judge: shapes/oracle ends; take another judge.model")

@@ -83,6 +83,31 @@ def test_a_chosen_prompt_takes_the_place_of_the_question() -> None:
     assert new["conversations"][0]["value"] == "<image>\nSay what you see."
 
 
+@pytest.mark.parametrize(
+    ("question", "prompts", "human"),
+    [
+        ("Is <image> older than <image>?", None, "Is <image> older than <image>?"),
+        ("<image>\n<image>\nCompare.", None, "<image>\n<image>\nCompare."),
+        ("Compare.", None, "<image><image>\nCompare."),
+        ("<image><image>Compare.", ["Say what you see."], "<image><image>\nSay what you see."),
+    ],
+)
+def test_a_row_of_several_images_keeps_them(question: str, prompts: list[str] | None, human: str) -> None:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Two cats."}]
+    raw = {"image": ["a.jpg", "b.jpg"], "conversations": turns}
+    new = output_row(raw, CAPTION, UNITS, settings(prompts=prompts))
+    assert new["image"] == ["a.jpg", "b.jpg"]
+    assert new["conversations"][0]["value"] == human
+    (flat,) = flat_rows([new])
+    assert (flat["problem"], flat["sample_id"]) == ("", "a.jpg // b.jpg")
+    other = output_row(
+        {"images": ["a.jpg", "b.jpg"], "query": question, "caption": "x"}, CAPTION, UNITS, settings()
+    )
+    assert next(flat_rows([other]))["question"] == question.replace("<image>\n", "").replace(
+        "<image><image>", ""
+    )
+
+
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     write_rows(path, [{"a": "é\ud800"}, {"b": 1}])

@@ -59,7 +59,7 @@ def test_ten_kinds_of_bad_rows_and_every_batch_is_full(
         34: (row("coco/huge.png"), "decompression_bomb"),
         35: (row("coco/link.png"), "outside_image_root"),
         36: (row("../outside.png"), "outside_image_root"),
-        37: ({"image": names[:2], "caption": "Two."}, "several_images"),
+        37: (row(names[:2], question="<image>Two?"), "placeholder_mismatch"),
         38: ({"id": "1"}, "no_image_field"),
         39: (row("coco/a.png", caption=""), "no_caption"),
         40: (row("coco/b.png", question="What?" * 3000), "text_too_long"),
@@ -127,8 +127,8 @@ def test_batches_hold_pixels_bytes_prompt_and_reference_and_nothing_is_logged_wh
     for i, name in enumerate(batch.sample_ids):
         assert batch.references[i] == f"About {name}."
         assert batch.prompts[i] == f"{name}?"
-        assert batch.image_bytes[i] == (tmp_path / "images" / name).read_bytes()
-        assert batch.images[i].getpixel((0, 0)) == (int(name[-8:-4]), 0, 9)
+        assert batch.image_bytes[i] == ((tmp_path / "images" / name).read_bytes(),)
+        assert batch.images[i][0].getpixel((0, 0)) == (int(name[-8:-4]), 0, 9)
     assert not [record for record in caplog.records if record.name.startswith("balcap")]
 
 

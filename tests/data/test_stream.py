@@ -158,7 +158,7 @@ def test_batches_are_full_and_skip_bad_rows(tmp_path: Path) -> None:
     assert BadRowLog(tmp_path).counts() == {"no_caption": 5}  # met in four epochs, listed once
     assert batches[0].references[0] == f"caption {batches[0].sample_ids[0][:-4]}"
     assert batches[0].prompts == ["What?"] * 4
-    assert batches[0].image_bytes[0] == batches[0].sample_ids[0].encode()
+    assert batches[0].image_bytes[0] == (batches[0].sample_ids[0].encode(),)
 
 
 @given(

@@ -64,7 +64,8 @@ def test_a_row_becomes_flat_columns(row: Callable) -> None:
         ({"image": "a.jpg", "conversations": ["hello"]}, "malformed_row"),
         ({"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>"}]}, "no_caption"),
         ({"image": "a.jpg", "conversations": [{"from": "gpt", "value": 5}]}, "malformed_row"),
-        ({"image": ["a.jpg", "b.jpg"], "caption": "A cat."}, "several_images"),
+        ({"image": ["a.jpg", "b.jpg"], "query": "<image>?", "caption": "A cat."}, "placeholder_mismatch"),
+        ({"image": ["a.jpg", " "], "caption": "A cat."}, "no_image_field"),
         ({"image": "a.jpg", "caption": 5}, "malformed_row"),
     ],
 )

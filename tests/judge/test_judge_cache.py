@@ -13,7 +13,7 @@ import pytest
 
 from balcap.judge import Judge, JudgeFailure, StoreError
 from balcap.judge.cache import JudgmentCache
-from balcap.judge.images import ImagePolicy
+from balcap.judge.images import ImagePolicy, Images
 from balcap.judge.prompt import Question, Route
 from balcap.judge.tasks import Rate, Verify
 from tests.judge_questions import rate, verify
@@ -66,7 +66,9 @@ DEFAULT = ImagePolicy()
 
 
 def test_the_key_depends_on_all_that_changes_an_answer(png, monkeypatch):
-    def key(image: bytes = png, says: str = "A", model: str = "m", images=DEFAULT, among=(), **params) -> str:
+    def key(
+        image: Images = png, says: str = "A", model: str = "m", images=DEFAULT, among=(), **params
+    ) -> str:
         routes = [Route(model, params)]
         return Question(Verify(), {"image": image}, routes, images, among, bool(among)).keys(says)[0]
 
@@ -82,6 +84,11 @@ def test_the_key_depends_on_all_that_changes_an_answer(png, monkeypatch):
     ]
     assert len(set(keys)) == len(keys)
     assert key() == keys[0]
+    assert key(image=(png,)) == keys[0]  # a row of one image
+    several = [key(image=(png, png + b"x")), key(image=(png + b"x", png)), key(image=(png, png))]
+    assert len({*keys, *several}) == len(keys) + 3
+    recorded = "2449ebe3b706b764ef0e91b820489467ec961be3128742a4d28b0ea4712e4ea0"
+    assert key(image=b"png") == recorded, "answers that were paid for stay valid, until the version changes"
     assert key(says=" a. ") == keys[0]  # the same assertion
     assert key(api_base="http://elsewhere", api_key="os.environ/X") == keys[0]  # a server may move
     monkeypatch.setattr(Verify, "version", "another")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from jsonargparse import ArgumentParser, Namespace
 
 from balcap.cli import BalCapCLI, ConfigFile
 from balcap.judge import Judge, JudgeSettings, TaskModel
-from balcap.judge.client import Deployment, import_litellm
+from balcap.judge.client import Deployment, end_of, import_litellm
+from balcap.module import BalCapModule
+from balcap.policy import PolicyConfig
+from balcap.rewards import Precision
 from balcap.utils.redact import secret_problems
 
 FOLDER = Path(__file__).parents[2] / "configs" / "judge"
@@ -192,3 +196,50 @@ def test_tasks_may_have_their_own_model(keys, tmp_path):
     judge = parse("--config", str(base))
     assert judge.per_task == {"rate": TaskModel(model="base/other")}
     assert judge.problems() == ["model.judge.providers.base: cannot load some.Class: No module named 'some'"]
+
+
+@each_overlay
+def test_overlays_say_when_their_models_end(path):
+    ends = {end_of(model) for model in models(parse("--config", str(path)))} - {None}
+    stated = re.findall(r"retires on (\d{4}-\d\d-\d\d)", path.read_text())
+    assert {str(end) for end in ends} == set(stated)
+
+
+def test_a_judge_that_ends_soon_is_named():
+    judge = parse("--config", str(FOLDER / "gpt-5-mini.yaml"))
+    end = end_of("openai/gpt-5-mini")
+    assert judge.endings("take another", today=end - timedelta(days=31)) == []
+    (line,) = judge.endings("take another", today=end - timedelta(days=30))
+    assert line == f"judge: openai/gpt-5-mini ends on {end}, in 30 days (by litellm's table); take another"
+    for day in (end, end + timedelta(days=400)):
+        (line,) = judge.endings("take another", today=day)
+        assert f"openai/gpt-5-mini ended on {end}" in line
+
+
+def test_every_model_of_a_judge_may_end_and_unknown_ones_never():
+    judge = JudgeSettings(
+        "openai/gpt-6-luna",
+        deployments=[Deployment("openai/gpt-5-mini"), Deployment("azure/of-mine")],
+        fallbacks=[TaskModel("openai/gpt-4o-mini"), TaskModel(params={})],
+        per_task={"rate": TaskModel("openai/gpt-5-mini"), "verify": TaskModel("shapes/gpt-4o-mini")},
+        providers={"shapes": "examples.shapes.oracle.Oracle"},
+    )
+    lines = judge.endings("", today=date(2030, 1, 1))
+    assert [line.split()[1] for line in lines] == ["openai/gpt-5-mini", "openai/gpt-4o-mini"]
+    assert JudgeSettings("openai/gpt-6-luna").endings("", today=date(2030, 1, 1)) == []
+
+
+def test_a_run_says_it_once_at_its_start(monkeypatch, caplog):
+    end = date.today() + timedelta(days=9)
+    monkeypatch.setattr("balcap.judge.client.end_of", lambda model: end)
+    module = BalCapModule(
+        PolicyConfig("some/model"), [Precision()], {"precision": 1.0}, Judge("openai/gpt-5-mini", cache=None)
+    )
+    with caplog.at_level("INFO"):
+        module.setup("predict")  # asks no judge
+        assert not any("ends on" in line for line in caplog.messages)
+        module.setup("validate")
+    (line,) = [line for line in caplog.messages if "ends on" in line]
+    assert f"openai/gpt-5-mini ends on {end}, in 9 days" in line
+    assert "--config configs/judge/gpt-6-luna.yaml" in line
+    assert (FOLDER / "gpt-6-luna.yaml").is_file()

@@ -18,7 +18,7 @@ def rollouts(captions: list[list[str]], image: bytes, reference: str = "A cat. A
     batch = CaptionBatch(
         sample_ids=[f"image {i}" for i in range(B)],
         images=[],
-        image_bytes=[image] * B,
+        image_bytes=[(image,)] * B,
         prompts=["Describe."] * B,
         references=[reference] * B,
     )

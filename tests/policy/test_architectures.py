@@ -19,11 +19,10 @@ from balcap.rewards import Reward
 from balcap.rollout import HFGenerate, Sampling
 from balcap.types import Rollouts
 from tests.support import metrics
-from tests.tiny_families import FAMILIES
+from tests.tiny_families import WORKING
 from tests.tiny_models import Alone, mixed_batch, rollouts_of, tiny_tokenizer
 
 ROWS = [0, 1, 2]
-WORKING = [name for name in FAMILIES if name != "paligemma"]
 
 
 @pytest.fixture
@@ -57,6 +56,25 @@ def test_sampling_draws_from_what_is_trained(name: str, folder_of: Callable[[str
     torch.testing.assert_close(rollouts.sampler_logps, logps, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma3"])
+def test_captions_that_have_ended_leave_all_kinds_of_caches(
+    name: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recurrent states and sliding windows, beside keys and values of all tokens."""
+    policy = Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32"), False)
+    ends = list(range(60, 300, 2))
+    monkeypatch.setattr("balcap.rollout.base.stop_token_ids", lambda _: ends)
+    monkeypatch.setattr("balcap.rollout.hf.stop_token_ids", lambda _: ends)
+    engine, batch = HFGenerate(), mixed_batch()
+    engine.attach(policy)
+    prompts = policy.encode(batch)
+    rollouts = engine.generate(batch, prompts, 4, Sampling(max_tokens=8))
+    lengths = rollouts.completion_mask.sum(-1)
+    assert lengths.min() < 4 < lengths.max()
+    logps, _ = policy.logps(rollouts, prompts, ROWS)
+    torch.testing.assert_close(rollouts.sampler_logps, logps, atol=2e-5, rtol=1e-5)
+
+
 class Short(Reward):
     """1 / (1 + letters): random words differ in it."""
 
@@ -66,7 +84,7 @@ class Short(Reward):
         return torch.tensor([[1 / (1 + len(text)) for text in group] for group in rollouts.captions])
 
 
-UNUSUAL = ["qwen3_vl_moe", "qwen3_5", "gemma3", "idefics3", "lfm2_vl"]
+UNUSUAL = ["qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "gemma3", "idefics3", "lfm2_vl"]
 """Experts, linear attention, sliding windows, a text model under another name, convolutions."""
 
 

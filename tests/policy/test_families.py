@@ -13,15 +13,21 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from balcap.policy import LoraSettings, PolicyConfig, families
 from balcap.policy.families import Family, base_of, family_of
+from balcap.policy.families.gemma3 import Gemma3
 from balcap.policy.families.generic import Generic
+from balcap.policy.families.glm4v import Glm4V
 from balcap.policy.families.idefics3 import Idefics3
 from balcap.policy.families.internvl import InternVL
 from balcap.policy.families.llava import Llava, Mistral3
 from balcap.policy.families.llava_next import LlavaNext, LlavaOnevision
 from balcap.policy.families.qwen2_5_vl import Qwen2_5VL
+from balcap.policy.families.qwen3_5 import Qwen3_5
+from balcap.policy.families.qwen3_vl import Qwen3VL, add_features
+from balcap.policy.memory import update_costs
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import cat_padded
 from balcap.types import Rollouts
+from tests.pretend_device import PretendDevice
 from tests.support import metrics
 from tests.tiny_models import Alone, mixed_batch, rollouts_of
 
@@ -60,6 +66,11 @@ def rollouts() -> Rollouts:
         ("qwen2_5_vl", Qwen2_5VL),
         ("qwen2_vl", Qwen2_5VL),
         ("llava", Llava),
+        ("qwen3_vl", Qwen3VL),
+        ("qwen3_vl_moe", Qwen3VL),
+        ("glm4v", Glm4V),
+        ("glm4v_moe", Glm4V),
+        ("glm46v", Glm4V),
         ("mistral3", Mistral3),
         ("llava_next", LlavaNext),
         ("llava_onevision", LlavaOnevision),
@@ -67,6 +78,9 @@ def rollouts() -> Rollouts:
         ("smolvlm", Idefics3),
         ("internvl", InternVL),
         ("idefics2", Generic),
+        ("qwen3_5", Qwen3_5),
+        ("qwen3_5_moe", Qwen3_5),
+        ("gemma3", Gemma3),
     ],
 )
 def test_the_family_follows_the_model_type(model_type: str, family: type[Family]) -> None:
@@ -96,6 +110,8 @@ def empty_model(model_type: str) -> Any:
         ("smolvlm", ("model.text_model.", "lm_head.")),
         ("idefics2", ("model.text_model.", "lm_head.")),
         ("gemma3", ("model.language_model.", "lm_head.")),
+        ("qwen3_5", ("model.language_model.", "lm_head.")),
+        ("qwen3_5_moe", ("model.language_model.", "lm_head.")),
         ("internvl", ("model.language_model.", "lm_head.")),
         ("kosmos-2", ("text_model.", "text_model.lm_head.")),
     ],
@@ -191,6 +207,111 @@ def test_lora_without_targets_adapts_all_linear_layers_but_the_head(load: Load, 
     assert "lm_head" not in with_vision
 
 
+ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
+DENSE = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+GLM = (*ATTENTION, "mlp.gate_up_proj", "mlp.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "of_vision"),
+    [
+        ("qwen3_vl", DENSE, "model.visual.deepstack_merger_list.1.linear_fc2"),
+        ("qwen3_vl_moe", ATTENTION, "model.visual.deepstack_merger_list.1.linear_fc2"),
+        ("glm4v", GLM, "model.visual.merger.gate_proj"),
+        ("glm4v_moe", ATTENTION, "model.visual.blocks.1.attn.qkv"),
+        ("glm46v", GLM, "model.visual.merger.gate_proj"),
+    ],
+)
+def test_what_is_trained_by_name(
+    name: str, layers: tuple[str, ...], of_vision: str, folder_of: Callable[[str], Path]
+) -> None:
+    def loaded(**config: Any) -> Policy:
+        return Policy.load(
+            PolicyConfig(str(folder_of(name)), dtype="float32", **config), with_reference=False
+        )
+
+    count = 3 if name.startswith("qwen3_vl") else 2
+    language = {f"model.language_model.layers.{i}.{layer}" for i in range(count) for layer in layers}
+    assert adapted(loaded(lora=LoraSettings(r=2))) == language
+    with_vision = adapted(loaded(lora=LoraSettings(r=2), freeze_vision=False))
+    assert language | {of_vision} <= with_vision
+    assert {part.split(".")[1] for part in with_vision - language} == {"visual"}
+    frozen = loaded()
+    parts = {n.split(".")[1]: p.requires_grad for n, p in frozen.model.named_parameters()}
+    assert parts == {"visual": False, "language_model": True, "weight": True}  # and the head
+    assert frozen.vision_is_frozen
+
+
+@pytest.mark.parametrize("targets", [["down_proj"], ["gate_proj"]])
+def test_layers_that_peft_takes_for_experts_are_refused(
+    targets: list[str], folder_of: Callable[[str], Path]
+) -> None:
+    config = PolicyConfig(str(folder_of("glm4v_moe")), dtype="float32", lora=LoraSettings(targets, r=2))
+    with pytest.raises(ValueError, match=r"^model\.policy\.lora\.target_modules: peft .* glm4v_moe .*q_proj"):
+        Policy.load(config, with_reference=False)
+
+
+def test_features_are_added_as_the_models_own_without_waiting(folder_of: Callable[[str], Path]) -> None:
+    language = AutoModelForImageTextToText.from_pretrained(folder_of("qwen3_vl")).model.language_model
+    states, features = torch.randn(2, 7, 4), torch.randn(5, 4)
+    placeholders = torch.tensor([[0, 1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0, 1]]).bool()
+    expected = language._deepstack_process(states, placeholders, features)
+    with PretendDevice(states, placeholders, features) as device:
+        found = add_features(states, placeholders, features)
+        assert device.waits == []
+    assert torch.equal(found, expected)
+
+
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+DELTA_NET = tuple(
+    f"linear_attn.{x}" for x in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+)
+SHARED_EXPERT = ("mlp.shared_expert_gate", *(name.replace("mlp", "mlp.shared_expert") for name in MLP))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "vision"),
+    [
+        ("qwen3_5", (DELTA_NET + MLP, ATTENTION + MLP), "model.visual."),
+        ("qwen3_5_moe", (DELTA_NET + SHARED_EXPERT, ATTENTION + SHARED_EXPERT), "model.visual."),
+        (
+            "gemma3",
+            (ATTENTION + MLP, ATTENTION + MLP),
+            ("model.vision_tower.", "model.multi_modal_projector."),
+        ),
+    ],
+)
+def test_what_is_frozen_and_adapted_by_name(
+    name: str,
+    layers: tuple[tuple[str, ...], ...],
+    vision: str | tuple[str, ...],
+    folder_of: Callable[[str], Path],
+) -> None:
+    def policy(**options: Any) -> Policy:
+        return Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32", **options), False)
+
+    frozen = policy()
+    assert frozen.vision_is_frozen
+    for parameter, weight in frozen.model.named_parameters():
+        assert weight.requires_grad is not parameter.startswith(vision), parameter
+    names = {f"model.language_model.layers.{i}.{x}" for i, linears in enumerate(layers) for x in linears}
+    assert adapted(policy(lora=LoraSettings(r=2))) == names
+    beyond = adapted(policy(lora=LoraSettings(r=2), freeze_vision=False)) - names
+    assert beyond
+    assert all(linear.startswith(vision) for linear in beyond)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_what_is_not_counted_is_not_reported(
+    name: str, folder_of: Callable[[str], Path], rollouts: Rollouts
+) -> None:
+    """Delta nets have neither the operations nor the memory of attention."""
+    policy = Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32"), False)
+    assert policy.shared_prefix
+    assert policy.flops(rollouts, policy.encode(rollouts.batch), ROWS) is None
+    assert update_costs(policy.model) is None
+
+
 @pytest.mark.parametrize(
     ("targets", "freeze_vision"), [(["lm_head"], True), ([r"out_proj"], False), (r".*vision.*fc1", False)]
 )
@@ -260,7 +381,9 @@ class Outside(Family):
         side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
         return item["pixel_values"].shape[1] * side**2
 
-    def language_model_inputs(self, model: Any, features: Any, placeholders: Tensor) -> dict[str, Any]:
+    def language_model_inputs(
+        self, model: Any, features: Any, placeholders: Tensor, layout: Any
+    ) -> dict[str, Any]:
         assert placeholders.sum() == sum(len(image.embeds) for image in features)
         return {"for_attention": "seen"}
 

@@ -14,16 +14,17 @@ from balcap.policy.families import ImageFeatures, base_of
 from balcap.policy.feature_cache import FeatureCache
 from balcap.policy.policy import Policy
 from balcap.trainer.update import UpdateSettings, update
+from balcap.types import CaptionBatch
 from tests.support import optimizer_loop
-from tests.tiny_models import mixed_batch, picture, rollouts_of
+from tests.tiny_models import batch_of_rows, mixed_batch, picture, rollouts_of
 
 Load = Callable[..., Policy]
 CPU = torch.device("cpu")
 
 
-def epoch(policy: Policy) -> tuple[torch.Tensor, int, set[int]]:
-    """Log-probs of three images' captions, images that the tower saw, rows that were read."""
-    rollouts = rollouts_of(mixed_batch(), [[3, 5], [2, 4], [6, 1]], range(20, 300))
+def epoch(policy: Policy, batch: CaptionBatch | None = None) -> tuple[torch.Tensor, int, set[int]]:
+    """Log-probs of three rows' captions, images that the tower saw, rows that were read."""
+    rollouts = rollouts_of(batch or mixed_batch(), [[3, 5], [2, 4], [6, 1]], range(20, 300))
     prompts, seen, inner = policy.encode(rollouts.batch), [], base_of(policy.model).model
     tower = type(inner).get_image_features.__get__(inner)
 
@@ -51,6 +52,39 @@ def test_the_second_epoch_makes_no_vision_pass(load: Load, tmp_path: Path, dtype
     assert torch.equal(plain, second)
 
 
+def test_features_of_several_layers_are_read_again(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    def load(**config) -> Policy:
+        config = PolicyConfig(str(folder_of("qwen3_vl")), dtype="float32", **config)
+        return Policy.load(config, with_reference=False)
+
+    plain, _, _ = epoch(load())
+    first, made, _ = epoch(load(feature_cache=str(tmp_path)))
+    policy = load(feature_cache=str(tmp_path))
+    second, made_again, cached = epoch(policy)
+    assert (made, made_again, cached) == (3, 0, {0, 1, 2})
+    assert torch.equal(plain, first)
+    assert torch.equal(plain, second)
+    key = policy.feature_cache.key(mixed_batch().images[1], CPU)
+    features = policy.feature_cache.get(key, CPU)
+    assert [one.shape for one in features.extra] == [features.embeds.shape] * 2
+
+
+def test_images_of_a_row_are_kept_together(load: Load, tmp_path: Path) -> None:
+    pictures = [picture(64, 64, seed=0), picture(150, 60, seed=1), picture(70, 200, seed=2)]
+    rows = [(pictures[0],), (pictures[1], pictures[0]), (pictures[0], pictures[1], pictures[2])]
+    batch = batch_of_rows(rows, ["What?", "Is <image> like <image>?", "Compare them."])
+    plain, made, _ = epoch(load(), batch)
+    assert made == 6
+    first, made, cached = epoch(load(feature_cache=str(tmp_path)), batch)
+    assert (made, cached, len(list(tmp_path.glob("??/*.safetensors")))) == (6, set(), 3)
+    second, made, cached = epoch(load(feature_cache=str(tmp_path)), batch)
+    assert (made, cached) == (0, {0, 1, 2})
+    assert torch.equal(plain, first)
+    assert torch.equal(plain, second)
+    turned = batch_of_rows([row[::-1] for row in rows], batch.prompts)
+    assert epoch(load(feature_cache=str(tmp_path)), turned)[1:] == (5, {0})
+
+
 def test_operations_that_were_not_made_are_not_counted(load: Load, tmp_path: Path) -> None:
     rollouts = rollouts_of(mixed_batch(), [[3, 5], [2, 4], [6, 1]], range(20, 300))
     means = []
@@ -68,12 +102,12 @@ def test_operations_that_were_not_made_are_not_counted(load: Load, tmp_path: Pat
 def test_another_tower_another_size_or_other_pixels_have_other_keys(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    def key(image=None, change=lambda policy: None, device=CPU, **config) -> str:
+    def key(images=None, change=lambda policy: None, device=CPU, **config) -> str:
         settings = {"dtype": "float32", "feature_cache": str(tmp_path)} | config
         policy = Policy.load(PolicyConfig(str(folders["qwen"]), **settings), with_reference=False)
         change(policy)
         assert policy.feature_cache is not None
-        return policy.feature_cache.key(image or picture(64, 64), device)
+        return policy.feature_cache.key(images or (picture(64, 64),), device)
 
     def tuned(part: str) -> Callable[[Policy], None]:
         return lambda policy: next(base_of(policy.model).get_submodule(part).parameters()).data.add_(1e-3)
@@ -84,13 +118,14 @@ def test_another_tower_another_size_or_other_pixels_have_other_keys(
         mixed = key()
     others = [
         mixed,
-        key(picture(64, 64, seed=1)),
-        key(picture(64, 128).rotate(90)),
+        key((picture(64, 64, seed=1),)),
+        key((picture(64, 128).rotate(90),)),
+        key((picture(64, 64), picture(64, 64))),
         key(max_pixels=70**2),
         key(dtype="bfloat16"),
         key(change=tuned("model.visual")),
     ]
-    assert len({own, *others}) == 7
+    assert len({own, *others}) == 8
 
 
 def test_a_damaged_file_is_made_anew(load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,35 @@ def test_a_rollout_by_hand(folders) -> None:
     tower = 2 * (4 * 32 * 32 + 3 * 32 * 64) + 2 * 3 * 14 * 14 * 32
     vision = 2 * (16 * tower + 4 * (128 * 128 + 128 * 32)) + 4 * 32 * 2 * 16**2
     assert rollout_flops(base, layout, [item]) == language + vision
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "glm4v"])
+def test_matrix_products_of_a_tower_are_those_that_pytorch_counts(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    policy = Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32"), with_reference=False)
+    base, prompts = base_of(policy.model), policy.encode(mixed_batch())
+    family = policy.encoder.family
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        family.image_features(base, prompts.images(ROWS, policy.device))
+    ops = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in ops.items() if str(op) in ("aten.mm", "aten.addmm", "aten.convolution"))
+    patches = [int(item["image_grid_thw"].prod()) for item in prompts.items]
+    attention = sum(4 * 32 * 2 * n**2 for n in patches)  # width 32, 2 layers
+    assert sum(family.vision_flops(base, item) for item in prompts.items) == products + attention
+
+
+def test_of_experts_those_that_are_chosen_are_counted(folder_of: Callable[[str], Path]) -> None:
+    policy = Policy.load(PolicyConfig(str(folder_of("glm4v_moe")), dtype="float32"), with_reference=False)
+    base, layout = base_of(policy.model), Layout([5], [[3, 1]])  # 7 tokens, 4 of them sampled, 28 pairs
+    # Width 32, 2 heads of 16, keys and values of 1 head. The first layer is dense, of width 64; in the second a token goes
+    # through the router of 4 experts, 2 of them, and the one that all go through, of width 32 each.
+    attention = 2 * 32 * 32 + 2 * 32 * 16
+    weights = 2 * attention + 3 * 32 * 64 + 4 * 32 + 3 * (3 * 32 * 32)
+    head = 32 * base.config.get_text_config().vocab_size
+    language = 2 * 7 * weights + 2 * 4 * head + 4 * (2 * 16) * 2 * 28
+    assert rollout_flops(base, layout, []) == language
+    assert update_flops(base, layout, []) == 3 * language
 
 
 def test_a_rollout_is_the_forward_of_an_update(load: Load) -> None:

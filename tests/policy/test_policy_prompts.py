@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from balcap.data.images import decode_image
+from balcap.policy import PolicyConfig
 from balcap.policy.policy import Policy
-from balcap.policy.prompts import PlaceholderMismatch
+from balcap.policy.prompts import PlaceholderMismatch, PromptEncoder
 from balcap.rollout import Sampling
 from balcap.rollout.hf import HFGenerate
 from tests.tiny_models import batch_of, mixed_batch, picture, prompt_by_hand, rollouts_of
@@ -39,6 +40,19 @@ def test_prompts_are_what_the_hub_would_write(load: Load, family: str):
         assert written == ("<s>" if family == "llava" else "") + prompt_by_hand(family, question)
 
 
+def test_a_model_that_could_think_captions_at_once(load: Load, family: str):
+    policy = load()
+    assert policy.encoder.switches == {}
+    # the end of Qwen3.5's template
+    thinks_not = "enable_thinking is defined and enable_thinking is false"
+    end = "{% if " + thinks_not + " %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}"
+    processor = policy.encoder.processor
+    processor.chat_template += "{% if add_generation_prompt %}" + end + "{% endif %}"
+    encoder = PromptEncoder(processor, policy.model.config)
+    for item in encoder.encode(mixed_batch()).items:
+        assert encoder.tokenizer.decode(item["input_ids"][0]).endswith("<think>\n\n</think>\n\n")
+
+
 def test_image_tokens_are_as_many_as_the_models_features(load: Load, family: str):
     policy = load()
     counts = []
@@ -53,6 +67,31 @@ def test_image_tokens_are_as_many_as_the_models_features(load: Load, family: str
     # Qwen merges 2x2 patches of 14 pixels: 64x64 is scaled to 56x56 = 2*2 tokens, 150x60 to 140x56 = 5*2,
     # 70x200 to 56x196 = 2*7. LLaVA crops all to 56x56 = 4*4 patches.
     assert counts == {"qwen": [4, 10, 14], "llava": [16, 16, 16]}[family]
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        # 2x2 patches of 16 pixels are a token: 64x64 stays, 150x60 is scaled to 160x64, 70x200 to 64x192.
+        ("qwen3_vl", [4, 10, 12]),
+        ("qwen3_vl_moe", [4, 10, 12]),
+        # 2x2 of 14, as of Qwen2.5-VL
+        ("glm4v", [4, 10, 14]),
+        ("glm4v_moe", [4, 10, 14]),
+        ("glm46v", [4, 10, 14]),
+    ],
+)
+def test_image_tokens_of_families_with_a_grid(name: str, counts: list[int], folder_of) -> None:
+    policy = Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32"), with_reference=False)
+    family, prompts = policy.encoder.family, policy.encode(mixed_batch())
+    features = family.image_features(policy.model, prompts.images([0, 1, 2], "cpu"))
+    assert [len(image.embeds) for image in features] == counts
+    for item, count in zip(prompts.items, counts, strict=True):
+        assert int((item["input_ids"] == policy.encoder.image_token_id).sum()) == count
+        assert family.num_features(policy.encoder.config, item) == count
+    names = policy.encoder.tokenizer.convert_ids_to_tokens(policy.encoder.banned_token_ids)
+    assert all("image" in token or "video" in token or "vision" in token for token in names)
+    assert len(names) == (6 if name.startswith("glm") else 5)
 
 
 def test_pixel_limits_of_the_config_reach_the_processor(load: Load, family: str):

@@ -12,14 +12,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from balcap.policy import LoraSettings, PolicyConfig
+from balcap.policy.families import base_of
 from balcap.policy.policy import Policy
-from tests.tiny_models import batch_of, picture, rollouts_of
+from balcap.policy.prompts import PlaceholderMismatch
+from tests.tiny_models import batch_of, picture, rollouts_of, several_images
 
 SHARED = (
-    "qwen2_vl", "llava", "pixtral", "mistral3", "llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl",
-    "internvl_qwen3", "internvl_qwen3_moe",
+    "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v",
+    "llava", "pixtral", "mistral3", "llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl", "internvl_qwen3",
+    "internvl_qwen3_moe", "gemma3", "gemma3_crops",
 )  # fmt: skip
 """Names of `tests.tiny_families`."""
+
+SEVERAL = tuple(name for name in SHARED if name not in ("llava_next", "llava_onevision"))
+"""Those that take several images in a prompt."""
 
 PROMPTS = ("What is this?", "Describe the image in detail, please.", "Go")
 lengths = st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=3).filter(
@@ -79,3 +85,34 @@ def test_log_probs_and_gradients_are_those_of_separate_sequences(
             assert error <= 1e-3 * gradient.norm() + 1e-5, parameter
 
     compare()
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_rows_of_one_two_and_three_images_are_those_of_separate_sequences(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    rollouts = rollouts_of(several_images(), [[3, 0], [7, 2], [1, 6]], range(60, 300))
+    ours, mine = logps_and_gradients(loaded(folder_of(name), "full", True), rollouts, 0)
+    naive, theirs = logps_and_gradients(loaded(folder_of(name), "full", False), rollouts, 0)
+    torch.testing.assert_close(ours, naive, atol=1e-5, rtol=1e-6)
+    assert set(mine) == set(theirs)
+    for parameter, gradient in theirs.items():
+        assert (mine[parameter] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5, parameter
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_flops_of_several_images_are_those_of_each(name: str, folder_of: Callable[[str], Path]) -> None:
+    policy = Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32"), False)
+    base, batch = base_of(policy.model), several_images()
+    flops = [policy.encoder.family.vision_flops(base, item) for item in policy.encode(batch).items]
+    apart = batch_of([image for row in batch.images for image in row], ["Go"] * 6)
+    each = [policy.encoder.family.vision_flops(base, item) for item in policy.encode(apart).items]
+    if None not in each:
+        assert flops == pytest.approx([each[0], sum(each[1:3]), sum(each[3:])])
+
+
+@pytest.mark.parametrize("name", sorted({*SHARED} - {*SEVERAL}))
+def test_a_family_of_one_image_refuses_several(name: str, folder_of: Callable[[str], Path]) -> None:
+    policy = Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32"), False)
+    with pytest.raises(PlaceholderMismatch, match=r"has 2 images, a prompt of llava_\w+ takes one"):
+        policy.encode(several_images())

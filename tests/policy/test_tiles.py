@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from balcap.policy import PolicyConfig
-from balcap.policy.families import family_of
+from balcap.policy.families import family_of, regrouped
 from balcap.policy.policy import Policy
 from tests.tiny_models import batch_of, mixed_batch, picture, rollouts_of
 
@@ -32,10 +32,8 @@ def test_features_of_many_images_are_those_of_each_alone(name: str, folder_of: C
 
     @torch.no_grad()
     def features(rows: Sequence[int]) -> list[Tensor]:
-        tokens = prompts.image_tokens(rows)
-        found = [one.embeds for one in family.image_features(model, prompts.images(rows, "cpu"), tokens)]
-        assert tokens == [len(one) for one in found]
-        return found
+        parts = family.image_features(model, prompts.images(rows, "cpu"))
+        return [one.embeds for one in regrouped(parts, prompts.num_features(rows))]
 
     together = features(rows)
     assert len({len(one) for one in together}) > 1
@@ -54,9 +52,9 @@ def test_operations_of_the_tower_are_those_that_pytorch_counts(
     )
     prompts, family = policy.encode(mixed_batch()), family_of(policy.model)
     for row in ROWS:
-        images, tokens = prompts.images([row], "cpu"), prompts.image_tokens([row])
+        images = prompts.images([row], "cpu")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            family.image_features(policy.model, images, tokens)
+            family.image_features(policy.model, images)
         assert family.vision_flops(policy.model, prompts.items[row]) == counter.get_total_flops()
 
 
@@ -77,12 +75,6 @@ def test_the_tiles_of_an_image_are_kept_together(
     assert torch.equal(found[0][0], found[2][0])
 
 
-def test_experts_have_no_count(folder_of: Callable[[str], Path]) -> None:
-    rollouts = rollouts_of(mixed_batch(), [[3, 1], [7, 2], [4, 6]], range(60, 300))
-    policy = Policy.load(PolicyConfig(str(folder_of("internvl_qwen3_moe")), dtype="float32"), False)
-    assert policy.flops(rollouts, policy.encode(rollouts.batch), ROWS) is None
-
-
 @pytest.mark.parametrize("name", ["mistral3", "internvl_qwen3", "internvl_qwen3_moe"])
 def test_a_text_model_with_windows_shares_no_prefix(name: str, folder_of: Callable[[str], Path]) -> None:
     config = AutoConfig.from_pretrained(folder_of(name))
@@ -92,4 +84,4 @@ def test_a_text_model_with_windows_shares_no_prefix(name: str, folder_of: Callab
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None}
     config.text_config = type(config.text_config)(**config.text_config.to_dict() | windows)
     config.text_config._attn_implementation = "sdpa"
-    assert "sliding windows" in family_of(config).obstacle(model)
+    assert "layers of sliding_attention" in family_of(config).obstacle(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,34 @@ def test_as_many_calls_as_sizes_of_windows(policy: Policy, folders: dict[str, Pa
     full = len(config.fullatt_block_indexes)
     assert calls[0] == full + 6 * (config.depth - full)  # 2 x 3 windows
     assert calls[1] <= full + 4 * (config.depth - full)
+
+
+@pytest.mark.parametrize("size", [(2, 3, 3), (4, 6, 3)], ids=["one patch", "several"])
+def test_patches_are_embedded_as_by_the_convolution(size: tuple[int, int, int]) -> None:
+    tower = torch.nn.Sequential(torch.nn.Conv3d(3, 5, (2, 3, 3), (2, 3, 3)))
+    pixels = torch.randn(7, 3, *size)
+    expected = tower(pixels)
+    install(tower)
+    with CountOperators() as counted:
+        torch.testing.assert_close(tower(pixels), expected)
+    assert bool(counted.counts["convolution"]) == (size != (2, 3, 3))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "glm4v", "glm4v_moe"])
+def test_images_of_one_size_are_one_call(name: str, folder_of: Callable[[str], Path]) -> None:
+    """In towers without windows, where an image is one."""
+    policy = Policy.load(PolicyConfig(str(folder_of(name)), dtype="float32"), with_reference=False)
+    plain = AutoModelForImageTextToText.from_pretrained(folder_of(name), dtype=torch.float32)
+    images = [picture(*size, seed=i) for i, size in enumerate([(64, 64), (150, 60), (64, 64)])]
+    pixels = policy.encode(batch_of(images, ["Go"] * 3)).images([0, 1, 2], policy.device)
+    features, calls = [], []
+    for tower in (plain.model.visual, policy.model.model.visual):
+        with torch.no_grad(), CountOperators() as counted:
+            features.append(tower(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"]).pooler_output)
+        calls.append(sum(n for name, n in counted.counts.items() if "scaled_dot_product" in name))
+    torch.testing.assert_close(features[1], features[0], atol=1e-5, rtol=1e-5)
+    depth = policy.model.config.vision_config.depth
+    assert calls == [3 * depth, 2 * depth]
 
 
 def test_it_is_installed_once_and_copied_with_its_model(policy: Policy) -> None:

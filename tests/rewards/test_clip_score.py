@@ -46,7 +46,7 @@ def test_scores_are_the_cosines_of_features_and_need_no_judge(clip: Path) -> Non
     assert reward.needs == ()
     scores = reward(rollouts, Judgments({}, [None] * 3))
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
-    for b, image in enumerate(rollouts.batch.images):
+    for b, (image,) in enumerate(rollouts.batch.images):
         for g, caption in enumerate(captions[b]):
             inputs = processor(text=[caption], images=image, return_tensors="pt", truncation=True)
             with torch.no_grad():
@@ -57,3 +57,9 @@ def test_scores_are_the_cosines_of_features_and_need_no_judge(clip: Path) -> Non
     assert (scores > 0).any()
     assert len({round(s, 6) for s in scores.flatten().tolist()}) > 2
     copy.deepcopy(reward)  # validation has a copy of its own
+    images = [image for (image,) in rollouts.batch.images]
+    both = replace(rollouts.batch.select([0]), images=[(images[0], images[1])])
+    singly = replace(rollouts, batch=rollouts.batch.select([0, 1]), captions=[captions[0]] * 2)
+    mean = reward(singly, Judgments({}, [None] * 2)).mean(0)
+    together = reward(replace(rollouts, batch=both, captions=captions[:1]), Judgments({}, [None]))
+    torch.testing.assert_close(together, mean[None], atol=1e-6, rtol=1e-5)

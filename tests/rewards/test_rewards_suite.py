@@ -58,7 +58,7 @@ class FakeJudge:
 def rollouts(captions: list[list[str]], references: list[str]) -> Rollouts:
     B, G = len(captions), len(captions[0])
     ids = [f"image {i}" for i in range(B)]
-    batch = CaptionBatch(ids, [], [b"png"] * B, ["Describe."] * B, references)
+    batch = CaptionBatch(ids, [], [(b"png",)] * B, ["Describe."] * B, references)
     zeros = torch.zeros(B, G, 1)
     return Rollouts(
         batch,

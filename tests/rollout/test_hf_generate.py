@@ -4,6 +4,7 @@ once and with HF ``generate``, alike."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_first_tokens_come_in_the_proportions_of_the_policy(load: Load, family: 
             family,
             policy.model,
             policy.encoder.processor,
-            batch.images[0],
+            batch.images[0][0],
             batch.prompts[0],
             torch.tensor([0]),
         )[0]
@@ -177,7 +178,7 @@ def test_a_tiny_top_p_takes_the_likeliest_token(load: Load, family: str):
         ids = rollouts.token_ids[b, 0][rollouts.completion_mask[b, 0]]
         with torch.no_grad():
             logits = own_logits(
-                family, policy.model, policy.encoder.processor, batch.images[b], batch.prompts[b], ids
+                family, policy.model, policy.encoder.processor, batch.images[b][0], batch.prompts[b], ids
             )
         logits[:, policy.encoder.banned_token_ids] = -torch.inf
         assert torch.equal(logits.argmax(-1), ids)
@@ -374,7 +375,7 @@ def test_reference_lengths_are_tokens_of_the_policy(load: Load):
     policy = load()
     texts = ["A red circle lies to the left of a small blue square.", "", "The fox."]
     batch = mixed_batch()
-    batch = batch_of(batch.images, batch.prompts, texts)
+    batch = replace(batch, references=texts)
     expected = [len(policy.encoder.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
     rollouts = sample(policy, batch=batch)
     assert rollouts.reference_lengths.tolist() == expected

@@ -12,13 +12,16 @@ from balcap.policy.policy import Policy
 from balcap.rollout import Sampling
 from balcap.rollout.base import EngineFailed, stop_token_ids
 from balcap.rollout.vllm.requests import (
+    chat_request,
+    check_images,
     check_prompt,
+    data_url,
     prompt_request,
     sampling_settings,
     token_settings,
 )
 from balcap.rollout.vllm.start import engine_arguments, logprobs_mode, mm_processor_kwargs
-from tests.tiny_models import mixed_batch, prompt_by_hand
+from tests.tiny_models import batch_of_rows, mixed_batch, picture, prompt_by_hand
 
 Load = Callable[..., Policy]
 
@@ -26,14 +29,43 @@ Load = Callable[..., Policy]
 def test_an_engine_gets_the_prompt_as_the_template_writes_it(load: Load, family: str):
     policy, batch = load(), mixed_batch()
     prompts = policy.encode(batch)
-    for item, ids, image, question in zip(
+    for item, ids, images, question in zip(
         prompts.items, prompts.unexpanded, batch.images, batch.prompts, strict=True
     ):
-        assert prompt_request(ids, image) == {"prompt_token_ids": ids, "multi_modal_data": {"image": image}}
+        assert prompt_request(ids, images) == {
+            "prompt_token_ids": ids,
+            "multi_modal_data": {"image": list(images)},
+        }
         assert policy.encoder.tokenizer.decode(ids).removeprefix("<s>") == prompt_by_hand(family, question)
         at, features = ids.index(prompts.image_token_id), item["input_ids"].shape[1] - len(ids) + 1
         image_tokens = [prompts.image_token_id] * features
         assert item["input_ids"][0].tolist() == ids[:at] + image_tokens + ids[at + 1 :]
+
+
+def test_images_within_the_text_are_sent_where_they_stand(load: Load, family: str):
+    encoder, images = load().encoder, (picture(64, 64), picture(150, 60, seed=1))
+    batch = batch_of_rows([images], ["Is <image> older than <image>?"])
+    prompts = encoder.encode(batch)
+    request = prompt_request(prompts.unexpanded[0], images)
+    assert request["prompt_token_ids"].count(prompts.image_token_id) == 2
+    assert request["multi_modal_data"] == {"image": list(images)}
+    (message,) = chat_request({}, encoder.content(batch.prompts[0], 2), images)["messages"]
+    urls = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+    texts = [{"type": "text", "text": text} for text in ("Is ", " older than ", "?")]
+    assert message["content"] == [texts[0], urls[0], texts[1], urls[1], texts[2]]
+    (message,) = chat_request({}, encoder.content("Compare them.", 2), images)["messages"]
+    assert message["content"] == [*urls, {"type": "text", "text": "Compare them."}]
+
+
+def test_more_images_than_the_engine_takes_name_the_sample_and_the_flag():
+    batch = batch_of_rows([(picture(30, 20),), (picture(30, 20),) * 3], ["Go", "Go"])
+    check_images(batch, 3, "vLLM", "")
+    with pytest.raises(EngineFailed) as error:
+        check_images(batch, 1, "vLLM", "set options.limit_mm_per_prompt to")
+    assert str(error.value) == (
+        "sample 'img1.png' has 3 images, vLLM takes 1 in a prompt; set options.limit_mm_per_prompt to "
+        """'{"image": 3, "video": 0}'"""
+    )
 
 
 def test_equal_prompts_pass():

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from balcap.judge.errors import InvalidAnswer
+from balcap.judge.images import Images
 from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
 from balcap.judge.task import Message, Schema, StandaloneTask
 
@@ -65,10 +66,10 @@ class Recaption(StandaloneTask[str]):
     answer_type = str
     per_call = 1
 
-    def messages(self, items: Sequence[str], *, image: bytes) -> list[Message]:  # type: ignore[override]
+    def messages(self, items: Sequence[str], *, image: Images) -> list[Message]:  # type: ignore[override]
         return chat(self.name, INSTRUCTIONS, fence("questions", numbered(items)), image)
 
-    def parse(self, answer: Captions, items: Sequence[str], *, image: bytes) -> list[str]:  # type: ignore[override]
+    def parse(self, answer: Captions, items: Sequence[str], *, image: Images) -> list[str]:  # type: ignore[override]
         """The captions, trimmed.
 
         Raises:
@@ -80,7 +81,7 @@ class Recaption(StandaloneTask[str]):
     def encode(self, answers: Sequence[str]) -> dict[str, Any]:
         return {"captions": with_ids({"caption": caption} for caption in answers)}
 
-    def example(self, items: Sequence[str], *, image: bytes) -> list[str]:  # type: ignore[override]
+    def example(self, items: Sequence[str], *, image: Images) -> list[str]:  # type: ignore[override]
         """The same caption for every question."""
         return [EXAMPLE] * len(items)
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from balcap.judge.images import Images
 from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
 from balcap.judge.task import Group, Items, Message, Schema, Task
 from balcap.judge.tasks.decompose import Decompose
@@ -77,17 +78,17 @@ class Verify(Task[Verdict]):
     answer_type = Verdict
     per_call = 128
 
-    def messages(self, items: Sequence[str], *, image: bytes) -> list[Message]:  # type: ignore[override]
+    def messages(self, items: Sequence[str], *, image: Images) -> list[Message]:  # type: ignore[override]
         return chat(self.name, INSTRUCTIONS, fence("assertions", numbered(items)), image)
 
-    def parse(self, answer: Verdicts, items: Sequence[str], *, image: bytes) -> list[Verdict]:  # type: ignore[override]
+    def parse(self, answer: Verdicts, items: Sequence[str], *, image: Images) -> list[Verdict]:  # type: ignore[override]
         entries = in_order(answer.verdicts, len(items), "verdicts")
         return [Verdict(true=entry.true, pointable=entry.pointable) for entry in entries]
 
     def encode(self, answers: Sequence[Verdict]) -> dict[str, Any]:
         return {"verdicts": with_ids(asdict(verdict) for verdict in answers)}
 
-    def example(self, items: Sequence[str], *, image: bytes) -> list[Verdict]:  # type: ignore[override]
+    def example(self, items: Sequence[str], *, image: Images) -> list[Verdict]:  # type: ignore[override]
         """All true and pointable."""
         return [Verdict(true=True, pointable=True)] * len(items)
 

@@ -51,15 +51,27 @@ def transformer_flops(
 
 
 class ImageFeatures(NamedTuple):
-    """Of one image.
+    """Of one prompt's images, in their order in the prompt.
 
     Attributes:
-        embeds: ``[tokens, H]``, in place of the image's placeholders.
-        extra: more tensors, which the family's own `Family.language_model_inputs` reads.
+        embeds: ``[tokens, H]``, in place of the placeholders.
+        extra: more tensors ``[tokens, …]``, which the family's own `Family.language_model_inputs` reads.
     """
 
     embeds: Tensor
     extra: tuple[Tensor, ...] = ()
+
+
+def regrouped(parts: Sequence[ImageFeatures], counts: Sequence[int]) -> list[ImageFeatures]:
+    """Features of images or tiles, prompt after prompt, as those of each prompt.
+
+    Args:
+        parts: of `Family.image_features`.
+        counts: placeholders of each prompt.
+    """
+    columns = zip(*((part.embeds, *part.extra) for part in parts), strict=True)
+    grouped = zip(*(torch.cat(column).split(list(counts)) for column in columns), strict=True)
+    return [ImageFeatures(embeds, tuple(extra)) for embeds, *extra in grouped]
 
 
 class Family:
@@ -71,10 +83,14 @@ class Family:
         model_types: ``config.model_type`` of its models.
         text_types: ``model_type`` of the text models for which `attention` gives what a sequence of one caption
             alone would get: every layer attends to all tokens before.
+        layer_types: kinds of their layers for which this holds, where their config names them.
+        several_images: a prompt may show more than one image.
     """
 
     model_types: tuple[str, ...] = ()
     text_types: tuple[str, ...] = ()
+    layer_types: tuple[str, ...] = ("full_attention",)
+    several_images: bool = True
 
     # ── what is vision and what is language ──────────────────────────────────────────────────────────
 
@@ -147,9 +163,10 @@ class Family:
         if kind not in self.model_types or text.model_type not in self.text_types:
             return f"not written for the architecture {kind}/{text.model_type}"
         layers = getattr(text, "layer_types", None)  # Mistral's has none: a window is that of all layers
-        window = getattr(text, "sliding_window", None) if layers is None else "sliding_attention" in layers
-        if window:
-            return "the language model attends within sliding windows"
+        if layers is None and getattr(text, "sliding_window", None):
+            layers = ("sliding_attention",)
+        if others := set(layers or ()) - set(self.layer_types):
+            return f"the language model has layers of {', '.join(sorted(others))}"
         implementation = text._attn_implementation.removeprefix(PREFIX)
         if implementation not in IMPLEMENTATIONS:
             return f"attn_implementation is {implementation}, it works with {', '.join(IMPLEMENTATIONS)}"
@@ -159,33 +176,32 @@ class Family:
         """Make the language model take a packed sequence; `generate` must work as before."""
         install(self.language_model(model))
 
-    def image_features(
-        self, model: Any, images: dict[str, Tensor], tokens: Sequence[int]
-    ) -> list[ImageFeatures]:
-        """Features of some images in one pass of the vision tower.
+    def image_features(self, model: Any, images: dict[str, Tensor]) -> list[ImageFeatures]:
+        """Features of the images of some prompts in one pass of the vision tower, in their order: one for each image, or
+        for each tile.
 
         Args:
             model: of this family.
             images: their inputs, as `Prompts.images` makes them.
-            tokens: placeholders of each image, of all its tiles together.
         """
         parts = model.model.get_image_features(**images, return_dict=True).pooler_output
-        embeds = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
-        return [ImageFeatures(of_image) for of_image in embeds.split(list(tokens))]
+        return [ImageFeatures(part.reshape(-1, part.shape[-1])) for part in parts]
 
     def prompt_positions(self, model: Any, item: dict[str, Tensor]) -> Int[Tensor, "R P"]:
         """Positions of a prompt's tokens, R = 3 with M-RoPE, else 1; captions go on after the largest."""
         return torch.arange(item["input_ids"].shape[1])[None]
 
     def language_model_inputs(
-        self, model: Any, features: Sequence[ImageFeatures], placeholders: Tensor
+        self, model: Any, features: Sequence[ImageFeatures], placeholders: Tensor, layout: AttentionLayout
     ) -> dict[str, Any]:
-        """What the language model's forward is given beside embeddings and positions.
+        """What the language model's forward is given beside embeddings and positions, and hands on to its layers: made once
+        for all of them.
 
         Args:
             model: of this family.
             features: of the images, in their order in the sequence.
             placeholders: ``[1, N]``, True where `ImageFeatures.embeds` stand in the packed sequence.
+            layout: of the packed sequence.
         """
         return {}
 
@@ -202,6 +218,6 @@ class Family:
         return getattr(config.vision_config, "spatial_merge_size", 1) ** 2
 
     def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float | None:
-        """Model FLOPs of one image's forward through the tower and what joins it to the language model. None where
-        they, or those of the text model, are not known: then none are reported."""
+        """Model FLOPs of a prompt's images, forward, through the tower and what joins it to the language model. None
+        where they, or those of the text model, are not known: then none are reported."""
         return None

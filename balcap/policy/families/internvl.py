@@ -22,12 +22,9 @@ class InternVL(Family):
     def patches_per_token(self, config: Any) -> float:
         return config.downsample_ratio**-2
 
-    def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float | None:
-        """All tiles through the tower, each with a class token, their features through the projector. None where the text
-        model has experts."""
+    def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float:
+        """All tiles through the tower, each with a class token, their features through the projector."""
         config, tower = model.config, model.model.vision_tower
-        if config.get_text_config().model_type == "qwen3_moe":
-            return None
         patches = _patches(config)
         flops = transformer_flops(config.vision_config, patches, tower.embeddings, tower.encoder, True)
         flops += 2 * patches / self.patches_per_token(config) * products(model.model.multi_modal_projector)

@@ -19,27 +19,26 @@ class Llava(Family):
     text_types: tuple[str, ...] = ("llama", "qwen2", "mistral")
 
     def num_features(self, config: Any, item: dict[str, Tensor]) -> int | None:
-        """One per patch, and the class token where the config keeps it."""
+        """One per patch of each image, and the class token where the config keeps it."""
         vision = config.vision_config
         if vision.model_type == "pixtral":
-            return int(pixtral_patches(vision, item) / self.patches_per_token(config))
+            return int(sum(pixtral_patches(vision, item)) / self.patches_per_token(config))
         if vision.model_type not in _ONE_SIZE:
             return super().num_features(config, item)
-        return side(vision) ** 2 + (
-            config.vision_feature_select_strategy == "full" and has_class_token(vision)
-        )
+        full = config.vision_feature_select_strategy == "full" and has_class_token(vision)
+        return len(item["pixel_values"]) * (side(vision) ** 2 + full)
 
     def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float | None:
         """All patches and the class token through the tower, the features through the projector."""
         config, tower, projector = model.config, model.model.vision_tower, model.model.multi_modal_projector
         vision = config.vision_config
         if vision.model_type == "pixtral":
-            patches = pixtral_patches(vision, item)
-            flops = transformer_flops(vision, patches, tower.patch_conv, tower.transformer)
-            return flops + 2 * patches / self.patches_per_token(config) * products(projector)
+            of_images = pixtral_patches(vision, item)
+            flops = sum(transformer_flops(vision, n, tower.patch_conv, tower.transformer) for n in of_images)
+            return flops + 2 * sum(of_images) / self.patches_per_token(config) * products(projector)
         if vision.model_type not in _ONE_SIZE:
             return super().vision_flops(model, item)
-        return square_flops(vision, tower, projector)
+        return len(item["pixel_values"]) * square_flops(vision, tower, projector)
 
 
 class Mistral3(Llava):
@@ -69,6 +68,6 @@ def square_flops(vision: Any, tower: Any, projector: Any) -> float:
     return flops + 2 * patches * products(projector)
 
 
-def pixtral_patches(vision: Any, item: dict[str, Tensor]) -> int:
-    """Of an image, whose sides the processor has made multiples of a patch's."""
-    return int((item["image_sizes"] // vision.patch_size).prod(-1).sum())
+def pixtral_patches(vision: Any, item: dict[str, Tensor]) -> list[int]:
+    """Of each image, whose sides the processor has made multiples of a patch's."""
+    return (item["image_sizes"] // vision.patch_size).prod(-1).tolist()

@@ -16,6 +16,7 @@ from balcap.policy.families.llava import side, square_flops
 class LlavaNext(Family):
     """``LlavaNextForConditionalGeneration``."""
 
+    several_images = False
     model_types = ("llava_next",)
     text_types: tuple[str, ...] = ("llama", "mistral", "qwen2")
 

@@ -13,15 +13,15 @@ from balcap.policy.families.base import Family, num_weights
 class Qwen2_5VL(Family):  # noqa: N801
     """``Qwen2_5_VLForConditionalGeneration`` and ``Qwen2VLForConditionalGeneration``."""
 
-    model_types = ("qwen2_5_vl", "qwen2_vl")
-    text_types = ("qwen2_5_vl_text", "qwen2_vl_text")
+    model_types: tuple[str, ...] = ("qwen2_5_vl", "qwen2_vl")
+    text_types: tuple[str, ...] = ("qwen2_5_vl_text", "qwen2_vl_text")
 
     def speed_up(self, model: Any) -> None:
         """Windows of the tower in batches."""
         windows.install(model.model.visual)
 
     def num_features(self, config: Any, item: dict[str, Tensor]) -> int:
-        """Patches of the image's grid, merged two by two."""
+        """Patches of the images' grids, merged two by two."""
         return int(item["image_grid_thw"].prod(-1).sum()) // config.vision_config.spatial_merge_size**2
 
     def prompt_positions(self, model: Any, item: dict[str, Tensor]) -> Tensor:
@@ -32,15 +32,17 @@ class Qwen2_5VL(Family):  # noqa: N801
         positions, _ = model.model.get_rope_index(**{key: item[key] for key in keys})
         return positions[:, 0].cpu()
 
-    def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float:
+    def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float | None:
         """Patches through the tower, with windows in most of Qwen2.5-VL's layers, merged ones through the merger."""
         config, tower = model.config.vision_config, model.model.visual
-        patches = int(item["image_grid_thw"].prod())
-        pairs = config.depth * patches**2
+        of_images = item["image_grid_thw"].prod(-1)
+        patches, squares = int(of_images.sum()), int((of_images**2).sum())
+        pairs = config.depth * squares
         if hasattr(config, "fullatt_block_indexes"):
             full = len(config.fullatt_block_indexes)
             window = (config.window_size // config.patch_size) ** 2
-            pairs = full * patches**2 + (config.depth - full) * patches * min(window, patches)
+            windowed = int((of_images * of_images.clamp(max=window)).sum())
+            pairs = full * squares + (config.depth - full) * windowed
         width = getattr(config, "embed_dim", None) or config.hidden_size  # Qwen2-VL, Qwen2.5-VL
         merger = num_weights(*tower.merger.parameters())
         weights = patches * (num_weights(*tower.parameters()) - merger)

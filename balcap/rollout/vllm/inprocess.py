@@ -16,7 +16,13 @@ from torch import Tensor
 
 from balcap.rollout.base import KEY, Drawn, EngineFailed, RolloutEngine, Sampling, check_init_args
 from balcap.rollout.vllm.client import ADAPTER
-from balcap.rollout.vllm.requests import check_lengths, check_prompt, prompt_request, token_settings
+from balcap.rollout.vllm.requests import (
+    check_images,
+    check_lengths,
+    check_prompt,
+    prompt_request,
+    token_settings,
+)
 from balcap.rollout.vllm.start import end_groups, engine_arguments, free_memory, logprobs_mode, start
 from balcap.rollout.vllm.weights import trained_weights, weight_files
 from balcap.rollout.vllm.worker import ADAPTER_ID
@@ -182,7 +188,9 @@ class VLLMInProcess(RolloutEngine):
         with _own_precision(policy):
             self._start(policy, sampling.temperature)
             self._check_version()
-            limit = self._llm.llm_engine.model_config.max_model_len
+            config = self._llm.llm_engine.model_config
+            most, limit = config.multimodal_config.get_limit_per_prompt("image"), config.max_model_len
+            check_images(batch, most, "vLLM", f"set {KEY}.options.limit_mm_per_prompt to")
             key = f"{KEY}.max_model_len (null: the model's own)"
             check_lengths(batch, prompts, sampling.max_tokens, limit, "vLLM", key)
             parts = self._of_all_ranks(requests)

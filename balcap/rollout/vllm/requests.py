@@ -69,14 +69,14 @@ def sampling_settings(
 # ── in process ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def prompt_request(unexpanded: list[int], image: Image.Image) -> dict[str, Any]:
-    """vLLM's input for one image. vLLM expands the prompt itself, as the model's processor does.
+def prompt_request(unexpanded: list[int], images: Sequence[Image.Image]) -> dict[str, Any]:
+    """vLLM's input for one row. vLLM expands the prompt itself, as the model's processor does.
 
     Args:
         unexpanded: of `Prompts.unexpanded`.
-        image: what the policy sees.
+        images: what the policy sees.
     """
-    return {"prompt_token_ids": unexpanded, "multi_modal_data": {"image": image}}
+    return {"prompt_token_ids": unexpanded, "multi_modal_data": {"image": list(images)}}
 
 
 def token_settings(
@@ -113,15 +113,21 @@ def chat_settings(
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
         "add_special_tokens": template_lacks_bos(policy.encoder),
+        "chat_template_kwargs": policy.encoder.switches,
     }
     return [settings | own for settings in sampling_settings(policy, sampling, num_captions, rows, seeds)]
 
 
-def chat_request(settings: dict[str, Any], image: Image.Image, prompt: str) -> dict[str, Any]:
-    """The body of a request for one image, from its `chat_settings`."""
-    shown = {"type": "image_url", "image_url": {"url": data_url(image)}}
-    content = [shown, {"type": "text", "text": prompt}]
-    return settings | {"messages": [{"role": "user", "content": content}]}
+def chat_request(
+    settings: dict[str, Any], content: Sequence[dict[str, str]], images: Sequence[Image.Image]
+) -> dict[str, Any]:
+    """The body of a request for one row, from its `chat_settings` and its `PromptEncoder.content`."""
+    urls = map(data_url, images)
+    parts = [
+        {"type": "image_url", "image_url": {"url": next(urls)}} if part["type"] == "image" else part
+        for part in content
+    ]
+    return settings | {"messages": [{"role": "user", "content": parts}]}
 
 
 def chat_answer(
@@ -183,6 +189,22 @@ def template_lacks_bos(encoder: PromptEncoder) -> bool:
 
 
 # ── checks ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_images(batch: CaptionBatch, limit: int, engine: str, more: str) -> None:
+    """EngineFailed where a row has more images than vLLM takes.
+
+    Args:
+        limit: images in a prompt.
+        engine: whose limit it is, for the message.
+        more: what raises it, to be followed by the images in JSON.
+    """
+    for sample_id, images in zip(batch.sample_ids, batch.images, strict=True):
+        if len(images) > limit:
+            raise EngineFailed(
+                f"sample {sample_id!r} has {len(images)} images, {engine} takes {limit} in a prompt; {more} "
+                f'\'{{"image": {len(images)}, "video": 0}}\''
+            )
 
 
 def check_lengths(

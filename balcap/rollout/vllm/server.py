@@ -14,7 +14,14 @@ import torch.distributed as dist
 
 from balcap.rollout.base import KEY, Drawn, EngineFailed, RolloutEngine, Sampling, check_init_args
 from balcap.rollout.vllm.client import CHAT, START, Server, all_of
-from balcap.rollout.vllm.requests import chat_answer, chat_request, chat_settings, check_lengths, check_prompt
+from balcap.rollout.vllm.requests import (
+    chat_answer,
+    chat_request,
+    chat_settings,
+    check_images,
+    check_lengths,
+    check_prompt,
+)
 from balcap.rollout.vllm.start import NCCL_FLAG, check_fits, logprobs_mode
 from balcap.rollout.vllm.weights import NCCLTransfer, push_files
 from balcap.types import CaptionBatch
@@ -183,8 +190,9 @@ class VLLMServer(RolloutEngine):
 
         async def ask(row: int) -> Drawn:
             async with slots:
-                image, prompt = batch.images[row], policy.encoder.plain(batch.prompts[row])
-                request = await asyncio.to_thread(chat_request, settings[row], image, prompt)
+                images = batch.images[row]
+                content = policy.encoder.content(batch.prompts[row], len(images))
+                request = await asyncio.to_thread(chat_request, settings[row], content, images)
                 server = min(turn, key=lambda server: waiting[server.name])
                 waiting[server.name] += 1
                 answer = await server.ask(CHAT, request)
@@ -213,7 +221,7 @@ class VLLMServer(RolloutEngine):
                 future.cancel()
 
     def _check_limits(self, batch: CaptionBatch, prompts: Prompts, sampling: Sampling) -> None:
-        """EngineFailed where a server was started for another temperature, or for shorter captions."""
+        """EngineFailed where a server was started for another temperature, fewer images or shorter captions."""
         mode = logprobs_mode(sampling.temperature)
         for server in self._servers:
             name, own = f"the vLLM server {server.name}", server.about["logprobs_mode"]
@@ -222,6 +230,7 @@ class VLLMServer(RolloutEngine):
                     f"{name} was started with --logprobs-mode {own}; with model.sampling.temperature: "
                     f"{sampling.temperature} it must be {mode}"
                 )
+            check_images(batch, server.about["images"], name, "start it with --limit-mm-per-prompt")
             limit = server.about["max_model_len"]
             check_lengths(batch, prompts, sampling.max_tokens, limit, name, "its --max-model-len")
 

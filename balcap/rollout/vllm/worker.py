@@ -49,6 +49,7 @@ class WeightSync:
             "quantization": config.model_config.quantization,
             "logprobs_mode": str(config.model_config.logprobs_mode),
             "mm_processor_kwargs": config.model_config.multimodal_config.mm_processor_kwargs,
+            "images": config.model_config.multimodal_config.get_limit_per_prompt("image"),
             "max_model_len": config.model_config.max_model_len,
             "max_lora_rank": None if lora is None else lora.max_lora_rank,
             "workers": config.parallel_config.world_size,

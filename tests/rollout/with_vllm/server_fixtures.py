@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from balcap.rollout.vllm.worker import WeightSync
+from tests.rollout.with_vllm.support import LIMIT
 from tests.support import ROOT
 
 SCALED = {"shortest_edge": 56**2, "longest_edge": 112**2}  # by the tiny Qwen2.5-VL
@@ -49,6 +50,7 @@ class VLLMProcess:
         if lora:
             options += [f"--model.policy.lora={json.dumps(LORA)}", f"--model.policy.max_pixels={LORA_PIXELS}"]
         flags = ["--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "32"]
+        flags += ["--limit-mm-per-prompt", json.dumps(LIMIT)]
         flags += ["--kv-cache-memory-bytes", str(64 * 2**20)]
         environment = {k: v for k, v in os.environ.items() if k != "VLLM_CPU_KVCACHE_SPACE"}  # at least a GiB
         command = [sys.executable, "main.py", "serve", "--config", "configs/shapes.yaml", *options]
@@ -152,7 +154,9 @@ class FakeWorker(WeightSync):
                 quantization=None,
                 logprobs_mode="raw_logprobs",
                 max_model_len=2048,
-                multimodal_config=SimpleNamespace(mm_processor_kwargs={"size": SCALED}),
+                multimodal_config=SimpleNamespace(
+                    mm_processor_kwargs={"size": SCALED}, get_limit_per_prompt=lambda modality: 1
+                ),
             ),
             lora_config=None,
             parallel_config=SimpleNamespace(world_size=workers, data_parallel_size=1),

@@ -21,6 +21,9 @@ from tests.tiny_models import loud, mixed_batch
 
 Load = Callable[..., Policy]
 
+LIMIT = {"image": 3, "video": 0}
+"""Images in a prompt that the engines of the tests take."""
+
 
 class Shared:
     """The engine that runs now. There is one at a time: a policy that it does not fit ends it."""
@@ -32,6 +35,7 @@ class Shared:
     def get(self, policy: Policy, **init_args: Any) -> VLLMInProcess:
         """An engine that holds this policy's weights as version 0."""
         size = dict(policy.encoder.processor.image_processor.size)
+        init_args = {"options": {"limit_mm_per_prompt": LIMIT}} | init_args
         key = (policy.source, policy.has_adapter, size, init_args)
         if self.engine is None or key != self.key:
             self.close()

@@ -20,7 +20,7 @@ from balcap.rollout.vllm.inprocess import VLLMInProcess
 from balcap.rollout.vllm.weights import weight_files
 from tests.rollout.test_hf_generate import check_ends
 from tests.rollout.with_vllm.support import Load, Shared, draw, likeliest, louder, own_logps, update
-from tests.tiny_models import batch_of, mixed_batch, picture
+from tests.tiny_models import batch_of, batch_of_rows, mixed_batch, picture, several_images
 
 ADAPTER = LoraSettings(target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"], r=4)
 
@@ -55,6 +55,15 @@ def test_images_of_many_sizes_keep_their_own_captions(policy: Policy, shared: Sh
     )
     rollouts = draw(shared.get(policy), policy, 2, batch)
     torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=0)
+
+
+def test_rows_of_several_images_are_sampled_as_the_policy_sees_them(policy: Policy, shared: Shared):
+    engine, batch = shared.get(policy), several_images()
+    rollouts = draw(engine, policy, 2, batch)
+    torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=0)
+    four = batch_of_rows([batch.images[1] * 2], ["Go"])
+    with pytest.raises(EngineFailed, match=r"'img0\.png' has 4 images, vLLM takes 3 .*limit_mm_per_prompt"):
+        draw(engine, policy, 1, four)
 
 
 def test_banned_tokens_are_never_sampled(policy: Policy, shared: Shared):

@@ -27,7 +27,7 @@ from tests.rollout.with_vllm.support import (
     own_logps,
     update,
 )
-from tests.tiny_models import batch_of, picture
+from tests.tiny_models import batch_of, picture, several_images
 
 Connect = Callable[..., VLLMServer]
 
@@ -105,6 +105,11 @@ def test_two_servers_share_images_of_many_sizes(
     rollouts = draw(engine, policy, 2, batch)
     assert sorted(set(asked)) == sorted(engine.urls)
     assert len(asked) == 8
+    torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=0)
+
+
+def test_rows_of_several_images_are_sampled_as_the_policy_sees_them(policy: Policy, connect: Connect):
+    rollouts = draw(connect(policy), policy, 2, several_images())
     torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=0)
 
 

@@ -22,7 +22,7 @@ from balcap.rollout.vllm.server import VLLMServer
 from balcap.types import CaptionBatch
 from tests.rollout.with_vllm.server_fixtures import LORA, FakeServer, FakeWorker, free_port
 from tests.rollout.with_vllm.support import Load, draw
-from tests.tiny_models import batch_of, mixed_batch, picture
+from tests.tiny_models import batch_of, mixed_batch, picture, several_images
 
 CHAT = "/v1/chat/completions"
 Connect = Callable[..., VLLMServer]
@@ -84,6 +84,7 @@ def asked(fakes: list[FakeServer]) -> list[dict[str, Any]]:
 def test_a_request_draws_from_the_policys_distribution_and_nothing_else(
     connect: Connect, policy: Policy, fakes: list[FakeServer]
 ):
+    policy.encoder.switches = {"enable_thinking": False}  # of a template that knows it
     engine = connect()
     assert isinstance(engine, RolloutEngine)
     assert not engine.on_policy
@@ -91,7 +92,7 @@ def test_a_request_draws_from_the_policys_distribution_and_nothing_else(
     bodies, batch = asked(fakes), mixed_batch()
     assert len(bodies) == 3
     tokenizer = policy.encoder.tokenizer
-    for body, image in zip(bodies, batch.images, strict=True):
+    for body, (image,) in zip(bodies, batch.images, strict=True):
         plain = {"temperature": 1.0, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         plain |= {
             "presence_penalty": 0.0,
@@ -107,6 +108,7 @@ def test_a_request_draws_from_the_policys_distribution_and_nothing_else(
         assert tokenizer.convert_tokens_to_ids(body["bad_words"]) == policy.encoder.banned_token_ids
         assert (body["logprobs"], body["top_logprobs"], body["return_token_ids"]) == (True, 0, True)
         assert "mm_processor_kwargs" not in body, "servers refuse them"
+        assert body["chat_template_kwargs"] == {"enable_thinking": False}
         url = body["messages"][0]["content"][0]["image_url"]["url"]
         sent = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
         assert (sent.mode, sent.size, sent.tobytes()) == ("RGB", image.size, image.tobytes())
@@ -186,6 +188,13 @@ def test_servers_share_the_images(connect: Connect, policy: Policy, fakes: list[
     assert sum(counts) == 12
     assert counts[1] >= 2
     assert counts[0] > counts[1]
+
+
+def test_a_server_for_fewer_images_than_a_row_has_names_the_flag(connect: Connect, policy: Policy):
+    with pytest.raises(
+        EngineFailed, match=r"has 2 images, the vLLM server .* takes 1 .*--limit-mm-per-prompt '\{"
+    ):
+        draw(connect(), policy, batch=several_images())
 
 
 def test_no_more_are_under_way_than_allowed_and_an_error_of_the_listener_ends_the_call(
@@ -347,7 +356,7 @@ def test_a_refusal_is_passed_on_and_says_how_to_start_the_server(
         ({"logprobs_mode": "processed_logprobs"}, "--logprobs-mode processed_logprobs; .*1.0 it must be raw"),
         ({"max_model_len": 20}, r"sample 'img0\.png': .* is 20; raise its --max-model-len"),
         (
-            {"multimodal_config": SimpleNamespace(mm_processor_kwargs=None)},
+            {"mm_processor_kwargs": None},
             r"scales images otherwise .*--mm-processor-kwargs '.\"size\": .\"shortest_edge\": 3136, ",
         ),
         ({"data_parallel_size": 2}, "--data-parallel-size 2; start that many servers"),
@@ -363,7 +372,8 @@ def test_a_server_that_does_not_fit_says_what_to_change(
     config = fakes[0].workers[0].vllm_config
     fakes[0].model = change.get("model", policy.source)
     for name, value in change.items():
-        parts = (config, config.model_config, config.lora_config, config.parallel_config)
+        model = config.model_config
+        parts = (config, model, model.multimodal_config, config.lora_config, config.parallel_config)
         setattr(next(part for part in parts if hasattr(part, name)), name, value)
     with pytest.raises(EngineFailed, match=said):
         draw(connect(policy), policy)

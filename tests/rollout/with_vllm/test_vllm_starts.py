@@ -46,7 +46,7 @@ def test_log_probs_are_those_at_the_sampling_temperature(load: Load, shared: Sha
             ids = rollouts.token_ids[b, 0][rollouts.completion_mask[b, 0]]
             with torch.no_grad():
                 logits = own_logits(
-                    "qwen", policy.model, policy.encoder.processor, batch.images[b], batch.prompts[b], ids
+                    "qwen", policy.model, policy.encoder.processor, batch.images[b][0], batch.prompts[b], ids
                 )
             logits[:, banned] = -torch.inf
             expected = (logits / temperature).log_softmax(-1).gather(1, ids[:, None])[:, 0]
