@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from balcap.policy import PolicyConfig
 from balcap.policy.families import family_of, regrouped
 from balcap.policy.policy import Policy
-from tests.tiny_models import batch_of, mixed_batch, picture
+from tests.tiny_models import batch_of, mixed_batch, picture, rollouts_of
 
 FAMILIES = ("pixtral", "mistral3", "llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl")
 ROWS = [0, 1, 2]
@@ -56,6 +56,23 @@ def test_operations_of_the_tower_are_those_that_pytorch_counts(
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             family.image_features(policy.model, images)
         assert family.vision_flops(policy.model, prompts.items[row]) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["internvl", "smolvlm", "llava_next"])
+def test_the_tiles_of_an_image_are_kept_together(
+    name: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rollouts, found = rollouts_of(mixed_batch(), [[3, 1], [7, 2], [4, 6]], range(60, 300)), []
+    for cache in (None, str(tmp_path), str(tmp_path)):
+        policy = Policy.load(
+            PolicyConfig(str(folder_of(name)), dtype="float32", feature_cache=cache), with_reference=False
+        )
+        prompts = policy.encode(rollouts.batch)
+        found.append((policy.logps(rollouts, prompts, ROWS)[0], len(prompts.cached)))
+    assert [read for _, read in found] == [0, 0, 3]
+    assert len(list(tmp_path.glob("??/*.safetensors"))) == 3
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][0], found[2][0])
 
 
 @pytest.mark.parametrize("name", ["mistral3", "internvl_qwen3", "internvl_qwen3_moe"])
