@@ -179,4 +179,4 @@ def test_rows_of_two_images_train_and_those_that_cannot_be_are_reported(
     assert {**json.loads(line), "detail": ""} == {
         "row": 12, "image": " // ".join(names[:2]), "cause": "placeholder_mismatch", "detail": "",
     }  # fmt: skip
-    assert json.loads(line)["detail"] == "<image> stands 1 times in the question, images=2"
+    assert json.loads(line)["detail"] == "2 images, but 1 <image> in the question"

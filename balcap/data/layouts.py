@@ -113,9 +113,7 @@ def _with_places(question: str, images: int) -> str:
     """The question, without placeholders where they only say that the images come first, or where there is one image."""
     count = question.count(PLACEHOLDER)
     if count not in (0, images):
-        raise BadImage(
-            "placeholder_mismatch", f"{PLACEHOLDER} stands {count} times in the question, {images=}"
-        )
+        raise BadImage("placeholder_mismatch", f"{images} images, but {count} {PLACEHOLDER} in the question")
     *before, _ = question.split(PLACEHOLDER)
     within = images > 1 and any(map(str.strip, before))
     return question if within else question.replace(PLACEHOLDER, "")

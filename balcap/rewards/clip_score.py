@@ -40,9 +40,8 @@ class CLIPScore(Reward):
             inputs = processor(
                 text=list(captions), images=list(images), return_tensors="pt", padding=True, truncation=True
             )
-            logits = model(
-                **inputs.to(self.clip_device)
-            ).logits_per_image  # [images, G], cosine times a scale
+            # [images, G], cosine times a scale
+            logits = model(**inputs.to(self.clip_device)).logits_per_image
             rows.append((logits / model.logit_scale.exp()).clamp(0, 1).mean(0).cpu())
         return torch.stack(rows).float()
 

@@ -55,7 +55,7 @@ def test_a_count_of_placeholders_that_is_not_that_of_the_images_is_a_bad_row(
     names = [f"{i}.png" for i in range(images)]
     flat = normalise(row(names if images > 1 else names[0], question=count * f"a {PLACEHOLDER} "), 0)
     assert flat["problem"] == "placeholder_mismatch"
-    assert flat["detail"] == f"<image> stands {count} times in the question, images={images}"
+    assert flat["detail"] == f"{images} images, but {count} <image> in the question"
 
 
 def test_the_same_images_in_the_same_order_are_one_sample(row: Callable) -> None:
