@@ -102,11 +102,14 @@ def tiny_tokenizer(special: Sequence[str], bos: str | None, **roles: str) -> Any
 
 
 def loud(model: Any) -> Any:
-    """Weights of about 1/sqrt(fan in), so that every part of the input matters to every logit."""
+    """Weights of about 1/sqrt(fan in), so that every part of the input matters to every logit; states of delta nets last for
+    tens of tokens."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+        elif name.endswith("A_log"):
+            parameter.data.copy_(torch.linspace(0.02, 0.2, len(parameter)).log())
     model.lm_head.weight.data.mul_(2)
     return model
 
