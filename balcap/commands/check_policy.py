@@ -64,7 +64,7 @@ def placeholders(state: State) -> Result:
                 )
         counts.append(count)
     return Result(
-        True, f"{len(counts)} images of {min(counts):,} to {max(counts):,} placeholders, as many features"
+        True, f"{len(counts)} prompts of {min(counts):,} to {max(counts):,} placeholders, as many features"
     )
 
 
@@ -72,6 +72,8 @@ def placeholders(state: State) -> Result:
 def padding(state: State) -> Result:
     """Prompts of different lengths in one batch give the log-probs of each alone."""
     policy, rows = state.policy, list(range(min(4, len(state.rollouts))))
+    if len(rows) < 2:
+        raise Skipped("one prompt alone is not padded; use --images 2 or more")
     batch = state.batch.select(rows)
     longer = [f"{prompt}{' Please.' * row}" for row, prompt in enumerate(batch.prompts)]
     prompts = policy.encode(replace(batch, prompts=longer))

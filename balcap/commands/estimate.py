@@ -95,6 +95,8 @@ class BalCapTrainer(Trainer):
             estimate = make_estimate(self, model, datamodule, launch, Assumptions(**flags))
         except ValueError as error:  # DataError is one
             raise SystemExit(f"Cannot estimate: {error}") from None
+        for line in estimate.settings.endings("take --config configs/judge/gpt-6-luna.yaml instead"):
+            print(line, file=sys.stderr, flush=True)
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
         estimate.show(console)
         for callback in self.callbacks:  # type: ignore[attr-defined]

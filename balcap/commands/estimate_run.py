@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -152,7 +153,7 @@ def make_estimate(
 
 
 def read_rows(data: CaptionDataModule, rows: np.ndarray, count: int) -> CaptionBatch | None:
-    """`count` good rows of these, drawn at random; None if there is none."""
+    """`count` good rows of these, drawn at random; None if there is none. Says how many bad ones it met."""
     samples: list[Sample] = []
     with tempfile.TemporaryDirectory() as scratch:
         data.settings = replace(data.settings, run_dir=scratch)  # bad rows are listed there
@@ -160,6 +161,14 @@ def read_rows(data: CaptionDataModule, rows: np.ndarray, count: int) -> CaptionB
         for row in np.random.default_rng(data.settings.seed).permutation(rows):
             if len(samples) < count and (sample := reader.read(int(row))) is not None:
                 samples.append(sample)
+        if bad := reader.bad_rows.counts():
+            causes = ", ".join(f"{cause} {n}" for cause, n in bad.items())
+            print(
+                f"data: {len(samples)} good rows, and {sum(bad.values())} bad ones ({causes}); a fit lists those in "
+                "bad_rows.jsonl",
+                file=sys.stderr,
+                flush=True,
+            )
     return to_batch(samples) if samples else None
 
 

@@ -41,8 +41,6 @@ def load_processor(config: PolicyConfig) -> Any:
     """
     from transformers import AutoProcessor
 
-    if config.family is not None:
-        load_family(config.family)
     with _explained(config):
         processor = AutoProcessor.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=False
@@ -81,6 +79,7 @@ def load_model(config: PolicyConfig) -> Any:
     """The weights as they are on disk or hub, frozen parts not yet marked."""
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
+    own = None if config.family is None else load_family(config.family)
     dtype = getattr(torch, config.dtype)
     options: dict[str, Any] = {"dtype": dtype, "revision": config.revision, "trust_remote_code": False}
     options["attn_implementation"] = config.attn_implementation  # None: transformers chooses
@@ -101,6 +100,11 @@ def load_model(config: PolicyConfig) -> Any:
                 f"it is an adapter on the hub; download it (hf download {config.model} --local-dir FOLDER) "
                 "and set model.policy.model: FOLDER"
             )
+    if own is not None and family_of(model) is not own:
+        raise PolicyError(
+            f"model.policy.family: {config.family} is for {', '.join(own.model_types)}, {config.model} is a "
+            f"{model.config.model_type}; leave it null, or add that to its model_types"
+        )
     return model
 
 

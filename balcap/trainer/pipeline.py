@@ -223,7 +223,7 @@ class RolloutPipeline:
                 data.leave_out(sample_id, "refused_by_processor", why)
         if not good:
             raise UserError(
-                "model.policy: the model's processor refuses all images of a batch, such as "
+                "model.policy: the model, or its processor, refuses all rows of a batch, such as "
                 f"{next(iter(refused.values()))}"
             )
         rows = [row if row in good else good[row % len(good)] for row in range(len(batch))] if fill else good
@@ -241,8 +241,9 @@ class RolloutPipeline:
                 self.policy.encode(batch.select([row]))
                 good.append(row)
             except Exception as error:
-                refused[sample_id] = f"{sample_id}: {type(error).__name__}: {error}"
-                log.warning("skipped: the model's processor refuses %s", refused[sample_id])
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                refused[sample_id] = f"{sample_id}: {kind}{error}"
+                log.warning("skipped: the model, or its processor, refuses %s", refused[sample_id])
         return good, refused, None
 
     def sync(self) -> None:

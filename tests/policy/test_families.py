@@ -414,6 +414,17 @@ def test_a_new_family_shares_the_prefix(
             assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm() + 1e-5, name
 
 
+def test_a_family_of_another_architecture_is_refused(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "_others", [])
+    config = PolicyConfig(str(folder_of("qwen3_vl")), dtype="float32", family=f"{__name__}.Outside")
+    with pytest.raises(
+        ValueError, match=r"^model\.policy\.family: .*Outside is for idefics3, .* is a qwen3_vl"
+    ):
+        Policy.load(config, False)
+
+
 @pytest.mark.parametrize(
     ("path", "why"),
     [

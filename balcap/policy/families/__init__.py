@@ -46,8 +46,8 @@ FAMILIES: tuple[Family, ...] = (
 _others: list[Family] = []
 
 
-def load_family(path: str) -> None:
-    """From now on, take the family at this import path for the model types that it names.
+def load_family(path: str) -> Family:
+    """The family at this import path, which is from now on that of the model types that it names.
 
     Raises:
         ImportError, AttributeError, ValueError: nothing is there.
@@ -56,8 +56,10 @@ def load_family(path: str) -> None:
     kind = pkgutil.resolve_name(path)
     if not (isinstance(kind, type) and issubclass(kind, Family) and kind.model_types):
         raise TypeError("it must be a subclass that sets model_types")
-    if not any(type(family) is kind for family in _others):
-        _others.insert(0, kind())
+    known = next((family for family in _others if type(family) is kind), None)
+    if known is None:
+        _others.insert(0, known := kind())
+    return known
 
 
 def family_of(model_or_config: Any) -> Family:
