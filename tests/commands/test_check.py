@@ -279,7 +279,7 @@ def test_the_command_prints_a_table_and_leaves_nothing_behind(
     text = capsys.readouterr().out
     for name in ("loading", *CHECKS):
         assert re.search(rf"│ {name} +│ pass ", text), text
-    assert "3 images of" in text
+    assert "3 prompts of" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]  # of the table of rows
 
 

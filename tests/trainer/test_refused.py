@@ -60,7 +60,7 @@ def test_a_model_that_refuses_everything_ends_the_run(
     fit_arguments: Callable[..., list[str]], cli: Callable[[list[str]], None], refusing: set[str], world: Path
 ) -> None:
     refusing.update(row["image"] for row in json.loads((world / "shapes.json").read_text()))
-    with pytest.raises(SystemExit, match=r"refuses all images of a batch, such as .*IndexError: odd image"):
+    with pytest.raises(SystemExit, match=r"refuses all rows of a batch, such as .*IndexError: odd image"):
         cli(fit_arguments())
 
 
