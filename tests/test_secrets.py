@@ -195,10 +195,10 @@ def test_one_secret_inside_another(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_setting_refers_to_is_secret_by_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACME_LOGIN", "open sesame\n now")
+    monkeypatch.setenv("ACME_DOOR", "open sesame\n now")
     monkeypatch.setenv("ACME_PIN", "1234567")
     assert "sesame" in redact("said open sesame\n now")
-    resolve({"extra_headers": {"X-Login": "os.environ/ACME_LOGIN"}})
+    resolve({"extra_headers": {"X-Login": "os.environ/ACME_DOOR"}})
     keep_secret(["ACME_PIN"])
     assert redact("said open sesame\n now, and 1234567.") == "said ***, and ***."
 

@@ -68,7 +68,8 @@ def batch(tmp_path: Path) -> CaptionBatch:
 def policy(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path: Path) -> Policy:
     """One that shares prefixes, and one of one sequence per caption."""
     folder = folders["qwen"] if request.param == "qwen" else gemma3(tmp_path / "gemma3")
-    return Policy.load(PolicyConfig(str(folder), dtype="float32"), False).eval()
+    shared = request.param == "qwen"
+    return Policy.load(PolicyConfig(str(folder), dtype="float32", shared_prefix=shared), False).eval()
 
 
 def test_prompts_and_log_probs_are_those_of_the_model_alone(policy: Policy, batch: CaptionBatch) -> None:

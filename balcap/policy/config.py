@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -149,13 +150,13 @@ class PolicyConfig:
     def _family_problems(self) -> Sequence[str]:
         if self.family is None:
             return []
-        from balcap.policy.families import load_family  # imports torch
-
         try:
-            load_family(self.family)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            return [f"family: {self.family} is no class of balcap.policy.families.Family that loads: {error}"]
-        return []
+            if pkgutil.resolve_name(self.family).model_types:
+                return []
+            error: Exception | str = "it sets no model_types"
+        except (ImportError, AttributeError, ValueError) as why:
+            error = why
+        return [f"family: {self.family} is no class of balcap.policy.families.Family that loads: {error}"]
 
     def _feature_cache_problems(self) -> Sequence[str]:
         if self.feature_cache is None:
