@@ -10,6 +10,7 @@ state at zero, as the convolution's own padding does; behind a caption they chan
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from torch import Tensor
 from torch.nn.functional import pad, softplus
 
 from balcap.policy.layout import AttentionLayout
+
+CHUNK = 64
+"""The most tokens of a chunk: transformers' own choice."""
 
 
 class Recurrence(NamedTuple):
@@ -61,6 +65,12 @@ def install(language_model: Any) -> None:
             module.forward = partial(_forward, module, module.forward, *kernels)
 
 
+def chunk_size(length: int) -> int:
+    """Tokens of a chunk: the rule pads rows to whole chunks, and this makes as many of them as 64 would, without most of the
+    padding. What it computes does not depend on it."""
+    return math.ceil(length / math.ceil(length / CHUNK))
+
+
 @torch.compiler.disable  # the rule's loop over chunks would be compiled for each length
 def _forward(
     net: Any,
@@ -86,6 +96,8 @@ def _forward(
         mixed = convolve(mixed.transpose(1, 2), weight, net.conv1d.bias, activation=net.activation)
         widths = (net.key_dim, net.key_dim, net.value_dim)
         query, key, value = mixed.transpose(1, 2)[:, before:].split(widths, -1)
+        # The kernels for GPUs choose for themselves.
+        size = {"chunk_size": chunk_size(query.shape[1])} if query.device.type == "cpu" else {}
         return delta_rule(
             query.unflatten(-1, (-1, net.head_k_dim)),
             key.unflatten(-1, (-1, net.head_k_dim)),
@@ -95,6 +107,7 @@ def _forward(
             initial_state=state,
             output_final_state=True,
             use_qk_l2norm_in_kernel=True,
+            **size,
         )
 
     out, state = run(recurrence.prompts, 0, None)

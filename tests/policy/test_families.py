@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from balcap.policy import LoraSettings, PolicyConfig, families
+from balcap.policy.delta_net import chunk_size
 from balcap.policy.families import Family, base_of, family_of
 from balcap.policy.families.gemma3 import Gemma3
 from balcap.policy.families.generic import Generic
@@ -437,3 +439,10 @@ def test_what_is_no_family_is_refused_by_its_key(path: str, why: str) -> None:
     problems = [one for one in PolicyConfig("a/b", family=path).problems() if "model.policy.family" in one]
     assert len(problems) == 1
     assert why in problems[0]
+
+
+def test_chunks_of_a_delta_net_are_as_many_as_before_and_hold_little_padding() -> None:
+    assert [chunk_size(length) for length in (1, 64, 65, 199, 413)] == [1, 64, 33, 50, 59]
+    for length in range(1, 700):
+        chunks = math.ceil(length / 64)
+        assert 0 <= chunks * chunk_size(length) - length < chunks
