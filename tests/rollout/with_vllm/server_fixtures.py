@@ -225,6 +225,7 @@ class FakeServer:
         self.prompt_ids: dict[str, list[int]] = {}
         self.adapters: list[str] = []
         self.open = threading.Event()
+        self._engine = threading.Lock()  # which takes one call after the other
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -281,7 +282,8 @@ class FakeServer:
             return {"data": [{"id": self.model, "parent": None}, *adapters]}
         if path == "/collective_rpc":
             method, arguments = body["method"], body["kwargs"]
-            return {"results": [getattr(worker, method)(**arguments) for worker in self.workers]}
+            with self._engine:
+                return {"results": [getattr(worker, method)(**arguments) for worker in self.workers]}
         if path == "/v1/load_lora_adapter":
             self.adapters.append(body["lora_name"])
         if path == "/v1/chat/completions":
