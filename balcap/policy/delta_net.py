@@ -88,6 +88,7 @@ def _forward(
     parts = (net.in_proj_qkv(states), net.in_proj_b(states), net.in_proj_a(states))
     columns = pad(torch.cat(parts, -1), (0, 0, 0, 1))  # [N + 1, …], the last are zeros
     weight = net.conv1d.weight.squeeze(1)
+    shared = heads // net.num_k_heads  # not every version of the rule knows heads that share keys
 
     def run(index: Tensor, before: int, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs of all rows but the first `before` of each, which are there for the convolution; last states."""
@@ -99,8 +100,8 @@ def _forward(
         # The kernels for GPUs choose for themselves.
         size = {"chunk_size": chunk_size(query.shape[1])} if query.device.type == "cpu" else {}
         return delta_rule(
-            query.unflatten(-1, (-1, net.head_k_dim)),
-            key.unflatten(-1, (-1, net.head_k_dim)),
+            query.unflatten(-1, (-1, net.head_k_dim)).repeat_interleave(shared, 2),
+            key.unflatten(-1, (-1, net.head_k_dim)).repeat_interleave(shared, 2),
             value.unflatten(-1, (-1, net.head_v_dim)),
             g=-net.A_log.float().exp() * softplus(decay[:, before:].float() + net.dt_bias),
             beta=beta[:, before:].sigmoid(),
