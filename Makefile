@@ -50,7 +50,7 @@ seeds: $(VENV)/.installed data/shapes/shapes.json
 	$(BIN)/python -m examples.shapes.summary runs/seed-0 runs/seed-1 runs/seed-2
 
 # One thread for each of several processes: OpenMP threads that wait take the core that another test needs.
-PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(1)/python -m pytest --numprocesses auto --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(1)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 ## every test
 test: $(VENV)/.installed

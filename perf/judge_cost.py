@@ -46,7 +46,7 @@ import torch
 from PIL import Image
 
 from balcap.judge import Judge
-from balcap.judge.client import Price
+from balcap.judge.models import Price
 from balcap.policy import PolicyConfig
 from balcap.policy.policy import Policy
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite

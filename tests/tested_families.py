@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.tiny_families import WORKING
 
 SHARED = (
-    "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v", "gemma3",
+    "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v", "gemma3",
     "gemma3_crops", "internvl", "internvl_qwen3", "internvl_qwen3_moe", "smolvlm", "idefics3", "llava_onevision",
     "llava_next", "llava", "pixtral", "mistral3",
 )  # fmt: skip
@@ -67,10 +67,9 @@ def table() -> str:
     head = ("Models", "`model_type`", "Shared prefix", "Several images", "LoRA adapts", "vLLM on a CPU")
     lines = [head, ("---",) * len(head)]
     for models, (name, adapted) in ROWS.items():
-        main = name == "qwen2_5_vl"  # the model of most other tests
-        assert main or name in WORKING
-        shared = "equal" if main or name in SHARED else "no: one sequence per caption"
-        several = "no" if name in ONE_IMAGE else "yes" if main or name in SEVERAL else "not tested"
+        assert name in WORKING
+        shared = "equal" if name in SHARED else "no: one sequence per caption"
+        several = "no" if name in ONE_IMAGE else "yes" if name in SEVERAL else "not tested"
         vllm = "equal" if name in IN_VLLM else OTHERWISE_IN_VLLM.get(name, "not run")
         kind = name.removesuffix("_qwen3_moe").removesuffix("_qwen3")
         kind = "llava" if kind == "pixtral" else kind

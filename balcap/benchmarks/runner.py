@@ -26,7 +26,7 @@ from balcap.benchmarks.base import Benchmark, BenchmarkImage, Record
 from balcap.benchmarks.scores import Statistic, known
 from balcap.data.images import BadImage
 from balcap.judge import Judge
-from balcap.judge.client import takes_sampling_parameters
+from balcap.judge.models import takes_sampling_parameters
 from balcap.trainer.distributed import gather_objects, stop_together
 from balcap.trainer.pipeline import RolloutPipeline
 from balcap.types import CaptionBatch

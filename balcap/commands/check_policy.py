@@ -48,8 +48,7 @@ def placeholders(state: State) -> Result:
     base, counts = base_of(policy.model), []
     family = family_of(base)
     by_itself = bool(family.obstacle(base))  # features come out of the whole model alone, which compares them
-    for row, item in enumerate(prompts.items):
-        count = int((item["input_ids"] == prompts.image_token_id).sum())
+    for row, count in enumerate(prompts.num_features(range(len(prompts.items)))):
         if by_itself:
             policy.model(**prompts.inputs([row], 1, policy.device), use_cache=False, logits_to_keep=1)
         else:

@@ -24,8 +24,8 @@ from io import BytesIO
 from typing import Any
 
 from balcap.judge import ImagePolicy, JudgeSettings
-from balcap.judge.client import import_litellm
 from balcap.judge.images import image_url
+from balcap.judge.models import import_litellm
 
 TokensOf = Callable[[int, int, str | None], int]
 

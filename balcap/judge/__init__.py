@@ -8,7 +8,8 @@
 `images.py`     how an image is sent
 `session.py`    one process at work: event loop, cache, and how questions share calls
 `retry.py`      one question until it is answered or given up: retries, repair, fallbacks, deadline, budget
-`client.py`     the one place that calls litellm: one call, what it cost, what its failure means
+`client.py`     the one place that asks litellm: one call, what it cost, what its failure means
+`models.py`     what litellm knows of models: providers, prices, keys, the days on which they end
 `cache.py`      answers on disk
 `ledger.py`     calls on disk, and `JudgeStats`, the counts
 `errors.py`     what can go wrong
@@ -18,7 +19,7 @@ others -> validation. What comes back wrong, late or not at all is a `JudgeFailu
 never a 0, never a crash. Too many of them, or a spent budget, end the run with a `RunStopped`.
 """
 
-from balcap.judge.client import CallFailed, Client, Deployment, Price, Reply
+from balcap.judge.client import CallFailed, Client, Deployment, Reply
 from balcap.judge.errors import (
     BudgetSpent,
     InvalidAnswer,
@@ -29,6 +30,7 @@ from balcap.judge.errors import (
 from balcap.judge.images import ImagePolicy
 from balcap.judge.judge import Judge
 from balcap.judge.ledger import JudgeStats
+from balcap.judge.models import Price
 from balcap.judge.prompt import Question, Route
 from balcap.judge.settings import JudgeSettings, TaskModel
 from balcap.judge.task import Group, Judgments, Task

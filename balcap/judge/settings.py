@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from typing import Any, Literal
 
-from balcap.judge import client
+from balcap.judge import models
 from balcap.judge.cache import JudgmentCache
-from balcap.judge.client import Deployment, Price
+from balcap.judge.client import RESERVED, Deployment
 from balcap.judge.images import LEAST_SIDE, ImagePolicy
 from balcap.judge.ledger import Ledger
+from balcap.judge.models import Price
 from balcap.judge.prompt import Route
 from balcap.judge.task import Task
 from balcap.utils.redact import secret_problems
@@ -123,7 +124,7 @@ class JudgeSettings:
         ]
         for name, path in (self.providers or {}).items():
             try:
-                client.register_providers({name: path})
+                models.register_providers({name: path})
             except (ImportError, AttributeError, ValueError, TypeError) as error:
                 problems.append(f"{key}.providers.{name}: cannot load {path}: {error}")
         return problems + self._model_problems(key)
@@ -140,7 +141,7 @@ class JudgeSettings:
         asked += [one.model for one in others if one.model is not None]
         lines, today = [], today or date.today()
         for model in dict.fromkeys(asked):
-            end = None if model.partition("/")[0] in (self.providers or ()) else client.end_of(model)
+            end = None if model.partition("/")[0] in (self.providers or ()) else models.end_of(model)
             if end is not None and end - today <= SOON:
                 days = (end - today).days
                 when = f"ends on {end}, in {days} days" if days > 0 else f"ended on {end}"
@@ -175,7 +176,7 @@ class JudgeSettings:
         problems, own = [], self.params or {}
         for where, one in named.items():
             params = one.params or {}
-            reserved = sorted(client.RESERVED.intersection(params))
+            reserved = sorted(RESERVED.intersection(params))
             problems += [f"{where}.params.{name}: set by the judge itself; remove it" for name in reserved]
             problems += secret_problems(params, f"{where}.params")
             if isinstance(one, Deployment):
@@ -189,7 +190,7 @@ class JudgeSettings:
 
     def _place_problems(self, key: str, where: str, model: str, params: Mapping[str, Any]) -> list[str]:
         """What is wrong with a model that is asked with these parameters."""
-        provider = client.provider_of(model, self.providers)
+        provider = models.provider_of(model, self.providers)
         if provider is None:
             return [
                 f"{where}.model: litellm knows no provider for {model!r}; write <provider>/<model>, such as "
@@ -200,7 +201,7 @@ class JudgeSettings:
         problems, reachable = [], params.get("api_base") or params.get("api_key")
         if provider in ("hosted_vllm", "vllm") and not (params.get("api_base") or params.get("base_url")):
             problems.append(f"{where}.params.api_base: {model} needs the address of its server")
-        elif not reachable and (missing := client.missing_keys(model)):
+        elif not reachable and (missing := models.missing_keys(model)):
             problems.append(f"{where}.model: {model} needs in the environment: {', '.join(missing)}")
         if self.budget_usd is not None and price_of(self, model) is None:
             problems.append(
@@ -225,7 +226,7 @@ def _numbers(settings: Any, key: str) -> Iterator[tuple[str, float]]:
 
 def price_of(settings: JudgeSettings, model: str) -> Price | None:
     """What `model` costs: by the settings, else by litellm's table; None if neither knows."""
-    return (settings.prices or {}).get(model) or client.listed_price(model)
+    return (settings.prices or {}).get(model) or models.listed_price(model)
 
 
 def _tasks(kind: type[Task[Any]] = Task) -> Iterator[type[Task[Any]]]:

@@ -12,7 +12,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from balcap.cli import BalCapCLI, ConfigFile
 from balcap.judge import Judge, JudgeSettings, TaskModel
-from balcap.judge.client import Deployment, end_of, import_litellm
+from balcap.judge.client import Deployment
+from balcap.judge.models import end_of, import_litellm
 from balcap.module import BalCapModule
 from balcap.policy import PolicyConfig
 from balcap.rewards import Precision
@@ -231,7 +232,7 @@ def test_every_model_of_a_judge_may_end_and_unknown_ones_never():
 
 def test_a_run_says_it_once_at_its_start(monkeypatch, caplog):
     end = date.today() + timedelta(days=9)
-    monkeypatch.setattr("balcap.judge.client.end_of", lambda model: end)
+    monkeypatch.setattr("balcap.judge.models.end_of", lambda model: end)
     module = BalCapModule(
         PolicyConfig("some/model"), [Precision()], {"precision": 1.0}, Judge("openai/gpt-5-mini", cache=None)
     )

@@ -14,8 +14,8 @@ import pytest
 from aiohttp import web
 
 from balcap.judge import BudgetSpent, Judge, JudgeFailure
-from balcap.judge.client import Price
 from balcap.judge.http import without_bad_usage
+from balcap.judge.models import Price
 from balcap.judge.prompt import extract_json
 from balcap.judge.tasks.rate import Rate, Rating
 from tests.judge_replies import WRONG_USAGE, bomb, right_answer

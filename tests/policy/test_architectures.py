@@ -6,18 +6,16 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from balcap.judge import Judgments
 from balcap.policy import PolicyConfig
 from balcap.policy.config import PolicyError
 from balcap.policy.policy import Policy
-from balcap.rewards import Reward
 from balcap.rollout import HFGenerate, Sampling
 from balcap.types import Rollouts
+from tests.short_captions import TRAINED_ON_IT
 from tests.support import metrics
 from tests.tiny_families import WORKING
 from tests.tiny_models import Alone, mixed_batch, rollouts_of, tiny_tokenizer
@@ -76,46 +74,26 @@ def test_captions_that_have_ended_leave_all_kinds_of_caches(
     torch.testing.assert_close(rollouts.sampler_logps, logps, atol=2e-5, rtol=1e-5)
 
 
-class Short(Reward):
-    """1 / (1 + letters): random words differ in it."""
-
-    name = "short"
-
-    def score(self, rollouts: Rollouts, judgments: Judgments) -> torch.Tensor:
-        return torch.tensor([[1 / (1 + len(text)) for text in group] for group in rollouts.captions])
-
-
-UNUSUAL = ["qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "gemma3", "idefics3", "lfm2_vl"]
-"""Experts, linear attention, sliding windows, a text model under another name, convolutions."""
-
-
-@pytest.mark.parametrize(
-    ("name", "lora"), [(name, False) for name in WORKING] + [(name, True) for name in UNUSUAL]
-)
+@pytest.mark.parametrize("name", WORKING)
 def test_it_trains_and_captions(
     name: str,
-    lora: bool,
     fit_arguments: Callable[..., list[str]],
     cli: Callable[[list[str]], None],
     folder_of: Callable[[str], Path],
     world: Path,
     tmp_path: Path,
 ) -> None:
-    options: dict[str, Any] = {"model.policy.model": folder_of(name), "model.sampling.max_tokens": 6}
-    options |= {"model.rewards": '[{"class_path": "tests.policy.test_architectures.Short"}]'}
-    options |= {"model.weights": '{"short": 1.0}', "model.reward_transforms": "[]"}
+    options = TRAINED_ON_IT | {"model.policy.model": folder_of(name)}
     training = {"trainer.max_steps": 2, "trainer.limit_val_batches": 0, "model.policy.freeze_vision": "false"}
-    training |= {"model.policy.lora.r": 2} if lora else {}
     cli(fit_arguments(**options, **training, run_dir=tmp_path / "run"))
     norms = [float(row["train/grad_norm"]) for row in metrics(tmp_path / "run") if row["train/loss"]]
     assert len(norms) == 2
     assert all(math.isfinite(norm) and norm > 0 for norm in norms)
-    if not lora:
-        source = {"data.data": None, "data.predict_from": world, "trainer.limit_predict_batches": 1}
-        cli(fit_arguments("predict", **options, **source, run_dir=tmp_path / "captions"))
-        lines = (tmp_path / "captions/captions.jsonl").read_text().splitlines()
-        assert len(lines) >= 1
-        assert all(set(json.loads(line)) == {"image", "prompt", "caption", "truncated"} for line in lines)
+    source = {"data.data": None, "data.predict_from": world, "trainer.limit_predict_batches": 1}
+    cli(fit_arguments("predict", **options, **source, run_dir=tmp_path / "captions"))
+    lines = (tmp_path / "captions/captions.jsonl").read_text().splitlines()
+    assert len(lines) >= 1
+    assert all(set(json.loads(line)) == {"image", "prompt", "caption", "truncated"} for line in lines)
 
 
 def test_a_model_without_a_chat_template_is_refused(folder_of: Callable[[str], Path]) -> None:

@@ -416,6 +416,13 @@ def test_a_new_family_shares_the_prefix(
             assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm() + 1e-5, name
 
 
+def test_a_family_may_take_the_place_of_one_of_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.for_model("idefics3")
+    assert type(family_of(config)) is Idefics3
+    monkeypatch.setattr(families, "_others", [])
+    assert families.load_family(f"{__name__}.Outside") is family_of(config)
+
+
 def test_a_family_of_another_architecture_is_refused(
     folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

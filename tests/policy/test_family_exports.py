@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from balcap.policy.families import family_of
+from tests.short_captions import TRAINED_ON_IT
 from tests.support import metrics
 from tests.tiny_families import WORKING
 
@@ -38,15 +38,10 @@ def test_a_continued_adapter_is_exported_as_it_was_trained(
 ) -> None:
     from peft import PeftModel
 
-    short = '[{"class_path": "tests.policy.test_architectures.Short"}]'
-    options: dict[str, Any] = {
+    options = TRAINED_ON_IT | {
         "model.policy.model": folder_of(name),
         "model.policy.lora": "{r: 2, alpha: 64}",
         "model.optimizer.init_args.lr": 0.01,
-        "model.sampling.max_tokens": 6,
-        "model.rewards": short,
-        "model.weights": '{"short": 1.0}',
-        "model.reward_transforms": "[]",
         "trainer.limit_val_batches": 0,
     }
     whole, parts = tmp_path / "whole", tmp_path / "parts"

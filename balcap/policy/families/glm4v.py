@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from balcap.policy.families.base import num_weights
-from balcap.policy.families.qwen2_5_vl import Qwen2_5VL
+from balcap.policy.families.qwen2_5_vl import Qwen2_5VL, tower_flops
 
 
 class Glm4V(Qwen2_5VL):
@@ -31,10 +30,10 @@ class Glm4V(Qwen2_5VL):
 
     def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float:
         """Patches through the tower, merged ones through what merges them."""
-        config, tower = model.config.vision_config, model.model.visual
-        of_images = item["image_grid_thw"].prod(-1)
-        patches, squares = int(of_images.sum()), int((of_images**2).sum())
-        per_patch = num_weights(*tower.patch_embed.parameters(), *tower.blocks.parameters())
-        per_token = num_weights(*tower.downsample.parameters(), *tower.merger.parameters())
-        weights = patches * per_patch + patches / config.spatial_merge_size**2 * per_token
-        return 2 * weights + 4 * config.hidden_size * config.depth * squares
+        tower = model.model.visual
+        return tower_flops(
+            model.config.vision_config,
+            item,
+            (tower.patch_embed, tower.blocks),
+            (tower.downsample, tower.merger),
+        )

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from balcap.policy import windows
 from balcap.policy.families.base import Family, num_weights
+
+
+def tower_flops(
+    config: Any, item: dict[str, Tensor], of_patches: Sequence[Any], of_tokens: Sequence[Any]
+) -> float:
+    """Model FLOPs of a tower whose patches see all of their image.
+
+    Args:
+        config: of the tower.
+        item: an encoded prompt.
+        of_patches: modules that each patch passes through.
+        of_tokens: modules that each token of the language model passes through, which is made of several patches.
+    """
+    of_images = item["image_grid_thw"].prod(-1)
+    patches, squares = int(of_images.sum()), int((of_images**2).sum())
+    per_patch, per_token = (
+        num_weights(*(weight for module in modules for weight in module.parameters()))
+        for modules in (of_patches, of_tokens)
+    )
+    weights = patches * per_patch + patches / config.spatial_merge_size**2 * per_token
+    return 2 * weights + 4 * config.hidden_size * config.depth * squares
 
 
 class Qwen2_5VL(Family):  # noqa: N801

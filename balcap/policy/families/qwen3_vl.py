@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from balcap.policy.families.base import ImageFeatures, num_weights
-from balcap.policy.families.qwen2_5_vl import Qwen2_5VL
+from balcap.policy.families.base import ImageFeatures
+from balcap.policy.families.qwen2_5_vl import Qwen2_5VL, tower_flops
 from balcap.policy.layout import AttentionLayout
 
 
@@ -50,13 +50,13 @@ class Qwen3VL(Qwen2_5VL):
 
     def vision_flops(self, model: Any, item: dict[str, Tensor]) -> float:
         """Patches through the tower, merged ones through the merger of each layer whose features are used."""
-        config, tower = model.config.vision_config, model.model.visual
-        of_images = item["image_grid_thw"].prod(-1)
-        patches, squares = int(of_images.sum()), int((of_images**2).sum())
-        per_patch = num_weights(*tower.patch_embed.parameters(), *tower.blocks.parameters())
-        per_token = num_weights(*tower.merger.parameters(), *tower.deepstack_merger_list.parameters())
-        weights = patches * per_patch + patches / config.spatial_merge_size**2 * per_token
-        return 2 * weights + 4 * config.hidden_size * config.depth * squares
+        tower = model.model.visual
+        return tower_flops(
+            model.config.vision_config,
+            item,
+            (tower.patch_embed, tower.blocks),
+            (tower.merger, tower.deepstack_merger_list),
+        )
 
 
 def add_features(
