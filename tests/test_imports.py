@@ -64,4 +64,4 @@ def test_imports_go_down_only(graph: grimp.ImportGraph, package: str, forbidden:
 
 def test_litellm_is_imported_in_one_file(graph: grimp.ImportGraph) -> None:
     users = {m for m in graph.modules if "litellm" in graph.find_modules_directly_imported_by(m)}
-    assert {user for user in users if user.startswith(("balcap", "callbacks"))} == {"balcap.judge.client"}
+    assert {user for user in users if user.startswith(("balcap", "callbacks"))} == {"balcap.judge.models"}
