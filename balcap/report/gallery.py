@@ -141,7 +141,7 @@ def held_out(runs: Sequence[Run], limit: int) -> list[Card]:
 
 
 def _held_out(
-    ends: Sequence[tuple[Run, Captions | None, Captions]], images: set[str], limit: int
+    ends: Sequence[tuple[Run, Captions | None, Captions]], images: set[str], limit: int, where: str = ""
 ) -> list[Card]:
     """Cards of these images, which all of the runs have."""
     first_run, before, last = ends[0]
