@@ -84,4 +84,5 @@ def _use(run: Run, export: Path) -> str:
 
 def _repeat(run: Run) -> str:
     goes_on = f"python main.py fit --config {run.folder}/config.yaml --run_dir {run.folder} --ckpt_path last"
+    goes_on += " --resume null" if run.setting("resume") else ""
     return f"```bash\n{run.command}   # again\n{goes_on}   # go on\n```"

@@ -85,6 +85,14 @@ def test_settings_that_differ_from_the_defaults_are_listed(run: Path) -> None:
     assert "All settings are in" not in text
 
 
+def test_a_run_that_went_on_is_repeated_from_its_beginning(run: Path) -> None:
+    assert "--run_dir runs/again   # again" in write_readme(run).read_text()
+    (run / "config.yaml").write_text(yaml.safe_dump(SETTINGS | {"ckpt_path": "last", "resume": "auto"}))
+    text = write_readme(run).read_text()
+    assert "--run_dir runs/again --ckpt_path null --resume null   # again" in text
+    assert "--ckpt_path last --resume null   # go on" in text
+
+
 def test_a_run_of_which_little_is_left_has_a_readme(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,train/loss\n3,0.5\n")
     text = write_readme(tmp_path).read_text()
