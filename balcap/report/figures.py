@@ -314,35 +314,35 @@ def latencies(calls: Mapping[str, Sequence[float]]) -> Figure | None:
 
 
 def benchmarks(runs: Sequence[Run]) -> Figure | None:
-    """Scores of ``test`` with their 95 % intervals, a colour per run."""
+    """Scores of ``test`` with their 95 % intervals: of each run's policy, and of the captioners it was compared with."""
+    shown = {run.name if len(runs) > 1 else "policy": run.benchmarks for run in runs}
+    others = {name: scores for run in runs for name, scores in run.captioners.items() if name != "policy"}
     data = []
-    for run, colour in zip(runs, PALETTE * (1 + len(runs)), strict=False):
-        rows = {name: row for name, row in run.benchmarks.items() if "/" not in name and _scored(row)}
+    for (name, scores), colour in zip(
+        (others | shown).items(), ("#a9b3c1",) * len(others) + PALETTE * 9, strict=False
+    ):
+        rows = {benchmark: row for benchmark, row in scores.items() if "/" not in benchmark and _scored(row)}
         if rows:
-            ends = [
-                [(row["score"] - row[end]) * sign if row.get(end) is not None else 0 for row in rows.values()]
-                for end, sign in (("low", 1), ("high", -1))
-            ]
+            low, high = (
+                [sign * (row[end] - row["score"]) if row.get(end) is not None else 0 for row in rows.values()]
+                for end, sign in (("low", -1), ("high", 1))
+            )
             data.append(
                 {
                     "type": "bar",
-                    "name": run.name,
+                    "name": name,
                     "x": list(rows),
                     "y": [row["score"] for row in rows.values()],
                     "error_y": {
-                        "type": "data",
-                        "symmetric": False,
-                        "array": ends[1],
-                        "arrayminus": ends[0],
-                        "color": "#8a8f98",
+                        "type": "data", "symmetric": False, "array": high, "arrayminus": low, "color": "#8a8f98",
                     },
                     "marker": {"color": colour},
                 }
-            )
+            )  # fmt: skip
     if not data:
         return None
     figure = _figure("Benchmarks", "", "score", data)
-    figure["layout"] |= {"barmode": "group", "showlegend": len(data) > 1}
+    figure["layout"] |= {"barmode": "group"}
     return figure
 
 

@@ -60,6 +60,7 @@ class Run:
         changed: its settings that differ from the defaults, nested; None where the run did not write them.
         metrics: name -> (steps, values), NaN where a value was logged and missing.
         benchmarks: of ``benchmarks.json``: name -> score, low, high, n, …; empty where there are none.
+        captioners: name -> the same of each captioner that ``test`` compared, the policy among them; empty without others.
         problems: what could not be read, for a person.
     """
 
@@ -68,6 +69,7 @@ class Run:
     changed: Mapping[str, Any] | None
     metrics: Mapping[str, Series]
     benchmarks: Mapping[str, Any]
+    captioners: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @classmethod
@@ -96,9 +98,10 @@ class Run:
 
         changed = read(folder / "config.changed.yaml", _yaml, None)
         metrics = read(folder / "metrics.csv", read_metrics, {})
-        benchmarks = read(folder / "benchmarks.json", lambda path: json.loads(path.read_text()), {})
+        benchmarks = read(folder / "benchmarks.json", _json, {})
+        captioners = read(folder / "benchmarks/comparison.json", _json, {}).get("models", {})
         settings = read(configs[0], _yaml, {}) if configs else {}
-        return cls(folder, settings, changed, metrics, benchmarks, problems)
+        return cls(folder, settings, changed, metrics, benchmarks, captioners, problems)
 
     @property
     def name(self) -> str:
@@ -238,6 +241,10 @@ def short_model(model: str) -> str:
 
 def _yaml(path: Path) -> Any:
     return yaml.safe_load(path.read_text()) or {}
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def _statistic(scores: Mapping[str, float]) -> Statistic:
