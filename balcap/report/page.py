@@ -111,7 +111,7 @@ def _content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, figures.Fig
         "kinds": [
             (kind, name, n)
             for kind, name in (("held-out", "held-out images"), ("group", "groups of training"))
-            if (n := sum(bool(card.where) == (kind == "group") for card in cards))
+            if (n := sum(card.kind == kind for card in cards))
         ],
         "captions_lead": _captions_lead(runs, cards),
         "breakdown": [chart(figure) for figure in charts],
@@ -133,7 +133,7 @@ def _content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, figures.Fig
 def _cards(runs: Sequence[Run]) -> list[Card]:
     cards = held_out(runs, HELD_OUT)
     for run in runs:
-        cards += groups(run, max(8, GROUPS // len(runs)))
+        cards += groups(run, max(8, GROUPS // len(runs)), f"{run.name}, " if len(runs) > 1 else "")
     add_images(cards, runs)
     return cards
 
@@ -259,7 +259,7 @@ def _curves_lead(settings: Sequence[figures.Setting]) -> str:
 
 def _captions_lead(runs: Sequence[Run], cards: Sequence[Card]) -> str:
     ends = [step for run in runs for step in run.rollouts.validations]
-    shown = sum(not card.where for card in cards)
+    shown = sum(card.kind == "held-out" for card in cards)
     lead = (
         f"{shown} held-out images, captions of step {min(ends)} and step {max(ends)}. "
         if len(ends) > 1
@@ -302,8 +302,8 @@ def _missing(train: Captions) -> Any:
 def _breakdown_lead(runs: Sequence[Run]) -> str:
     of = "" if len(runs) == 1 else f" All but the trade-off and the benchmarks are of {runs[0].name}."
     return (
-        "Numbers on bars count statements per caption. The kind of a statement is told by its words, so it is coarse, and "
-        f"alike before and after.{of}"
+        "Numbers on bars count statements per caption. Statements are sorted by their words: coarsely, and before and "
+        f"after alike.{of}"
     )
 
 
