@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -247,16 +248,18 @@ def _choose(criteria: Sequence[np.ndarray], total: int, limit: int, rest: bool =
     at even distances."""
     if total <= limit and rest:
         return list(range(total))
-    share = max(1, limit // (len(criteria) + rest))
-    chosen: dict[int, None] = {}
-    for values in criteria:
-        order = [int(i) for i in np.argsort(values, kind="stable") if not math.isnan(values[i])]
-        chosen |= dict.fromkeys([i for i in order if i not in chosen][:share])
+    orders = [
+        [int(i) for i in np.argsort(values, kind="stable") if not math.isnan(values[i])]
+        for values in criteria
+    ]
+    in_turn = [i for place in zip_longest(*orders) for i in place if i is not None]
+    wanted = limit - (limit // (len(criteria) + 1) if rest else 0)
+    chosen = list(dict.fromkeys(in_turn))[:wanted]
     if rest:
-        others = [i for i in range(total) if i not in chosen]
+        others = sorted(set(range(total)) - set(chosen))
         wanted = limit - len(chosen)
-        chosen |= dict.fromkeys(others[i * len(others) // wanted] for i in range(wanted))
-    return list(chosen)[:limit]
+        chosen += [others[i * len(others) // wanted] for i in range(wanted)]
+    return chosen
 
 
 def _scores(captions: Captions) -> np.ndarray:

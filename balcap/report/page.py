@@ -158,7 +158,7 @@ def _run_part(run: Run) -> _RunPart:
     title = "Settings that differ from the defaults" if run.changed is not None else "All settings"
     return _RunPart(
         name=run.name,
-        facts=_facts(run),
+        facts=facts(run),
         outcomes=run.outcomes,
         command=run.command,
         settings_title=f"{title}: {run.name}",
@@ -166,13 +166,14 @@ def _run_part(run: Run) -> _RunPart:
     )
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What a run is: names and values for a person, without those that are not known."""
     lora, four_bit = run.setting("model.policy.lora"), run.setting("model.policy.load_in_4bit")
     weights = run.setting("model.weights", {})
     advantage = run.setting("model.advantage", {"class_path": "CGDPO"})
     memory = [value for value in run.metrics.get("time/peak_memory_gb", ([], []))[1] if math.isfinite(value)]
     failed = sum(value for value in run.metrics.get("judge/failed", ([], []))[1] if math.isfinite(value))
-    facts = {
+    known = {
         "policy": run.setting("model.policy.model"),
         "trained": f"{'QLoRA' if four_bit else 'LoRA'}, r {run.setting('model.policy.lora.r', 'as default')}"
         if lora
@@ -194,10 +195,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "seed": run.setting("seed_everything"),
     }
     if not run.settings:
-        facts = {
-            name: facts[name] for name in ("optimizer steps", "time in training steps", "judge, dollars")
+        known = {
+            name: known[name] for name in ("optimizer steps", "time in training steps", "judge, dollars")
         }
-    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+    return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
 
 
 def _duration(hours: float) -> str:
