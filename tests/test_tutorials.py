@@ -63,6 +63,7 @@ def follow(tutorial: list[Block], clone: Path, shell: dict[str, str]) -> list[st
     return printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_tutorial(path: Path, clone: Path, shell: dict[str, str]) -> None:
     tutorial = blocks(path.read_text())
@@ -89,21 +90,27 @@ def test_blocks_of_every_kind(clone: Path, shell: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "why"),
     [
-        "python main.py fit --config configs/qwen7b.yaml --model.nothing 1",
-        "torchrun --nothing 8 main.py fit --config configs/qwen7b.yaml",
-        "srun --nodes 2 python main.py fit --config configs/qwen7b.yaml --trainer.node 2",
-        "python main.py serve --config configs/qwen7b.yaml --model.policy.max_pixels -5",
-        'pip install -e ".[nothing]"',
-        "make nothing",
-        "python train.py",
-        "nothing",
+        ("python main.py fit --config configs/qwen7b.yaml --model.nothing 1", "--model.nothing"),
+        ("torchrun --nothing 8 main.py fit --config configs/qwen7b.yaml", "--nothing"),
+        ("torchrun main.py fit --config configs/qwen7b.yaml --data.batch_size many", "data.batch_size"),
+        ("srun --nodes 2 python main.py fit --config configs/qwen7b.yaml --trainer.node 2", "--trainer.node"),
+        ("python main.py serve --config configs/qwen7b.yaml --model.policy.dtype none", "model.policy.dtype"),
+        ("python main.py serve --config configs/qwen7b.yaml --model.nothing 1 & true", "--model.nothing"),
+        ("python main.py fit --config nothing.yaml | cat", "nothing.yaml"),
+        ('pip install -e ".[nothing]"', "has not all of the extras"),
+        ("make nothing", "No rule to make target 'nothing'"),
+        ("python train.py", "no check of: train.py"),
+        ("nothing", "nothing: command not found"),
     ],
 )
-def test_a_command_that_is_checked_may_fail(command: str, clone: Path, shell: dict[str, str]) -> None:
-    with pytest.raises(pytest.fail.Exception, match="line 1 ended with"):
+def test_a_command_that_is_checked_may_fail(
+    command: str, why: str, clone: Path, shell: dict[str, str]
+) -> None:
+    with pytest.raises(pytest.fail.Exception, match="line 1 ended with") as failed:
         follow(blocks(f'```bash title="needs a GPU"\n{command}\n```\n'), clone, shell)
+    assert why in str(failed.value).partition("\n\n")[2]  # in what it printed
 
 
 @pytest.mark.parametrize("fence", ["```", "```python", '```bash title="a GPU"', "```bash gpu", "```console"])

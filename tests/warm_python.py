@@ -25,7 +25,13 @@ ADDRESS = "WARM_PYTHON"
 """Environment variable with the server's socket."""
 SLOW = (
     *("balcap.cli", "balcap.commands.check", "balcap.commands.estimate_run", "balcap.policy.loading"),
-    *("examples.shapes.oracle", "datasets", "matplotlib.pyplot", "torch.utils.tensorboard", "torch.distributed.run"),
+    *(
+        "examples.shapes.oracle",
+        "datasets",
+        "matplotlib.pyplot",
+        "torch.utils.tensorboard",
+        "torch.distributed.run",
+    ),
     *(f"transformers.models.qwen2_5_vl.{part}_qwen2_5_vl" for part in ("modeling", "processing")),
 )
 """What takes seconds to import."""
