@@ -244,6 +244,10 @@ def test_a_whole_request_in_an_error_is_cut(planted: None) -> None:
     assert len(kept) == 300
 
 
+def test_what_is_kept_can_be_written() -> None:
+    assert redact("half of a \ud800 character").encode() == b"half of a ? character"
+
+
 # ---- a whole run
 
 
