@@ -21,7 +21,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md"}
 """Files of the repository -> their names on the site, where a ``README.md`` would be the home page."""
-PICTURES = ("assets/demo-curves.png",)
+PICTURES = [f"assets/{path.name}" for path in (ROOT / "assets").glob("*.png")]
 
 _FENCED = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 _IN_LIST = re.compile(r"^  (?=\S)", re.MULTILINE)
@@ -64,8 +64,8 @@ def _link(match: re.Match[str], source: str, page: str, repo_url: str | None) ->
     if target in PAGES or target in PICTURES or target.startswith("docs/"):
         on_site = PAGES.get(target, target.removeprefix("docs/"))
         return f"{picture}[{text}]({posixpath.relpath(on_site, posixpath.dirname(page) or '.')}{anchor})"
-    if not (ROOT / target).exists():
-        _log.warning(f"{source} has a link to {target}, which does not exist")
+    if picture or not (ROOT / target).exists():
+        _log.warning(f"{source} has a link to {target}, which does not exist or is no picture of assets/")
     if repo_url:
         return f"[{text}]({repo_url.rstrip('/')}/blob/main/{target}{anchor})"
     name = text.strip("`").rstrip("/")

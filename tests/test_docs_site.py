@@ -81,7 +81,9 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
     for page in pages:
         loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=\"([^\"]*)", page.read_text())
         assert not [url for url in loaded if re.match(r"(https?:)?//", url)], page
-    assert (site / "assets/demo-curves.png").read_bytes() == (ROOT / "assets/demo-curves.png").read_bytes()
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text()):
+        assert (site / picture).read_bytes() == (ROOT / picture).read_bytes()
+        assert f'src="{picture}"' in (site / "readme.html").read_text()
 
 
 def test_links_to_code_become_paths_while_the_repository_has_no_address(site: Path) -> None:

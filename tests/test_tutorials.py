@@ -76,10 +76,10 @@ def test_tutorial(path: Path, clone: Path, shell: dict[str, str]) -> None:
 
 def test_blocks_of_every_kind(clone: Path, shell: dict[str, str]) -> None:
     tutorial = blocks(
-        '```python title="a/mine.py"\nfour = 2 + 2\n```\n'
+        'In `a/mine.py`:\n\n```python title="a/mine.py"\nfour = 2 + 2\n```\n'
         "```bash\nname=a\npython -c 'import a.mine; print(f\"it is {a.mine.four} nats\")'\n```\n"
         "```text\nit is 5.25 nats\n```\n"
-        '```bash title="needs a GPU"\ntorchrun --nproc_per_node 8 main.py fit --config configs/qwen7b.yaml\n'
+        "```bash\n# needs a GPU\ntorchrun --nproc_per_node 8 main.py fit --config configs/qwen7b.yaml\n"
         'pip install -e ".[vllm]"\n```\n'
     )
     assert [block.kind for block in tutorial] == ["file", "run", "output", "check"]
@@ -109,11 +109,13 @@ def test_a_command_that_is_checked_may_fail(
     command: str, why: str, clone: Path, shell: dict[str, str]
 ) -> None:
     with pytest.raises(pytest.fail.Exception, match="line 1 ended with") as failed:
-        follow(blocks(f'```bash title="needs a GPU"\n{command}\n```\n'), clone, shell)
+        follow(blocks(f"```bash\n# needs a GPU\n{command}\n```\n"), clone, shell)
     assert why in str(failed.value).partition("\n\n")[2]  # in what it printed
 
 
-@pytest.mark.parametrize("fence", ["```", "```python", '```bash title="a GPU"', "```bash gpu", "```console"])
+@pytest.mark.parametrize(
+    "fence", ["```", "```python", '```python title="mine.py"', '```bash title="a GPU"', "```console"]
+)
 def test_another_kind_of_block_is_refused(fence: str) -> None:
     with pytest.raises(ValueError, match="line 3: "):
         blocks(f"# Title\n\n{fence}\nls\n```\n")

@@ -4,8 +4,8 @@ A tutorial consists of fenced blocks of these kinds, and no others:
 
 ==================================  =========================================================================
 ``bash``                            commands, which are executed
-``bash title="needs …"``            commands for which this machine lacks something: they run with `checked` programs
-``<language> title="<file>"``       a file, which is written
+``bash``, first line ``# needs …``  commands for which this machine lacks something: they run with `checked` programs
+``<language> title="<file>"``       a file, which is written; the line before names it, since GitHub shows no titles
 ``text``                            lines of the output of the commands before; numbers may differ, ``…`` is any text
 ==================================  =========================================================================
 
@@ -46,7 +46,7 @@ class Block:
     Attributes:
         line: where it begins in the tutorial.
         kind: ``run``, ``check``, ``file`` or ``output``.
-        title: what commands need, or the file's name.
+        title: the file's name.
         text: what stands in it.
     """
 
@@ -65,12 +65,13 @@ def blocks(tutorial: str) -> list[Block]:
     found = []
     for match in _BLOCK.finditer(tutorial):
         line, (language, options, text) = tutorial.count("\n", 0, match.start()) + 1, match.groups()
+        before = tutorial[: match.start()].rstrip().rpartition("\n")[2]
         title = re.fullmatch(r' title="([^"]+)"', options)
-        if language == "bash" and (not options or (title and title.group(1).startswith("needs "))):
-            kind = "check" if title else "run"
+        if language == "bash" and not options:
+            kind = "check" if text.startswith("# needs ") else "run"
         elif language == "text" and not options:
             kind = "output"
-        elif language not in ("", "bash", "text") and title:
+        elif language not in ("", "bash", "text") and title and f"`{title.group(1)}`" in before:
             kind = "file"
         else:
             raise ValueError(f"line {line}: ```{language}{options} is no kind of block that tutorials have")
