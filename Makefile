@@ -10,7 +10,7 @@ SEED ?= 0
 NEWEST_VENV ?= .venv-newest
 NEWEST_BIN := $(NEWEST_VENV)/bin
 
-.PHONY: demo seeds test test-newest test-vllm lint format lock base clean
+.PHONY: demo seeds test test-newest test-vllm lint docs format lock base clean
 
 $(VENV)/.installed: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -84,6 +84,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+## the documentation's site, in site/; it fails on a link or an anchor that leads nowhere
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
