@@ -26,6 +26,10 @@ TRUSTED_ONLY = "--trusted_only"
 """Any command with it refuses a config that names code of other packages."""
 
 
+CHANGED = "--changed"
+"""Any command that reads a config prints, with it, the settings that are not as by default, and ends."""
+
+
 def share_cores() -> None:
     """How torch's idle OpenMP threads wait, unless the user has said so; to be called before torch is imported.
 
@@ -50,6 +54,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
             given.remove(TRUSTED_ONLY)
             check_trusted(given[1:])
+        if CHANGED in given:
+            words = [word for word in given[1:] if word not in (CHANGED, "--print_config")]
+            given[1:] = [*words[:1], "--print_config=skip_default", *words[1:]]
         command, *rest = given[1:] or [""]
         if command in COMMANDS:
             module, function = COMMANDS[command]

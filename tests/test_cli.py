@@ -235,6 +235,12 @@ def test_a_fit_writes_its_run_folder_and_refuses_to_write_over_it(fit_arguments,
     assert {"config.yaml", "curves.png", "export", "checkpoints", "rollouts", "tensorboard"} <= {
         p.name for p in run.iterdir()
     }
+    changed = yaml.safe_load((run / "config.changed.yaml").read_text())
+    assert changed["run_dir"] == str(run)
+    assert changed["model"]["num_captions"] == 3
+    assert not {"seed", "lag"} & changed["model"].keys()
+    assert changed["checkpoint"] == {"every_n_train_steps": 1}
+    assert not {"rollout_log", "export", "captions"} & changed.keys()  # their paths are linked
     assert list((run / "tensorboard").glob("events*"))
     with pytest.raises(ConfigError, match="--ckpt_path last"):
         cli(fit_arguments())
