@@ -16,6 +16,7 @@ COMMANDS = {
     "recaption": ("balcap.commands.recaption", "main"),
     "cache": ("balcap.commands.ledger", "run_cache"),
     "ledger": ("balcap.commands.ledger", "run_ledger"),
+    "report": ("balcap.commands.report", "main"),
     "export": ("balcap.commands.export", "main"),
     "general": ("balcap.commands.general", "main"),
     "serve": ("balcap.commands.serve", "main"),

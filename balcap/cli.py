@@ -39,6 +39,7 @@ from callbacks.checkpoint import RunCheckpoint  # noqa: E402
 from callbacks.curves import RunCurves  # noqa: E402
 from callbacks.export import ExportPolicy  # noqa: E402
 from callbacks.progress import CaptionProgressBar  # noqa: E402
+from callbacks.report import RunReport  # noqa: E402
 from callbacks.rollout_log import RolloutLog  # noqa: E402
 from callbacks.run_config import SaveRunConfig  # noqa: E402
 from callbacks.trace import ChromeTrace  # noqa: E402
@@ -58,8 +59,8 @@ NO_RUN = {"estimate": HERE, "check": ONE_DEVICE}
 """Subcommands that leave the run folder alone, and settings of their trainer."""
 
 RESULTS = (
-    "checkpoints/last.ckpt", "export", "curves.png", "metrics.csv", "rollouts", "captions.jsonl", "benchmarks.json",
-    "bad_rows.jsonl",
+    "report.html", "checkpoints/last.ckpt", "export", "curves.png", "metrics.csv", "rollouts", "captions.jsonl",
+    "benchmarks.json", "bad_rows.jsonl",
 )  # fmt: skip
 """What a run's last line names, where it is there."""
 
@@ -83,8 +84,7 @@ class BalCapCLI(LightningCLI):
             parser_class=RunParser,
             parser_kwargs={
                 "prog": "main.py",
-                "description": "Train image captioners with balanced rewards (arXiv 2605.07394). There are also the "
-                "commands recaption, export, general, serve, ledger and cache, each with its own --help.",
+                "description": "Train image captioners with balanced rewards (arXiv 2605.07394).",
             },
             trainer_defaults={
                 "log_every_n_steps": 1,
@@ -135,6 +135,7 @@ class BalCapCLI(LightningCLI):
         parser.add_lightning_class_args(ValidateAtEnds, "validate_ends")
         parser.add_lightning_class_args(ExportPolicy, "export")
         parser.add_lightning_class_args(RunCurves, "curves")
+        parser.add_lightning_class_args(RunReport, "report")
         parser.add_lightning_class_args(CaptionWriter, "captions")
         parser.add_lightning_class_args(ChromeTrace, "trace")
         parser.add_lightning_class_args(BenchmarkEval, "benchmark_eval")
@@ -296,6 +297,7 @@ class BalCapCLI(LightningCLI):
         assert isinstance(self.model, BalCapModule)
         evaluation = self._get(self.config_init, "benchmark_eval")
         run_test(self.trainer, self.model, evaluation, self.checkpoint)
+        self._get(self.config_init, "report").write(self.trainer)
 
     def _say_results(self, run_dir: Path) -> None:
         """One line: where everything is; and one more where little could be learned from."""

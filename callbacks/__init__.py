@@ -5,6 +5,7 @@
 `rollout_log`                 `RolloutLog`: every rollout with its judgments, to Parquet and TensorBoard
 `progress`                    `CaptionProgressBar`: the rewards, live or as plain lines
 `curves`                      `RunCurves`: ``metrics.csv`` as one picture
+`report`                      `RunReport`: ``report.html``, with captions before and after
 `validate_ends`               `ValidateAtEnds`: validation before the first and after the last update
 `checkpoint`                  `RunCheckpoint`: ``last.ckpt``, also when the run is interrupted
 `run_config`                  `SaveRunConfig`: ``config.yaml``, and what a run that goes on changes

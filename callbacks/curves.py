@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from balcap.report.run import Series, read_metrics
 from balcap.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Series = tuple[list[float], list[float]]  # steps, values
 
 INK, FAINT, GRID = "#2b2b2b", "#8a8a8a", "#e4e4e4"
 BLUE, ORANGE, GREEN = "#3566a8", "#d9772b", "#3c9467"
@@ -85,20 +83,6 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
 
     with atomic_write(out, "wb") as file:
         figure.savefig(file, format="png")
-
-
-def read_metrics(metrics_csv: Path) -> dict[str, Series]:
-    """Every metric as (steps, values) in order of steps; NaN where it was logged and missing. Empty cells are left out."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    with metrics_csv.open(newline="") as file:
-        for row in csv.DictReader(file):
-            step = float(row.pop("step"))
-            for name, cell in row.items():
-                if cell not in ("", None):
-                    points.setdefault(name, []).append((step, float(cell)))
-    for pairs in points.values():
-        pairs.sort(key=lambda pair: pair[0])
-    return {name: ([x for x, _ in pairs], [y for _, y in pairs]) for name, pairs in points.items()}
 
 
 def smoothed(values: list[float]) -> list[float]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from balcap.report.thumbnails import FOLDER, thumbnail_path, write_thumbnail
 from balcap.utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -31,16 +32,25 @@ class RolloutLog(Callback):
     at all; `rollout_table` documents the columns. ``step`` is the number of optimizer steps behind the
     weights when the file is written. Validation is logged completely at every pass: it is the evidence of
     before and after. Rank 0 also sends images with their captions, verdicts, rewards and advantages to
-    TensorBoard where the trainer has that logger.
+    TensorBoard where the trainer has that logger. Small copies of the images, of every row of validation and of the
+    first of a logged step, are in ``<dirpath>/_images`` (`balcap.report.thumbnails`).
 
     Args:
         every_n_steps: log every n-th training batch, the first one included.
         max_images: rows, each with all its images, per logged step, or per validation pass, in TensorBoard; 0 for none.
+        thumbnails: whether to keep small copies of the images.
         dirpath: folder of the Parquet files; None: ``rollouts`` under the trainer's ``default_root_dir``.
     """
 
-    def __init__(self, every_n_steps: int = 10, max_images: int = 4, dirpath: str | None = None) -> None:
-        self.every_n_steps, self.max_images, self.dirpath = every_n_steps, max_images, dirpath
+    def __init__(
+        self,
+        every_n_steps: int = 10,
+        max_images: int = 4,
+        thumbnails: bool = True,
+        dirpath: str | None = None,
+    ) -> None:
+        self.every_n_steps, self.max_images, self.thumbnails = every_n_steps, max_images, thumbnails
+        self.dirpath = dirpath
         self._shown = 0
 
     def problems(self) -> list[str]:
@@ -77,8 +87,17 @@ class RolloutLog(Callback):
         rank, number = trainer.global_rank, record.number
         table = rollout_table(record, stage=stage, step=step, batch_idx=number, rank=rank)
         write_parquet(table, folder / f"{stage}-{step:08d}-rank{rank}-{number:06d}.parquet")
+        if self.thumbnails and (stage != "train" or trainer.is_global_zero):
+            rows = self.max_images if stage == "train" else len(record.rollouts)
+            self._keep_images(folder / FOLDER, record, rows)
         if trainer.is_global_zero:
             self._show(trainer, stage, step, record)
+
+    def _keep_images(self, folder: Path, record: StepRecord, rows: int) -> None:
+        batch = record.rollouts.batch
+        for sample_id, images in list(zip(batch.sample_ids, batch.images, strict=True))[:rows]:
+            for number, image in enumerate(images):
+                write_thumbnail(image, thumbnail_path(folder, sample_id, number))
 
     def _show(self, trainer: Trainer, stage: str, step: int, record: StepRecord) -> None:
         import numpy as np

@@ -286,7 +286,7 @@ def test_validate_adds_to_a_run_under_the_step_of_its_checkpoint(
     options = {"model.num_captions": 2, "model.sampling.max_tokens": 6}
     cli(fit_arguments(**options))
     before, config = metrics(run), (run / "config.yaml").read_text()
-    files = {path: path.read_bytes() for path in (run / "rollouts").iterdir()}
+    files = {path: path.read_bytes() for path in (run / "rollouts").glob("*.parquet")}
     cli([*fit_arguments("validate", **options), "--ckpt_path", "last"])
     *kept, row = metrics(run)
     assert kept == before

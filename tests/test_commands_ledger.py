@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from contextlib import closing
 
 import pytest
 
+from balcap.commands.ledger import failure_words
 from balcap.judge import Reply
 from balcap.judge.cache import JudgmentCache, describe
 from balcap.judge.ledger import Ledger
@@ -68,6 +70,36 @@ def test_a_ledger_is_summed_up(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "3 calls, $0.7500" in shown
     assert "2,000" in shown
+    assert "words of failures" not in shown
+
+
+def test_the_most_frequent_words_of_failures_are_shown(tmp_path, capsys):
+    ledger = Ledger(tmp_path / "judge_ledger.sqlite")
+    said = [("limited", f"slow down, try again in {n}.5s [/tpm]") for n in range(3)]
+    said += [("server", f"overloaded since {word}") for word in ("a", "b", "b", "c", "c", "d")]
+    for outcome, words in said:
+        ledger.add(0.0, "rate", "m", 1, 1, outcome, Reply(), 0.1, words)
+    with closing(Ledger.connect(tmp_path / "judge_ledger.sqlite")) as connection:
+        assert failure_words(connection, most=2) == [
+            ("limited", 3, "slow down, try again in 0.5s [/tpm]"),
+            ("server", 2, "overloaded since b"),
+            ("server", 2, "overloaded since c"),
+        ]
+    ledger.close()
+    main(["ledger", str(tmp_path)])
+    assert "try again in 0.5s [/tpm]" in capsys.readouterr().out
+
+
+def test_a_ledger_of_version_1_is_shown_and_left_as_it_is(tmp_path, capsys):
+    file = tmp_path / "judge_ledger.sqlite"
+    Ledger(file).close()
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("ALTER TABLE calls DROP COLUMN detail")
+        database.execute("PRAGMA user_version = 1")
+    main(["ledger", str(tmp_path)])
+    assert "0 calls, $0.0000" in capsys.readouterr().out
+    with closing(sqlite3.connect(file)) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (1,)
 
 
 def test_other_files_are_refused(tmp_path):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from jsonargparse import auto_cli
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from balcap.judge.cache import JudgmentCache, Store, size_of
@@ -87,7 +90,7 @@ def _prune(
 
 
 def ledger(path: str) -> None:
-    """Show what a run's judge has cost, per task, model and outcome.
+    """Show what a run's judge has cost, per task, model and outcome, and what failed calls were answered with.
 
     Args:
         path: the ledger, or the run folder that it is in.
@@ -96,6 +99,31 @@ def ledger(path: str) -> None:
     with closing(_open(str(file), Ledger)) as connection:
         calls, usd = connection.execute("SELECT count(*), total(usd) FROM calls").fetchone()
         _show(f"{file}: {calls:,} calls, ${usd:,.4f}", connection.execute(_CALLS))
+        if failures := failure_words(connection):
+            _table("the most frequent words of failures", ("outcome", "calls", "words"), failures, {1})
+
+
+def failure_words(connection: sqlite3.Connection, most: int = 3) -> list[tuple[str, int, str]]:
+    """What failed calls of a ledger were answered with: outcome, calls, words; the most frequent of each outcome first.
+
+    Words that differ only in those with digits in them (seconds to wait, numbers of requests) count as the same, and
+    one of them is shown. Ledgers of version 1 hold none.
+
+    Args:
+        connection: to the ledger.
+        most: for each outcome.
+    """
+    columns = [row[1] for row in connection.execute("PRAGMA table_info(calls)")]
+    query = "SELECT outcome, detail, count(*) FROM calls WHERE detail IS NOT NULL GROUP BY outcome, detail"
+    counts: Counter[tuple[str, str]] = Counter()
+    shown: dict[tuple[str, str], str] = {}
+    for outcome, words, calls in connection.execute(query) if "detail" in columns else ():
+        alike = outcome, re.sub(r"\S*\d\S*", "", words)
+        counts[alike] += calls
+        shown.setdefault(alike, words)
+    frequent = [(alike[0], calls, shown[alike]) for alike, calls in counts.most_common()]
+    outcomes = dict.fromkeys(outcome for outcome, *_ in frequent)
+    return [row for outcome in outcomes for row in [r for r in frequent if r[0] == outcome][:most]]
 
 
 def run_cache(args: Sequence[str]) -> None:
@@ -119,9 +147,14 @@ def _open(path: str, store: type[Store]) -> sqlite3.Connection:
 
 def _show(title: str, rows: sqlite3.Cursor) -> None:
     """The rows as a table under the names of their columns, two of which are texts."""
+    names = [name for name, *_ in rows.description]
+    _table(title, names, rows, set(range(2, len(names))))
+
+
+def _table(title: str, names: Sequence[str], rows: Iterable[Sequence[object]], numbers: set[int]) -> None:
     table = Table(title=title)
-    for number, (name, *_) in enumerate(rows.description):
-        table.add_column(name, justify="left" if number < 2 else "right")
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if number in numbers else "left")
     for row in rows:
-        table.add_row(*("–" if value is None else value for value in row))
+        table.add_row(*("–" if value is None else escape(str(value)) for value in row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)

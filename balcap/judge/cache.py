@@ -12,7 +12,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,6 +39,7 @@ class Store:
         version: of the table.
         table: the statement that makes it in an empty file.
         insert: the statement that writes a row.
+        upgrades: version -> the statement that makes the table of the next version of it. Only who writes runs it.
 
     Raises:
         StoreError: if the file cannot be opened, or is something else.
@@ -49,15 +50,31 @@ class Store:
     version: ClassVar[int]
     table: ClassVar[str]
     insert: ClassVar[str]
+    upgrades: ClassVar[Mapping[int, str]] = {}
 
     def __init__(self, path: str | Path | None):
         self.path = None if path is None else node_path(path)
-        self._connection = None if self.path is None else self.connect(self.path)
+        self._connection = None if self.path is None else self._connect_to_write(self.path)
         self._lock = threading.Lock()
         self._warned = False
         self._waiting: list[tuple[Any, ...]] = []
         """Rows that could not be written yet."""
         self._retry_at = 0.0
+
+    @classmethod
+    def _connect_to_write(cls, path: Path) -> sqlite3.Connection:
+        connection = cls.connect(path)
+        try:
+            while cls._version_of(connection) != cls.version:
+                with connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    if (found := cls._version_of(connection)) in cls.upgrades:  # not yet by another rank
+                        connection.execute(cls.upgrades[found])
+                        connection.execute(f"PRAGMA user_version = {found + 1}")
+        except sqlite3.Error as error:
+            connection.close()
+            raise cls.unusable(path, str(error)) from None
+        return connection
 
     @classmethod
     def connect(cls, path: Path) -> sqlite3.Connection:
@@ -109,10 +126,14 @@ class Store:
                 connection.execute(f"PRAGMA user_version = {cls.version}")
         elif application_id != cls.application_id:
             raise sqlite3.DatabaseError("it is a database of something else")
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version != cls.version:
+        version = cls._version_of(connection)
+        if version != cls.version and version not in cls.upgrades:
             raise sqlite3.DatabaseError(f"it has format {version}, this version reads format {cls.version}")
         connection.execute("PRAGMA synchronous = NORMAL")
+
+    @staticmethod
+    def _version_of(connection: sqlite3.Connection) -> int:
+        return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
     def _write(self, row: tuple[Any, ...] | None = None) -> None:
         """Write a row, and those that failed before it: a file that is locked for long costs none of them."""

@@ -10,9 +10,11 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from balcap.judge.cache import Store
 from balcap.judge.client import Reply
+from balcap.utils.redact import redact
 
 
 @dataclass
@@ -56,14 +58,15 @@ class Ledger(Store):
         StoreError: if the file cannot be opened or is not a ledger.
     """
 
-    setting, application_id, version = "ledger", 0x62616C6C, 1  # "ball"
+    setting, application_id, version = "ledger", 0x62616C6C, 2  # "ball"
     table = (
         "CREATE TABLE IF NOT EXISTS calls (id INTEGER PRIMARY KEY, at REAL NOT NULL, task TEXT NOT NULL,"
         " model TEXT NOT NULL, items INTEGER NOT NULL, attempt INTEGER NOT NULL, outcome TEXT NOT NULL,"
         " tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL, tokens_cached INTEGER NOT NULL, usd REAL,"
-        " latency_s REAL NOT NULL, pid INTEGER NOT NULL)"
+        " latency_s REAL NOT NULL, pid INTEGER NOT NULL, detail TEXT)"
     )
-    insert = f"INSERT INTO calls VALUES (NULL{', ?' * 12})"
+    insert = f"INSERT INTO calls VALUES (NULL{', ?' * 13})"
+    upgrades: ClassVar = {1: "ALTER TABLE calls ADD COLUMN detail TEXT"}
 
     def __init__(self, path: str | Path | None, stats: JudgeStats | None = None):
         super().__init__(path)
@@ -81,6 +84,7 @@ class Ledger(Store):
         outcome: str,
         reply: Reply,
         latency_s: float,
+        detail: str | None = None,
     ) -> None:
         """Record a request to a provider.
 
@@ -93,6 +97,7 @@ class Ledger(Store):
             outcome: ``ok``, or the `FailureKind`.
             reply: what it used.
             latency_s: seconds until the answer, or until it was given up.
+            detail: the failure's message; None where there is an answer. Kept without secrets (`redact`).
         """
         stats, usd = self.stats, reply.usd or 0.0
         stats.calls += 1
@@ -101,7 +106,20 @@ class Ledger(Store):
         stats.cost_usd += usd
         stats.unpriced_calls += reply.usd is None
         used = (reply.tokens_in, reply.tokens_out, reply.tokens_cached, reply.usd)
-        self._write((at, task, model, items, attempt, outcome, *used, latency_s, os.getpid()))
+        self._write(
+            (
+                at,
+                task,
+                model,
+                items,
+                attempt,
+                outcome,
+                *used,
+                latency_s,
+                os.getpid(),
+                detail and redact(detail),
+            )
+        )
 
     def spent(self) -> float:
         """US dollars of all processes that wrote this file, now and in earlier runs."""

@@ -174,7 +174,7 @@ class Retrier:
     ) -> list[Any]:
         """One call, recorded with its outcome; the parsed answers."""
         sent, start = time.time(), time.monotonic()
-        outcome, reply, was_sent = "cancelled", Reply(), True
+        outcome, reply, detail, was_sent = "cancelled", Reply(), None, True
         try:
             timeout = max(0.001, min(self._settings.timeout_s, deadline - start))
             reply = await self._client.call(question, route, chat, timeout)
@@ -187,12 +187,12 @@ class Retrier:
             self._failed_in_a_row[route.name] = 0
             return answer
         except CallFailed as failed:
-            outcome, reply, was_sent = failed.kind, failed.reply, failed.sent
+            outcome, reply, detail, was_sent = failed.kind, failed.reply, failed.reason, failed.sent
             raise
         finally:
             if was_sent:
                 asked = (question.task.name, route.model, len(question.items), attempt, outcome)
-                self._ledger.add(sent, *asked, reply, latency_s=time.monotonic() - start)
+                self._ledger.add(sent, *asked, reply, time.monotonic() - start, detail)
 
     def _check_stopped(self, question: Question) -> None:
         budget = self._settings.budget_usd

@@ -6,7 +6,7 @@ import base64
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, quote_plus
@@ -45,18 +45,26 @@ _referenced: set[str] = set()
 
 
 def redact(text: str) -> str:
-    """`text` on one line, at most 300 characters, without anything that looks like or is a secret.
+    """`text` on one line, at most 300 characters, without secrets (`secret_filter`)."""
+    text = secret_filter()(" ".join(text.split())[:_LONGEST])
+    return text if len(text) <= _LIMIT else text[: _LIMIT - 1] + "…"
 
-    A secret is the value of an environment variable whose name speaks of a key, token, secret, password or
+
+def secret_filter() -> Callable[[str], str]:
+    """A function that puts ``***`` in the place of anything in a text that looks like or is a secret.
+
+    A secret is the value of an environment variable, as it is now, whose name speaks of a key, token, secret, password or
     credential, or that `keep_secret` was given, plain or as base64, in a URL, in JSON or in Python's
     quotes; or a text of the shape of a well-known key.
     """
-    text = " ".join(text.split())[:_LONGEST]
-    for value in _environment_secrets():
-        for form in _forms(value):
+    forms = [form for value in _environment_secrets() for form in _forms(value)]
+
+    def clean(text: str) -> str:
+        for form in forms:
             text = text.replace(form, "***")
-    text = _SHAPES.sub("***", text)
-    return text if len(text) <= _LIMIT else text[: _LIMIT - 1] + "…"
+        return _SHAPES.sub("***", text)
+
+    return clean
 
 
 def keep_secret(names: Iterable[str]) -> None:

@@ -141,3 +141,63 @@ def test_a_file_that_is_something_else_is_named(tmp_path):
     with pytest.raises(StoreError, match=r"model\.judge\.ledger: .*notes\.txt"):
         Ledger(path)
     assert str(path) in (Ledger.problem(path) or "")
+
+
+VERSION_1 = """
+CREATE TABLE calls (id INTEGER PRIMARY KEY, at REAL NOT NULL, task TEXT NOT NULL, model TEXT NOT NULL,
+  items INTEGER NOT NULL, attempt INTEGER NOT NULL, outcome TEXT NOT NULL, tokens_in INTEGER NOT NULL,
+  tokens_out INTEGER NOT NULL, tokens_cached INTEGER NOT NULL, usd REAL, latency_s REAL NOT NULL, pid INTEGER NOT NULL);
+INSERT INTO calls VALUES (NULL, 0.0, 'rate', 'm', 1, 1, 'server', 10, 1, 0, 0.25, 0.1, 7);
+PRAGMA application_id = 1650551916;
+PRAGMA user_version = 1;
+"""  # as earlier versions made it; the number spells "ball"
+
+
+def test_a_failed_call_keeps_the_words_of_the_provider_without_the_key_that_it_quotes(
+    make_judge, server, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "pl4nted+key/0123456789")
+    path = tmp_path / "l.sqlite"
+    params = {"api_base": server.url, "api_key": "os.environ/OPENAI_API_KEY"}
+    judge = make_judge(ledger=str(path), params=params, retries=1)
+    server.script = ["401", "out_of_range", None]  # a server that quotes the key; an answer of no use
+    with pytest.raises(JudgeFailure):
+        judge.run(rate(judge, "A cat."))
+    judge.run(rate(judge, "A dog."))
+    judge.close()
+    assert set(server.keys) == {"Bearer pl4nted+key/0123456789"}
+    denied, invalid, fine = rows(path)
+    assert (denied["outcome"], invalid["outcome"], fine["outcome"]) == ("denied", "invalid", "ok")
+    assert "AuthenticationError" in denied["detail"]
+    assert "***" in denied["detail"]
+    assert invalid["detail"].startswith("invalid answer of openai/gpt-4o-mini")
+    assert fine["detail"] is None
+    assert not [file.name for file in tmp_path.iterdir() if b"pl4nted" in file.read_bytes()]
+
+
+def test_words_are_kept_without_secrets_whoever_adds_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACME_TOKEN", "another-planted-token")
+    ledger = Ledger(tmp_path / "l.sqlite")
+    ledger.add(0.0, "rate", "m", 1, 1, "denied", Reply(), 0.1, "no such user: another-planted-token")
+    ledger.close()
+    assert [row["detail"] for row in rows(tmp_path / "l.sqlite")] == ["no such user: ***"]
+
+
+def test_a_ledger_of_version_1_goes_on_as_version_2(tmp_path):
+    path = tmp_path / "l.sqlite"
+    with sqlite3.connect(path) as database:
+        database.executescript(VERSION_1)
+    assert Ledger.problem(path) is None
+    Ledger.connect(path).close()
+    with sqlite3.connect(path) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (1,)  # who only looks changes nothing
+    for _ in range(2):
+        ledger = Ledger(path)
+        ledger.add(0.0, "rate", "m", 1, 1, "server", Reply(), 0.1, "busy")
+        ledger.close()
+        assert ledger.spent() == pytest.approx(0.25)
+    assert [(row["outcome"], row["detail"]) for row in rows(path)] == [
+        ("server", None), ("server", "busy"), ("server", "busy"),
+    ]  # fmt: skip
+    with sqlite3.connect(path) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (2,)

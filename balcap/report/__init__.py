@@ -1,0 +1,10 @@
+"""What runs have learned, for people: one HTML file, a README in the run folder, a model card.
+
+`run.py`        a run as its folder describes it: settings, metrics, results with intervals, costs
+`rollouts.py`   the captions that it has logged; `calls.py` the calls to its judge
+`thumbnails.py` its images, small
+`gallery.py`    images with their captions and verdicts, chosen for a reader
+`breakdown.py`  where reward was gained and lost, contradicting verdicts; `kinds.py` what assertions are about
+`figures.py`    charts as plain data
+`page.py`       all of it as one HTML file, with `templates/`; `text.py` makes texts harmless
+"""
