@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,7 +32,7 @@ from balcap.module import BalCapModule  # noqa: E402
 from balcap.policy.identity import identity  # noqa: E402
 from balcap.trainer.checkpoint import CheckpointError, find_checkpoint, read_checkpoint  # noqa: E402
 from balcap.utils.arguments import ConfigFile, Parser  # noqa: E402
-from balcap.utils.errors import RunStopped, UserError  # noqa: E402
+from balcap.utils.errors import RunStopped, UserError, next_line  # noqa: E402
 from balcap.utils.run_folder import holds_fit, in_use, write_problem  # noqa: E402
 from callbacks.benchmark_eval import BenchmarkEval  # noqa: E402
 from callbacks.caption_writer import CaptionWriter  # noqa: E402
@@ -73,6 +74,7 @@ class BalCapCLI(LightningCLI):
     """``fit``, ``check``, ``estimate``, ``validate``, ``predict`` and ``test``, with all outputs of a run in ``run_dir``."""
 
     def __init__(self, args: Any = None) -> None:
+        self.given = sys.argv[1:] if args is None else list(args)
         super().__init__(
             BalCapModule,
             CaptionDataModule,
@@ -199,7 +201,7 @@ class BalCapCLI(LightningCLI):
             cause: BaseException = error
             while isinstance(cause.__cause__, ValueError):
                 cause = cause.__cause__
-            raise ConfigError([*self._run_problems, str(cause)]) from error
+            raise ConfigError([*self._run_problems, str(cause)], self.given) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         from lightning.pytorch.loggers import TensorBoardLogger
@@ -219,11 +221,11 @@ class BalCapCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:  # no such device here, for one
-            raise ConfigError([*self._problems(), f"trainer: {error}"]) from None
+            raise ConfigError([*self._problems(), f"trainer: {error}"], self.given) from None
         assert isinstance(self.model, BalCapModule)
         problems = trainer_problems(trainer, self.model, str(self.subcommand))
         if problems := list(dict.fromkeys([*self._problems(), *problems])):
-            raise ConfigError(problems)
+            raise ConfigError(problems, self.given)
         return trainer
 
     def _problems(self) -> list[str]:
@@ -291,7 +293,7 @@ class BalCapCLI(LightningCLI):
         except RunStopped as stop:
             self._say_why(stop)
         except UserError as error:
-            raise SystemExit(f"Error: {error}") from None
+            raise SystemExit(f"Error: {error}{next_line(self.given, [str(error)])}") from None
 
     def _test(self) -> None:
         assert isinstance(self.model, BalCapModule)

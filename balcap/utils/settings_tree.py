@@ -45,16 +45,17 @@ class Unknown:
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """The one of `known` that was meant: spelled alike, or of the same last word elsewhere, or longer or shorter."""
-    last = name.rpartition(".")[2]
+    """The one of `known` that was meant: of the same last word elsewhere, spelled alike, longer or shorter."""
+    parent, _, last = name.rpartition(".")
     elsewhere = [other for other in known if other.rpartition(".")[2] == last]
-    if len(elsewhere) == 1:
-        return elsewhere[0]
-    if alike := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
-        beside = [other for other in known if other.rpartition(".")[0] == name.rpartition(".")[0]]
-        return next(iter(difflib.get_close_matches(name, beside, n=1, cutoff=0.7)), alike[0])
-    parts = ((other, other.rpartition(".")[2]) for other in known)
-    return next((other for other, end in parts if last.startswith(end) or end.startswith(last)), None)
+    if elsewhere:
+        return difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.0)[0]
+    beside = {end: other for other in known for above, _, end in [other.rpartition(".")] if above == parent}
+    if not beside:  # the mistake is further left
+        return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.7)), None)
+    longer = [end for end in beside if last.startswith(end) or end.startswith(last)]
+    found = difflib.get_close_matches(last, beside, n=1, cutoff=0.7) or longer
+    return beside[found[0]] if found else None
 
 
 def unknown_settings(
