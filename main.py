@@ -2,7 +2,8 @@
 and ``estimate`` take the same and look at a run before it starts.
 
 ``recaption --config configs/recaption.yaml`` writes the references that it is trained on; ``serve`` starts a vLLM
-server that samples for a run; ``general`` runs lmms-eval; ``cache`` and ``ledger`` show what judges have answered and cost.
+server that samples for a run; ``push`` uploads an export; ``general`` runs lmms-eval; ``cache`` and ``ledger`` show
+what judges have answered and cost.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ COMMANDS = {
     "ledger": ("balcap.commands.ledger", "run_ledger"),
     "report": ("balcap.commands.report", "main"),
     "export": ("balcap.commands.export", "main"),
+    "push": ("balcap.commands.push", "main"),
     "general": ("balcap.commands.general", "main"),
     "serve": ("balcap.commands.serve", "main"),
 }

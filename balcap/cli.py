@@ -211,12 +211,14 @@ class BalCapCLI(LightningCLI):
         options = self.config[self.subcommand]
         if self.subcommand in NO_RUN:
             kwargs |= NO_RUN[self.subcommand]
-        elif options.trainer.logger is None:
+        elif (loggers := self._get(self.config_init, "trainer").logger) is not False:
             saved = None if self.checkpoint is None else read_checkpoint(self.checkpoint)
             keep, logged = (saved["global_step"], saved["balcap"].get("logged")) if saved else (None, None)
-            kwargs["logger"] = [
+            if loggers in (None, True):
+                loggers = TensorBoardLogger(options.run_dir, name="tensorboard", version="")
+            kwargs["logger"] = [  # metrics.csv in any case: the curves and the report are made of it
                 RunCSVLogger(options.run_dir, keep if self.subcommand == "fit" else math.inf, logged),
-                TensorBoardLogger(options.run_dir, name="tensorboard", version=""),
+                *(loggers if isinstance(loggers, list) else [loggers]),
             ]
         try:
             trainer = super().instantiate_trainer(**kwargs)

@@ -2,7 +2,8 @@
 
 ============================  ==================================================================
 `length_mask`                 `LengthMaskSchedule`: τ as a function of the optimizer step
-`rollout_log`                 `RolloutLog`: every rollout with its judgments, to Parquet and TensorBoard
+`rollout_log`                 `RolloutLog`: every rollout with its judgments, to Parquet and loggers
+`logger_media`                its images and captions in TensorBoard, W&B, MLflow, Trackio
 `progress`                    `CaptionProgressBar`: the rewards, live or as plain lines
 `curves`                      `RunCurves`: ``metrics.csv`` as one picture
 `report`                      `RunReport`: ``report.html``, with captions before and after

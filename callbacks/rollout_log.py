@@ -1,4 +1,4 @@
-"""Every rollout with what the judge said about it: Parquet for programs, TensorBoard for eyes."""
+"""Every rollout with what the judge said about it: Parquet for programs, TensorBoard and other loggers for eyes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from balcap.report.thumbnails import FOLDER, thumbnail_path, write_thumbnail
 from balcap.utils.files import atomic_write
+from callbacks.logger_media import RolloutMedia, media_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,13 +32,15 @@ class RolloutLog(Callback):
     ``<dirpath>/<train|val|validate>-<step>-rank<rank>-<batch>.parquet``, one row per rollout, whole or not
     at all; `rollout_table` documents the columns. ``step`` is the number of optimizer steps behind the
     weights when the file is written. Validation is logged completely at every pass: it is the evidence of
-    before and after. Rank 0 also sends images with their captions, verdicts, rewards and advantages to
-    TensorBoard where the trainer has that logger. Small copies of the images, of every row of validation and of the
-    first of a logged step, are in ``<dirpath>/_images`` (`balcap.report.thumbnails`).
+    before and after. Rank 0 also sends images with their captions, verdicts, rewards and advantages to the
+    trainer's loggers: TensorBoard, W&B, MLflow and Trackio (`callbacks.logger_media`). Small copies of the
+    images, of every row of validation and of the first of a logged step, are in ``<dirpath>/_images``
+    (`balcap.report.thumbnails`).
 
     Args:
         every_n_steps: log every n-th training batch, the first one included.
-        max_images: rows, each with all its images, per logged step, or per validation pass, in TensorBoard; 0 for none.
+        max_images: rows, each with all its images, per logged step, or per validation pass, in the loggers; 0 for
+            none.
         thumbnails: whether to keep small copies of the images.
         dirpath: folder of the Parquet files; None: ``rollouts`` under the trainer's ``default_root_dir``.
     """
@@ -100,20 +103,11 @@ class RolloutLog(Callback):
                 write_thumbnail(image, thumbnail_path(folder, sample_id, number))
 
     def _show(self, trainer: Trainer, stage: str, step: int, record: StepRecord) -> None:
-        import numpy as np
-        from lightning.pytorch.loggers import TensorBoardLogger
-
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        loggers = [(logger, show) for logger in trainer.loggers if (show := media_of(logger))]
         for b in range(min(len(record.rollouts), self.max_images - self._shown) if loggers else 0):
-            tag = f"{stage}_rollouts/{self._shown}"
-            for number, image in enumerate(record.rollouts.batch.images[b]):
-                shown = image.convert("RGB")
-                shown.thumbnail((THUMBNAIL, THUMBNAIL))
-                name = f"{tag}_{number + 1}" if number else tag
-                for logger in loggers:
-                    logger.experiment.add_image(name, np.asarray(shown), step, dataformats="HWC")
-            for logger in loggers:
-                logger.experiment.add_text(tag, rollout_markdown(record, b), step)
+            media = rollout_media(record, b, f"{stage}_rollouts/{self._shown}", step)
+            for logger, show in loggers:
+                show(logger, media)
             self._shown += 1
 
 
@@ -145,8 +139,23 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         pq.write_table(table, file)
 
 
+def rollout_media(record: StepRecord, b: int, tag: str, step: int) -> RolloutMedia:
+    """The rollouts of one image for a logger: ``<reward>`` is before the reward transforms, ``shaped/<reward>`` after."""
+    images = [image.convert("RGB") for image in record.rollouts.batch.images[b]]
+    for image in images:
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+    rows = [row for row in _rows(record) if row["group"] == b]
+    scores = {name: f"reward/{name}" for name in record.reward_names}
+    scores |= {f"shaped/{name}": f"shaped/{name}" for name in record.reward_names}
+    keys = {"image": "sample_id", "caption": "caption", "tokens": "length", "truncated": "truncated"}
+    keys |= scores | {"advantage": "advantage"}
+    table = [[*(row[key] for key in keys.values()), "\n".join(_marked(row))] for row in rows]
+    title = f"{rows[0]['sample_id']}: {rows[0]['reference']}"
+    return RolloutMedia(tag, step, images, title, rollout_markdown(record, b), [*keys, "assertions"], table)
+
+
 def rollout_markdown(record: StepRecord, b: int) -> str:
-    """The rollouts of one image as a table for TensorBoard's text tab.
+    """The rollouts of one image as a Markdown table, for TensorBoard's text tab.
 
     An assertion is ✓ true and pointable, ○ true but not pointable, ✗ false.
     """
@@ -163,7 +172,11 @@ def rollout_markdown(record: StepRecord, b: int) -> str:
         for name in names:
             before, after = row[f"reward/{name}"], row[f"shaped/{name}"]
             cells.append(_number(before) + ("" if before == after else f" → {_number(after)}"))
-        lines.append("| " + " | ".join([*cells, _number(row["advantage"]), _assertions(row)]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([*cells, _number(row["advantage"]), "<br>".join(map(_cell, _marked(row)))])
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -226,14 +239,15 @@ def _schema(reward_names: Any) -> pa.Schema:
     return pa.schema(list(columns.items()))
 
 
-def _assertions(row: dict[str, Any]) -> str:
+def _marked(row: dict[str, Any]) -> list[str]:
+    """The assertions of a caption, each after its mark."""
     marked = []
     for i, assertion in enumerate(row["assertions"] or []):
         mark = "?"
         if row["true"] is not None:
             mark = "✗" if not row["true"][i] else "✓" if row["pointable"][i] else "○"
-        marked.append(f"{mark} {_cell(assertion)}")
-    return "<br>".join(marked)
+        marked.append(f"{mark} {assertion}")
+    return marked
 
 
 def _cell(text: str) -> str:

@@ -309,6 +309,27 @@ def test_validate_scores_held_out_images(fit_arguments, cli, tmp_path: Path) -> 
     assert 0 < float(row["val/linguistic"]) <= 1
 
 
+def test_metrics_csv_is_written_beside_the_loggers_that_a_config_names(fit_arguments, cli, tmp_path) -> None:
+    config = tmp_path / "loggers.yaml"
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(tmp_path / "other")},
+    }
+    config.write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
+    command, *options = fit_arguments("validate")
+    cli([command, *options[:2], "--config", str(config), *options[2:]])
+    (mine,) = metrics(tmp_path / "run")
+    (other,) = metrics(next((tmp_path / "other").rglob("metrics.csv")).parent)
+    assert mine["val/b_capscore"] == other["val/b_capscore"] != ""
+    assert not (tmp_path / "run/tensorboard").exists()
+
+
+def test_a_run_without_loggers_is_possible(fit_arguments, cli, tmp_path) -> None:
+    cli([*fit_arguments("validate"), "--trainer.logger=false"])
+    assert not (tmp_path / "run/metrics.csv").exists()
+    assert list((tmp_path / "run/rollouts").glob("validate-*.parquet"))
+
+
 @pytest.mark.parametrize(
     ("load", "set_by_user", "expected"),
     [

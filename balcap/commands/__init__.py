@@ -10,6 +10,7 @@
 `recaption.py`   new references for a data set; `recaption_settings.py`, `recaption_run.py` (the run),
                  `recaption_files.py` (what it writes)
 `export.py`      an adapter and its base as one model
+`push.py`        an export on Hugging Face's hub
 `benchmark.py`   benchmarks of captioners (`test`)
 `general.py`     ten general vision benchmarks, by lmms-eval in an environment of its own
 `serve.py`       a vLLM server that samples for a run

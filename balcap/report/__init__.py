@@ -6,5 +6,6 @@
 `gallery.py`    images with their captions and verdicts, chosen for a reader
 `breakdown.py`  where reward was gained and lost, contradicting verdicts; `kinds.py` what assertions are about
 `figures.py`    charts as plain data
+`readme.py`     the README of a run folder; `model_card.py` that of its export; `markdown.py` what they share
 `page.py`       all of it as one HTML file, with `templates/`; `text.py` makes texts harmless
 """

@@ -22,6 +22,8 @@ BLUE, ORANGE, GREEN, VIOLET = "#3f7fd0", "#e08a2e", "#3a9d6b", "#9467bd"
 PALETTE = (BLUE, ORANGE, GREEN, VIOLET, "#d0507a", "#4bb1c4", "#a3883f", "#8a8f98")
 REWARDS = {"precision": BLUE, "recall": ORANGE, "linguistic": GREEN, "b_capscore": VIOLET}
 GOOD, VAGUE, BAD = "#3a9d6b", "#e0b02e", "#d1495b"
+COUNTS = ("share", "seconds", "per step", "US dollars", "standard deviation")
+"""Units whose axes begin at 0."""
 POINTS = 600
 """Of one line; a longer one is averaged."""
 
@@ -226,6 +228,8 @@ def shares(title: str, before: Sequence[Share], after: Sequence[Share]) -> Figur
                     "x": [share.kind for share in shown],
                     "y": [share.right for share in shown],
                     "text": [f"{share.per_caption:.1f}" for share in shown],
+                    "textposition": "outside",
+                    "textangle": 0,
                     "hovertemplate": "%{x}: %{y:.1%} right, %{text} per caption",
                     "marker": {"color": colour},
                 }
@@ -234,7 +238,7 @@ def shares(title: str, before: Sequence[Share], after: Sequence[Share]) -> Figur
         return None
     figure = _figure(title, "", "share that is right", data)
     figure["layout"] |= {"barmode": "group"}
-    figure["layout"]["yaxis"] |= {"range": [0, 1.05], "tickformat": ".0%"}
+    figure["layout"]["yaxis"] |= {"range": [0, 1.12], "tickformat": ".0%"}
     return figure
 
 
@@ -245,7 +249,7 @@ def lengths(before: Sequence[Bin], after: Sequence[Bin], bounds: tuple[float, fl
     label = [_range(one.low, one.high) for one in after]
     names = [name for name in after[0].means if not all(math.isnan(one.means[name]) for one in after)]
     data: list[Figure] = []
-    for which, bins, colour in (("captions before", before, "#c9ced6"), ("captions after", after, "#9db7da")):
+    for which, bins, colour in (("before", before, "#c9ced6"), ("after", after, "#9db7da")):
         there = {_range(one.low, one.high): one.n for one in bins}
         at = [name for name in (_range(a, b) for a, b in _edges(before, after)) if name in there]
         if at:
@@ -325,7 +329,13 @@ def benchmarks(runs: Sequence[Run]) -> Figure | None:
                     "name": run.name,
                     "x": list(rows),
                     "y": [row["score"] for row in rows.values()],
-                    "error_y": {"type": "data", "symmetric": False, "array": ends[1], "arrayminus": ends[0]},
+                    "error_y": {
+                        "type": "data",
+                        "symmetric": False,
+                        "array": ends[1],
+                        "arrayminus": ends[0],
+                        "color": "#8a8f98",
+                    },
                     "marker": {"color": colour},
                 }
             )
@@ -352,7 +362,11 @@ def smoothed(values: Sequence[float]) -> list[float]:
 def _figure(title: str, x: str, y: str, data: list[Figure], shapes: Sequence[Figure] = ()) -> Figure:
     layout: Figure = {
         "xaxis": {"title": {"text": x}, "automargin": True},
-        "yaxis": {"title": {"text": y}, "automargin": True},
+        "yaxis": {
+            "title": {"text": y},
+            "automargin": True,
+            "rangemode": "tozero" if y in COUNTS else "normal",
+        },
         "showlegend": sum(1 for one in data if one.get("showlegend", True)) > 1,
     }
     if shapes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from balcap.report.thumbnails import FOLDER, thumbnail_path
 SIZES = (384, 256, 160, 96)
 """Pixels of the longer side of an image: the largest with which all fit `IMAGE_BYTES`."""
 IMAGE_BYTES = 10_000_000
+SHARED = 12
+"""Images that runs must have in common to be compared on them."""
 SCALES = ("clarity", "fluency", "coherency")
 
 
@@ -76,7 +79,8 @@ class Card:
 
     Attributes:
         sample_id, prompt, reference: of the row.
-        where: such as ``step 40``; empty for held-out images.
+        kind: ``held-out`` or ``group``.
+        where: such as ``step 40``; may be empty.
         captions: before and after, or a group.
         gain: score after minus before; None in a group or where one is missing.
         spread: standard deviation of the scores in a group; None elsewhere.
@@ -86,6 +90,7 @@ class Card:
     sample_id: str
     prompt: str
     reference: str
+    kind: str
     where: str
     captions: Sequence[Shown]
     gain: float | None = None
@@ -105,7 +110,7 @@ class Card:
     @property
     def false(self) -> bool:
         """Whether an assertion of its last caption, or of any of a group, is false."""
-        shown = self.captions if self.where else self.captions[-1:]
+        shown = self.captions if self.kind == "group" else self.captions[-1:]
         return any(verdict == "no" for one in shown for _, verdict in one.assertions)
 
     @property
@@ -115,46 +120,53 @@ class Card:
 
 
 def held_out(runs: Sequence[Run], limit: int) -> list[Card]:
-    """Held-out images with the caption before the first update of the first run, and after the last of each run.
+    """Held-out images with the captions before the first update and after the last.
+
+    Of several runs: those images that all of them hold out, with the caption before of the first run and after of each; of
+    runs that hold out other images, each run's own.
 
     Args:
         runs: that are compared.
         limit: of cards. Where there are more images, the largest gains and losses, the longest captions and those
             outside the bounds of the length mask are among them, and the others at even distances.
     """
-    before = next((run.rollouts.ends[0] for run in runs if run.rollouts.ends[0] is not None), None)
-    after = [(run, captions) for run in runs if (captions := run.rollouts.ends[1]) is not None]
-    if not after:
-        return []
-    first_run, last = after[0]
-    places = _places(last)
-    images = list(places)
-    scores = _scores(last)
-    gains = np.full(len(images), np.nan)
-    if before is not None:
-        start, start_scores = _places(before), _scores(before)
-        images = [image for image in images if image in start] or images
-        gains = np.array(
-            [scores[places[i]] - start_scores[start[i]] if i in start else np.nan for i in images]
-        )
-    at = [places[image] for image in images]
-    lengths, outside = last.column("length")[at], _outside(last, first_run)[at]
-    chosen = _choose([-gains, gains, -lengths, np.where(outside, -lengths, np.nan)], len(images), limit)
-    columns: list[tuple[str, Run, Captions]] = [] if before is None else [("before", first_run, before)]
-    columns += [(_after(run, len(after)), run, captions) for run, captions in after]
-    of_columns = [
-        {row["sample_id"]: (label, run, row) for row in _first_rows(captions, [images[c] for c in chosen])}
-        for label, run, captions in columns
+    ends = [(run, *run.rollouts.ends) for run in runs]
+    whole = [(run, before, after) for run, before, after in ends if after is not None]
+    shared = set.intersection(*(set(after.texts("sample_id")) for _, _, after in whole)) if whole else set()
+    if len(shared) >= SHARED or len(whole) == 1:
+        return _held_out(whole, shared, limit)
+    each = [
+        _held_out([one], set(one[2].texts("sample_id")), limit // len(whole), one[0].name) for one in whole
     ]
+    return [card for cards in each for card in cards]
+
+
+def _held_out(
+    ends: Sequence[tuple[Run, Captions | None, Captions]], images: set[str], limit: int, where: str = ""
+) -> list[Card]:
+    """Cards of these images, which all of the runs have."""
+    first_run, before, last = ends[0]
+    places, scores = _places(last), _scores(last)
+    start = {} if before is None else _places(before)
+    names = [image for image in places if image in images and (before is None or image in start)]
+    at = [places[image] for image in names]
+    gains = np.full(len(names), np.nan)
+    if before is not None:
+        gains = scores[at] - _scores(before)[[start[image] for image in names]]
+    lengths, outside = last.column("length")[at], _outside(last, first_run)[at]
+    chosen = _choose([-gains, gains, -lengths, np.where(outside, -lengths, np.nan)], len(names), limit)
+    columns: list[tuple[str, Run, Captions]] = [] if before is None else [("before", first_run, before)]
+    columns += [("after" if len(ends) == 1 else f"after, {run.name}", run, after) for run, _, after in ends]
+    rows = [captions.rows([_places(captions)[names[c]] for c in chosen]) for _, _, captions in columns]
     cards = []
-    for number in chosen:
-        entries = [column[images[number]] for column in of_columns if images[number] in column]
-        shown = [_shown(label, row, run) for label, run, row in entries]
-        cards.append(_card(entries[0][2], "", shown, gain=_gain(shown)))
+    for of_image in zip(*rows, strict=True):
+        shown = [_shown(label, row, run) for (label, run, _), row in zip(columns, of_image, strict=True)]
+        gain = _gain(shown) if before is not None else None
+        cards.append(_card(of_image[0], "held-out", where, shown, gain=gain))
     return cards
 
 
-def groups(run: Run, limit: int) -> list[Card]:
+def groups(run: Run, limit: int, where: str = "") -> list[Card]:
     """Groups of training captions: those whose scores differ most, those with captions outside the length mask's bounds,
     and the latest; of the groups whose image was kept where there are enough."""
     train = run.rollouts.train
@@ -177,12 +189,10 @@ def groups(run: Run, limit: int) -> list[Card]:
     cards = []
     for number in chosen:
         ends = (*starts, len(order))
-        rows = run.rollouts.train.rows(order[ends[number] : ends[number + 1]])  # type: ignore[union-attr]
+        rows = train.rows(order[ends[number] : ends[number + 1]])
         shown = [_shown(f"caption {row['rollout'] + 1}", row, run) for row in rows]
-        value = float(spread[number])
-        cards.append(
-            _card(rows[0], f"step {rows[0]['step']}", shown, spread=None if math.isnan(value) else value)
-        )
+        value = None if math.isnan(spread[number]) else float(spread[number])
+        cards.append(_card(rows[0], "group", f"{where}step {rows[0]['step']}", shown, spread=value))
     return cards
 
 
@@ -238,16 +248,18 @@ def _choose(criteria: Sequence[np.ndarray], total: int, limit: int, rest: bool =
     at even distances."""
     if total <= limit and rest:
         return list(range(total))
-    share = max(1, limit // (len(criteria) + rest))
-    chosen: dict[int, None] = {}
-    for values in criteria:
-        order = [int(i) for i in np.argsort(values, kind="stable") if not math.isnan(values[i])]
-        chosen |= dict.fromkeys([i for i in order if i not in chosen][:share])
+    orders = [
+        [int(i) for i in np.argsort(values, kind="stable") if not math.isnan(values[i])]
+        for values in criteria
+    ]
+    in_turn = [i for place in zip_longest(*orders) for i in place if i is not None]
+    wanted = limit - (limit // (len(criteria) + 1) if rest else 0)
+    chosen = list(dict.fromkeys(in_turn))[:wanted]
     if rest:
-        others = [i for i in range(total) if i not in chosen]
+        others = sorted(set(range(total)) - set(chosen))
         wanted = limit - len(chosen)
-        chosen |= dict.fromkeys(others[i * len(others) // wanted] for i in range(wanted))
-    return list(chosen)[:limit]
+        chosen += [others[i * len(others) // wanted] for i in range(wanted)]
+    return chosen
 
 
 def _scores(captions: Captions) -> np.ndarray:
@@ -283,15 +295,6 @@ def _places(captions: Captions) -> dict[str, int]:
     return places
 
 
-def _first_rows(captions: Captions, images: Sequence[str]) -> Iterator[dict[str, Any]]:
-    places = _places(captions)
-    yield from captions.rows([places[image] for image in images if image in places])
-
-
-def _after(run: Run, number: int) -> str:
-    return "after" if number == 1 else f"after, {run.name}"
-
-
 def _gain(shown: Sequence[Shown]) -> float | None:
     """Mean score after minus score before."""
     after = [one.score for one in shown[1:] if one.score is not None]
@@ -300,8 +303,10 @@ def _gain(shown: Sequence[Shown]) -> float | None:
     return sum(after) / len(after) - shown[0].score
 
 
-def _card(row: Mapping[str, Any], where: str, shown: Sequence[Shown], **values: Any) -> Card:
-    return Card(row["sample_id"], row.get("prompt") or "", row.get("reference") or "", where, shown, **values)
+def _card(row: Mapping[str, Any], kind: str, where: str, shown: Sequence[Shown], **values: Any) -> Card:
+    return Card(
+        row["sample_id"], row.get("prompt") or "", row.get("reference") or "", kind, where, shown, **values
+    )
 
 
 def _shown(label: str, row: Mapping[str, Any], run: Run) -> Shown:

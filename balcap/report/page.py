@@ -111,7 +111,7 @@ def _content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, figures.Fig
         "kinds": [
             (kind, name, n)
             for kind, name in (("held-out", "held-out images"), ("group", "groups of training"))
-            if (n := sum(bool(card.where) == (kind == "group") for card in cards))
+            if (n := sum(card.kind == kind for card in cards))
         ],
         "captions_lead": _captions_lead(runs, cards),
         "breakdown": [chart(figure) for figure in charts],
@@ -133,7 +133,7 @@ def _content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, figures.Fig
 def _cards(runs: Sequence[Run]) -> list[Card]:
     cards = held_out(runs, HELD_OUT)
     for run in runs:
-        cards += groups(run, max(8, GROUPS // len(runs)))
+        cards += groups(run, max(8, GROUPS // len(runs)), f"{run.name}, " if len(runs) > 1 else "")
     add_images(cards, runs)
     return cards
 
@@ -158,7 +158,7 @@ def _run_part(run: Run) -> _RunPart:
     title = "Settings that differ from the defaults" if run.changed is not None else "All settings"
     return _RunPart(
         name=run.name,
-        facts=_facts(run),
+        facts=facts(run),
         outcomes=run.outcomes,
         command=run.command,
         settings_title=f"{title}: {run.name}",
@@ -166,13 +166,14 @@ def _run_part(run: Run) -> _RunPart:
     )
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What a run is: names and values for a person, without those that are not known."""
     lora, four_bit = run.setting("model.policy.lora"), run.setting("model.policy.load_in_4bit")
     weights = run.setting("model.weights", {})
     advantage = run.setting("model.advantage", {"class_path": "CGDPO"})
     memory = [value for value in run.metrics.get("time/peak_memory_gb", ([], []))[1] if math.isfinite(value)]
     failed = sum(value for value in run.metrics.get("judge/failed", ([], []))[1] if math.isfinite(value))
-    facts = {
+    known = {
         "policy": run.setting("model.policy.model"),
         "trained": f"{'QLoRA' if four_bit else 'LoRA'}, r {run.setting('model.policy.lora.r', 'as default')}"
         if lora
@@ -194,10 +195,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "seed": run.setting("seed_everything"),
     }
     if not run.settings:
-        facts = {
-            name: facts[name] for name in ("optimizer steps", "time in training steps", "judge, dollars")
+        known = {
+            name: known[name] for name in ("optimizer steps", "time in training steps", "judge, dollars")
         }
-    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+    return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
 
 
 def _duration(hours: float) -> str:
@@ -259,7 +260,7 @@ def _curves_lead(settings: Sequence[figures.Setting]) -> str:
 
 def _captions_lead(runs: Sequence[Run], cards: Sequence[Card]) -> str:
     ends = [step for run in runs for step in run.rollouts.validations]
-    shown = sum(not card.where for card in cards)
+    shown = sum(card.kind == "held-out" for card in cards)
     lead = (
         f"{shown} held-out images, captions of step {min(ends)} and step {max(ends)}. "
         if len(ends) > 1
@@ -302,8 +303,8 @@ def _missing(train: Captions) -> Any:
 def _breakdown_lead(runs: Sequence[Run]) -> str:
     of = "" if len(runs) == 1 else f" All but the trade-off and the benchmarks are of {runs[0].name}."
     return (
-        "Numbers on bars count statements per caption. The kind of a statement is told by its words, so it is coarse, and "
-        f"alike before and after.{of}"
+        "Numbers on bars count statements per caption. Statements are sorted by their words: coarsely, and before and "
+        f"after alike.{of}"
     )
 
 

@@ -195,7 +195,8 @@ class Run:
     @property
     def command(self) -> str:
         """That repeats the run."""
-        return f"python main.py fit --config {self.folder}/config.yaml --run_dir runs/again"
+        anew = "".join(f" --{name} null" for name in ("ckpt_path", "resume") if self.setting(name))
+        return f"python main.py fit --config {self.folder}/config.yaml --run_dir runs/again{anew}"
 
 
 def read_metrics(metrics_csv: Path) -> dict[str, Series]:

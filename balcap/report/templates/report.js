@@ -28,7 +28,7 @@
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: ink, size: 12, family: getComputedStyle(document.body).fontFamily },
-      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
+      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
       hovermode: "closest",
       ...own,
     };
@@ -66,8 +66,8 @@
     const { kind, sort, text } = Object.fromEntries(new FormData(form));
     const flags = ["masked", "no", "unjudged"].filter((name) => form.elements[name].checked);
     const wanted = (text || "").toLowerCase().split(/\s+/).filter(Boolean);
-    const matching = logged.filter((card) =>
-      card.dataset.kind === kind &&
+    const ofKind = logged.filter((card) => card.dataset.kind === kind);
+    const matching = ofKind.filter((card) =>
       flags.every((flag) => card.dataset.flags.split(" ").includes(flag)) &&
       wanted.every((word) => words.get(card).includes(word)));
     if (ORDERS[sort]) {
@@ -79,7 +79,7 @@
     matching.slice(0, shown).forEach((card) => { card.hidden = false; });
     list.append(...matching);
     more.hidden = matching.length <= shown;
-    document.getElementById("count").textContent = `${matching.length} of ${logged.length}`;
+    document.getElementById("count").textContent = `${matching.length} of ${ofKind.length}`;
   };
   const kindChanged = () => {
     const group = form.elements.kind.value === "group";
