@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -265,3 +266,19 @@ def test_other_commands_answer_alike(tmp_path: Path, cli, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         cli(["export", "--model.policy.modl", "x", "--out", "y"])
     assert "Is it model.policy.model?" in capsys.readouterr().err
+
+
+def test_every_config_is_in_the_index_of_the_readme_with_what_it_says() -> None:
+    index = (ROOT / "README.md").read_text().partition("## Which config")[2].partition("\n## ")[0]
+    there = {str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.yaml")}
+    assert set(re.findall(r"\]\((configs/[^)]+)\)", index)) == there
+    prices = {
+        "gpt-6-luna": "0.10 / 0.50",
+        "gpt-4o-mini": "0.15 / 0.60",
+        "gpt-5-mini": "0.25 / 2.00",
+        "gpt-5.4": "2.50 / 15.00",
+    }
+    for judge, price in prices.items():
+        into, out = price.split(" / ")
+        assert f"${into} in / ${out} out" in (ROOT / f"configs/judge/{judge}.yaml").read_text()
+        assert re.search(rf"^\| {price}.*judge/{judge}.yaml", index, re.MULTILINE), judge
