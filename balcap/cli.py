@@ -31,7 +31,7 @@ from balcap.judge import BudgetSpent  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
 from balcap.policy.identity import identity  # noqa: E402
 from balcap.trainer.checkpoint import CheckpointError, find_checkpoint, read_checkpoint  # noqa: E402
-from balcap.utils.arguments import ConfigFile, Parser  # noqa: E402
+from balcap.utils.arguments import Parser, SettingsFile  # noqa: E402
 from balcap.utils.errors import RunStopped, UserError, next_line  # noqa: E402
 from balcap.utils.run_folder import holds_fit, in_use, write_problem  # noqa: E402
 from callbacks.benchmark_eval import BenchmarkEval  # noqa: E402
@@ -47,7 +47,7 @@ from callbacks.trace import ChromeTrace  # noqa: E402
 from callbacks.validate_ends import ValidateAtEnds  # noqa: E402
 
 
-class RunConfigFile(ConfigFile):
+class ConfigFile(SettingsFile):
     """``--config``: merged into what stands before it, but one that names a judge's model replaces the whole judge."""
 
     def prepare(self, content: dict[str, Any], namespace: Any) -> None:
@@ -113,7 +113,7 @@ class BalCapCLI(LightningCLI):
         parser.add_argument(
             "-c",
             "--config",
-            action=RunConfigFile,
+            action=ConfigFile,
             help="YAML file; a judge in it replaces that of those before it.",
         )
         for action in parser._actions:

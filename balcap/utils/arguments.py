@@ -23,7 +23,7 @@ from balcap.utils.settings_tree import (
 )
 
 
-class ConfigFile(ActionConfigFile):
+class SettingsFile(ActionConfigFile):
     """``--config``: a YAML file, or YAML, whose keys all mean something."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
