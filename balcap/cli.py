@@ -60,7 +60,7 @@ NO_RUN = {"estimate": HERE, "check": ONE_DEVICE}
 """Subcommands that leave the run folder alone, and settings of their trainer."""
 
 RESULTS = (
-    "report.html", "checkpoints/last.ckpt", "export", "curves.png", "metrics.csv", "rollouts", "captions.jsonl",
+    "report.html", "README.md", "checkpoints/last.ckpt", "export", "curves.png", "metrics.csv", "rollouts", "captions.jsonl",
     "benchmarks.json", "bad_rows.jsonl",
 )  # fmt: skip
 """What a run's last line names, where it is there."""

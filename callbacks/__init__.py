@@ -6,7 +6,7 @@
 `logger_media`                its images and captions in TensorBoard, W&B, MLflow, Trackio
 `progress`                    `CaptionProgressBar`: the rewards, live or as plain lines
 `curves`                      `RunCurves`: ``metrics.csv`` as one picture
-`report`                      `RunReport`: ``report.html``, with captions before and after
+`report`                      `RunReport`: ``report.html``, the folder's README, the export's model card
 `validate_ends`               `ValidateAtEnds`: validation before the first and after the last update
 `checkpoint`                  `RunCheckpoint`: ``last.ckpt``, also when the run is interrupted
 `run_config`                  `SaveRunConfig`: ``config.yaml``, and what a run that goes on changes

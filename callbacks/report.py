@@ -1,24 +1,28 @@
-"""The report of a run at its end."""
+"""What a run leaves for people at its end: the report, the README of its folder, the model card of its export."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from balcap.report.model_card import write_model_card
 from balcap.report.page import write_report
+from balcap.report.readme import write_readme
 from balcap.report.run import Run
 
 
 class RunReport(Callback):
-    """Writes ``report.html`` into the run folder when a fit ends, also by an exception, and after ``test``.
+    """Writes ``report.html`` and ``README.md`` into the run folder, and ``export/README.md`` where there is an export, when
+    a fit ends, also by an exception, and after ``test``.
 
-    A report that cannot be written is a warning, never the end of a run. ``python main.py report`` writes it anew.
+    What cannot be written is a warning, never the end of a run. ``python main.py report`` writes the report anew.
 
     Args:
-        enabled: whether to write it.
+        enabled: whether to write them.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -32,19 +36,22 @@ class RunReport(Callback):
             self.write(trainer)
 
     def write(self, trainer: Trainer) -> None:
-        """Write the report of what is in the trainer's ``default_root_dir`` by now."""
+        """Write them from what is in the trainer's ``default_root_dir`` by now."""
         if not self.enabled or not trainer.is_global_zero:
             return
         began, folder = time.monotonic(), Path(trainer.default_root_dir)
-        try:
-            for logger in trainer.loggers:
-                logger.save()
-            path = write_report([Run.read(folder)], folder / "report.html")
-        except (
-            Exception
-        ) as error:  # what was trained is worth more than its picture, whatever is wrong with that
-            rank_zero_warn(
-                f"no report was written: {type(error).__name__}: {error}. Try again: python main.py report {folder}"
-            )
-            return
-        rank_zero_info(f"{path}, made in {time.monotonic() - began:.0f} s")
+        for logger in trainer.loggers:
+            logger.save()
+        report, export = folder / "report.html", folder / "export"
+        parts: dict[Path, Callable[[], Path]] = {
+            report: lambda: write_report([Run.read(folder)], report),
+            folder / "README.md": lambda: write_readme(folder),
+        }
+        if export.is_dir():
+            parts[export / "README.md"] = lambda: write_model_card(folder, export)
+        for path, write in parts.items():
+            try:
+                write()
+            except Exception as error:  # what was trained is worth more than what is said of it
+                rank_zero_warn(f"{path} could not be written: {type(error).__name__}: {error}")
+        rank_zero_info(f"report: {report}, written in {time.monotonic() - began:.0f} s")

@@ -244,6 +244,10 @@ def test_a_whole_request_in_an_error_is_cut(planted: None) -> None:
     assert len(kept) == 300
 
 
+def test_what_is_kept_can_be_written() -> None:
+    assert redact("half of a \ud800 character").encode() == b"half of a ? character"
+
+
 # ---- a whole run
 
 
@@ -298,7 +302,7 @@ def test_keys_are_in_no_file_of_a_run_and_in_no_output(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     server, overlay = judge_of_two_keys
-    args = fit_arguments(**{"trainer.max_steps": 2, "model.num_captions": 4})
+    args = fit_arguments(**{"trainer.max_steps": 2, "model.num_captions": 4, "report.enabled": True})
     with caplog.at_level(logging.DEBUG):
         cli([*args[:3], *overlay, *args[3:]])
     assert {key for key in server.keys if key} == {f"Bearer {KEY}", f"Bearer {OTHER}"}
@@ -311,7 +315,7 @@ def test_keys_are_in_no_file_of_a_run_and_in_no_output(
     suffixes = {Path(name).suffix for name in files}
     assert {".ckpt", ".yaml", ".csv", ".parquet", ".sqlite"} <= suffixes
     assert any("tfevents" in name for name in files)
-    assert "judge_ledger.sqlite" in files
+    assert {"judge_ledger.sqlite", "report.html", "README.md"} <= files
 
 
 def test_keys_are_not_in_the_message_of_a_run_that_stops(

@@ -46,7 +46,7 @@ _referenced: set[str] = set()
 
 def redact(text: str) -> str:
     """`text` on one line, at most 300 characters, without secrets (`secret_filter`)."""
-    text = secret_filter()(" ".join(text.split())[:_LONGEST])
+    text = secret_filter()(" ".join(text.split())[:_LONGEST]).encode(errors="replace").decode()  # files are UTF-8
     return text if len(text) <= _LIMIT else text[: _LIMIT - 1] + "…"
 
 

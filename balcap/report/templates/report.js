@@ -77,7 +77,7 @@
     }
     for (const card of logged) card.hidden = true;
     matching.slice(0, shown).forEach((card) => { card.hidden = false; });
-    list.append(...matching);
+    list.prepend(...matching);
     more.hidden = matching.length <= shown;
     document.getElementById("count").textContent = `${matching.length} of ${ofKind.length}`;
   };
