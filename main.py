@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
+    "init": ("balcap.commands.init", "main"),
     "recaption": ("balcap.commands.recaption", "main"),
     "cache": ("balcap.commands.ledger", "run_cache"),
     "ledger": ("balcap.commands.ledger", "run_ledger"),
@@ -25,8 +26,21 @@ COMMANDS = {
 }
 """Commands beside Lightning's own -> module and function that run them."""
 
+RUNS = {
+    "fit": "train a captioner",
+    "check": "whether model and engine do what training relies on, on a few of your images",
+    "estimate": "what the judge of a fit will cost; nothing is paid",
+    "validate": "rewards of captions of held-out images",
+    "predict": "captions of your images",
+    "test": "benchmarks of captioners",
+}
+"""Lightning's commands, all with the config of a run, and what each is for."""
+
 TRUSTED_ONLY = "--trusted_only"
 """Any command with it refuses a config that names code of other packages."""
+
+CHANGED = "--changed"
+"""Any command that reads a config prints, with it, the settings that are not as by default, and ends."""
 
 
 def share_cores() -> None:
@@ -43,7 +57,7 @@ def share_cores() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run one command; `args` defaults to the command line. Tests call this in process."""
-    from balcap.utils.errors import UserError
+    from balcap.utils.errors import UserError, next_line
 
     share_cores()
     given = sys.argv if args is None else ["main.py", *args]
@@ -53,7 +67,17 @@ def main(args: Sequence[str] | None = None) -> None:
 
             given.remove(TRUSTED_ONLY)
             check_trusted(given[1:])
+        if CHANGED in given:
+            words = [word for word in given[1:] if word not in (CHANGED, "--print_config")]
+            given[1:] = [*words[:1], "--print_config=skip_default", *words[1:]]
         command, *rest = given[1:] or [""]
+        if command in ("", "-h", "--help") or not (
+            command.startswith("-") or command in {**RUNS, **COMMANDS}
+        ):
+            from balcap.commands.listing import list_commands
+
+            list_commands("" if command.startswith("-") else command, RUNS, COMMANDS)
+            return
         if command in COMMANDS:
             module, function = COMMANDS[command]
             getattr(import_module(module), function)(rest)
@@ -64,7 +88,7 @@ def main(args: Sequence[str] | None = None) -> None:
             args=None if args is None else given[1:]
         )  # None: Lightning reads sys.argv, which it prefers
     except UserError as error:
-        raise SystemExit(f"Error: {error}") from None
+        raise SystemExit(f"Error: {error}{next_line(given[1:], [str(error)])}") from None
 
 
 if __name__ == "__main__":

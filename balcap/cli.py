@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import os
-import re
 import signal
 import sys
 import warnings
@@ -14,10 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NoReturn
-
-import yaml
-from jsonargparse import ActionConfigFile
+from typing import Any, Literal
 
 from balcap.utils.imports import import_torchmetrics_lightly
 
@@ -36,7 +31,8 @@ from balcap.judge import BudgetSpent  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
 from balcap.policy.identity import identity  # noqa: E402
 from balcap.trainer.checkpoint import CheckpointError, find_checkpoint, read_checkpoint  # noqa: E402
-from balcap.utils.errors import RunStopped, UserError  # noqa: E402
+from balcap.utils.arguments import Parser, SettingsFile  # noqa: E402
+from balcap.utils.errors import RunStopped, UserError, next_line  # noqa: E402
 from balcap.utils.run_folder import holds_fit, in_use, write_problem  # noqa: E402
 from callbacks.benchmark_eval import BenchmarkEval  # noqa: E402
 from callbacks.caption_writer import CaptionWriter  # noqa: E402
@@ -51,15 +47,13 @@ from callbacks.trace import ChromeTrace  # noqa: E402
 from callbacks.validate_ends import ValidateAtEnds  # noqa: E402
 
 
-class ConfigFile(ActionConfigFile):
+class ConfigFile(SettingsFile):
     """``--config``: merged into what stands before it, but one that names a judge's model replaces the whole judge."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        content = yaml.safe_load(Path(values).read_text() if os.path.isfile(values) else values)
-        judge = (content.get("model") or {}).get("judge") if isinstance(content, dict) else None
+    def prepare(self, content: dict[str, Any], namespace: Any) -> None:
+        judge = (content.get("model") or {}).get("judge")
         if isinstance(judge, dict) and "model" in {**judge, **(judge.get("init_args") or {})}:
             namespace.pop("model.judge", None)
-        super().__call__(parser, namespace, values, option_string)
 
 
 NO_RUN = {"estimate": HERE, "check": ONE_DEVICE}
@@ -72,26 +66,15 @@ RESULTS = (
 """What a run's last line names, where it is there."""
 
 
-class RunParser(LightningArgumentParser):
-    """A parser whose errors are about the mistake, not about all settings."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser: Any = getattr(ex, "subcommand_parser", None) or self
-        names = [action.dest for action in parser._actions]
-        near = [
-            f"Is it {found[0]}?"
-            for name in re.findall(r"(?:--|option ')([\w.]+)", message, re.IGNORECASE)
-            if name not in names and (found := difflib.get_close_matches(name, names, n=1, cutoff=0.7))
-        ]
-        print(f"Error: {'. '.join([message.rstrip('. '), *near])}", file=sys.stderr)
-        print(f"All settings: {parser.prog.replace(' [options]', '')} --help", file=sys.stderr)
-        self.exit(2)
+class RunParser(Parser, LightningArgumentParser):
+    """Lightning's, with short errors."""
 
 
 class BalCapCLI(LightningCLI):
     """``fit``, ``check``, ``estimate``, ``validate``, ``predict`` and ``test``, with all outputs of a run in ``run_dir``."""
 
     def __init__(self, args: Any = None) -> None:
+        self.given = sys.argv[1:] if args is None else list(args)
         super().__init__(
             BalCapModule,
             CaptionDataModule,
@@ -102,8 +85,8 @@ class BalCapCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_class=RunParser,
             parser_kwargs={
-                "description": "Train image captioners with balanced rewards (arXiv 2605.07394). There are also the "
-                "commands report, recaption, export, general, serve, ledger and cache, each with its own --help."
+                "prog": "main.py",
+                "description": "Train image captioners with balanced rewards (arXiv 2605.07394).",
             },
             trainer_defaults={
                 "log_every_n_steps": 1,
@@ -133,6 +116,9 @@ class BalCapCLI(LightningCLI):
             action=ConfigFile,
             help="YAML file; a judge in it replaces that of those before it.",
         )
+        for action in parser._actions:
+            if action.dest == "print_config":
+                action.help = "Print every setting, and exit; with --changed only those not as by default."
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -215,7 +201,7 @@ class BalCapCLI(LightningCLI):
             cause: BaseException = error
             while isinstance(cause.__cause__, ValueError):
                 cause = cause.__cause__
-            raise ConfigError([*self._run_problems, str(cause)]) from error
+            raise ConfigError([*self._run_problems, str(cause)], self.given) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         from lightning.pytorch.loggers import TensorBoardLogger
@@ -237,11 +223,11 @@ class BalCapCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:  # no such device here, for one
-            raise ConfigError([*self._problems(), f"trainer: {error}"]) from None
+            raise ConfigError([*self._problems(), f"trainer: {error}"], self.given) from None
         assert isinstance(self.model, BalCapModule)
         problems = trainer_problems(trainer, self.model, str(self.subcommand))
         if problems := list(dict.fromkeys([*self._problems(), *problems])):
-            raise ConfigError(problems)
+            raise ConfigError(problems, self.given)
         return trainer
 
     def _problems(self) -> list[str]:
@@ -309,7 +295,7 @@ class BalCapCLI(LightningCLI):
         except RunStopped as stop:
             self._say_why(stop)
         except UserError as error:
-            raise SystemExit(f"Error: {error}") from None
+            raise SystemExit(f"Error: {error}{next_line(self.given, [str(error)])}") from None
 
     def _test(self) -> None:
         assert isinstance(self.model, BalCapModule)

@@ -6,8 +6,11 @@ Every group of settings checks itself (``problems()``); what concerns several gr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from balcap.utils.errors import next_line
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -16,11 +19,17 @@ if TYPE_CHECKING:
 
 
 class ConfigError(SystemExit):
-    """A config that cannot work; the message lists every problem and the key that fixes each."""
+    """A config that cannot work; the message lists every problem and the key that fixes each.
 
-    def __init__(self, problems: list[str]) -> None:
+    Args:
+        problems: each begins with its key.
+        given: the command, if known, with which the message ends as it should be typed next.
+    """
+
+    def __init__(self, problems: list[str], given: Sequence[str] = ()) -> None:
         lines = "\n".join(f"  - {problem}" for problem in problems)
-        super().__init__(f"This config cannot run. Nothing was loaded or paid; change:\n{lines}")
+        then = next_line(given, problems, "--changed") if given else ""
+        super().__init__(f"This config cannot run. Nothing was loaded or paid; change:\n{lines}{then}")
         self.problems = problems
 
 

@@ -18,7 +18,8 @@ from balcap.utils.files import atomic_write
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` for a fit, ``config.<command>.yaml`` for the other commands.
+    """Writes ``config.yaml`` for a fit, ``config.<command>.yaml`` for the other commands. Beside that of a fit,
+    ``config.changed.yaml`` has only what is not as by default: what ``fit --changed`` prints.
 
     A fit that goes on with other settings says which; those before stay as ``config.until-step-<n>.yaml``.
 
@@ -48,6 +49,9 @@ class SaveRunConfig(SaveConfigCallback):
                 file.write(before)
         with atomic_write(path) as file:
             file.write(text)
+        if stage == "fit":
+            with atomic_write(path.with_name("config.changed.yaml")) as file:
+                file.write(self.parser.dump(self.config, skip_none=False, skip_default=True))
 
 
 def changed_settings(before: str, now: str) -> list[str]:

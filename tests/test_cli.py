@@ -33,10 +33,10 @@ def _imported(*command: str) -> set[str]:
     return {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
 
 
-@pytest.mark.parametrize("command", [["--help"], ["fit", "--help"]])
-def test_help_imports_nothing_heavy(command: list[str]) -> None:
+@pytest.mark.parametrize(("command", "lightning"), [(["--help"], False), (["fit", "--help"], True)])
+def test_help_imports_nothing_heavy(command: list[str], lightning: bool) -> None:
     names = _imported("main.py", *command)
-    assert "lightning.pytorch.cli" in names
+    assert ("lightning.pytorch.cli" in names) == lightning
     assert not names & {"transformers", "litellm", "vllm", "peft", "datasets"}
 
 
@@ -235,6 +235,12 @@ def test_a_fit_writes_its_run_folder_and_refuses_to_write_over_it(fit_arguments,
     assert {"config.yaml", "curves.png", "export", "checkpoints", "rollouts", "tensorboard"} <= {
         p.name for p in run.iterdir()
     }
+    changed = yaml.safe_load((run / "config.changed.yaml").read_text())
+    assert changed["run_dir"] == str(run)
+    assert changed["model"]["num_captions"] == 3
+    assert not {"seed", "lag"} & changed["model"].keys()
+    assert changed["checkpoint"] == {"every_n_train_steps": 1}
+    assert not {"rollout_log", "export", "captions"} & changed.keys()  # their paths are linked
     assert list((run / "tensorboard").glob("events*"))
     with pytest.raises(ConfigError, match="--ckpt_path last"):
         cli(fit_arguments())

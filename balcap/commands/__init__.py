@@ -6,6 +6,7 @@
                  reasoning), `estimate_run.py` (all of it together)
 `check.py`       whether model and engine do what training relies on: a subcommand of the trainer, too;
                  `check_policy.py`, `check_engine.py` (the checks), `check_state.py` (what they share)
+`init.py`        a config by five questions; `init_config.py` has the hardware and writes it
 `recaption.py`   new references for a data set; `recaption_settings.py`, `recaption_run.py` (the run),
                  `recaption_files.py` (what it writes)
 `export.py`      an adapter and its base as one model
@@ -13,5 +14,6 @@
 `benchmark.py`   benchmarks of captioners (`test`)
 `general.py`     ten general vision benchmarks, by lmms-eval in an environment of its own
 `serve.py`       a vLLM server that samples for a run
+`listing.py`     all commands, for who typed none or a wrong one
 `ledger.py`      what a cache and a ledger of judgments hold (`ledger`, `cache`)
 """

@@ -18,11 +18,9 @@ def main(args: Sequence[str] | None = None) -> None:
         ConfigError: what cannot be.
         PolicyError: what cannot be loaded.
     """
-    from jsonargparse import ArgumentParser
+    from balcap.utils.arguments import Parser
 
-    parser = ArgumentParser(
-        prog="main.py export", description="Write the model that an adapter and its base make."
-    )
+    parser = Parser(prog="main.py export", description="Write the model that an adapter and its base make.")
     parser.add_class_arguments(PolicyConfig, "model.policy")
     parser.add_argument("--out", type=str, required=True, help="Folder of the model; must not be there yet.")
     parser.add_argument("--merge", action="store_true", help="Add the adapter to the weights of its base.")

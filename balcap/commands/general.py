@@ -144,13 +144,11 @@ def _is_mean(score: TaskScore) -> bool:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run lmms-eval for both models, where it has not run yet, and print the table."""
-    from jsonargparse import ArgumentParser
+    from balcap.utils.arguments import Parser, SettingsFile
 
-    parser = ArgumentParser(
-        prog="main.py general", description="Ten general vision benchmarks, by lmms-eval."
-    )
+    parser = Parser(prog="main.py general", description="Ten general vision benchmarks, by lmms-eval.")
     add = parser.add_argument
-    add("--config", action="config")
+    add("--config", action=SettingsFile)
     add(
         "--model",
         type=str,

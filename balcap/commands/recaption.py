@@ -13,12 +13,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
 from balcap.commands.recaption_settings import RecaptionSettings, own_keys
 from balcap.config import ConfigError
 from balcap.data.json_files import DataError
 from balcap.judge import StoreError
+from balcap.utils.arguments import Parser, SettingsFile
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -27,11 +26,13 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with a status other than 0, or a message.
     """
-    parser = ArgumentParser(
+    parser = Parser(
         prog="main.py recaption",
         description="Write new reference captions for a data set, and what they assert (arXiv 2605.07394).",
     )
-    parser.add_argument("--config", action="config", help="Path to a configuration file; may be repeated.")
+    parser.add_argument(
+        "--config", action=SettingsFile, help="Path to a configuration file; may be repeated."
+    )
     parser.add_class_arguments(RecaptionSettings)
     values = parser.instantiate(parser.parse_args(args)).as_dict()
     values.pop("config", None)
