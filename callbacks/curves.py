@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from balcap.report.curves import smoothed
 from balcap.report.run import Series, read_metrics
 from balcap.utils.files import atomic_write
 
@@ -83,13 +84,6 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
 
     with atomic_write(out, "wb") as file:
         figure.savefig(file, format="png")
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Centred mean over about a twentieth of the run, cut off at its ends."""
-    half = len(values) // 40
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
 
 
 def _plot_rewards(axes: Axes, series: dict[str, Series]) -> None:

@@ -97,7 +97,7 @@ def test_a_ledger_of_version_1_is_shown_and_left_as_it_is(tmp_path, capsys):
         database.execute("ALTER TABLE calls DROP COLUMN detail")
         database.execute("PRAGMA user_version = 1")
     main(["ledger", str(tmp_path)])
-    assert "0 calls, $0.0000" in capsys.readouterr().out
+    assert "0 calls, $0.0000" in " ".join(capsys.readouterr().out.split())
     with closing(sqlite3.connect(file)) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (1,)
 

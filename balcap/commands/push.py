@@ -6,8 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
+from balcap.utils.arguments import Parser
 from balcap.utils.errors import UserError
 from balcap.utils.redact import redact
 
@@ -80,9 +79,7 @@ def _show(export: Path, repo: str) -> None:
 
 def main(args: Sequence[str]) -> None:
     """``python main.py push RUN REPO [--private] [--dry_run]``."""
-    parser = ArgumentParser(
-        prog="main.py push", description="Upload the export of a run to Hugging Face's hub."
-    )
+    parser = Parser(prog="main.py push", description="Upload the export of a run to Hugging Face's hub.")
     parser.add_argument("run", type=str, help="The run folder.")
     parser.add_argument("repo", type=str, help="Name on the hub, owner/name; made if it is not there.")
     parser.add_argument("--private", action="store_true", help="Make a private repo.")

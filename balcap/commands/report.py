@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from balcap.report.page import write_report
 from balcap.report.run import Run
+from balcap.utils.arguments import Parser
 from balcap.utils.errors import UserError
 from balcap.utils.run_folder import write_problem
 
@@ -33,7 +32,7 @@ def report(runs: Sequence[str], out: str | None = None) -> Path:
 
 def main(args: Sequence[str]) -> None:
     """``python main.py report RUN [RUN …] [--out FILE]``."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="main.py report",
         description="Curves, captions before and after with their verdicts, costs: one HTML file that needs no network.",
     )

@@ -5,7 +5,8 @@
 `thumbnails.py` its images, small
 `gallery.py`    images with their captions and verdicts, chosen for a reader
 `breakdown.py`  where reward was gained and lost, contradicting verdicts; `kinds.py` what assertions are about
-`figures.py`    charts as plain data
+`curves.py`     metrics over training as charts; `figures.py` all other charts, and what they share
 `readme.py`     the README of a run folder; `model_card.py` that of its export; `markdown.py` what they share
 `page.py`       all of it as one HTML file, with `templates/`; `text.py` makes texts harmless
+`readme.py`     the README of a run folder; `model_card.py` that of an export; `markdown.py` what they share
 """

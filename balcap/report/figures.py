@@ -5,210 +5,23 @@ Colours of text and grid are the page's, which knows whether it is light or dark
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from balcap.report.breakdown import Bin, Share, pareto_front
-from balcap.report.run import TITLES, Run, Series, leaves
+from balcap.report.breakdown import Bin, Share
+from balcap.report.run import TITLES, Run
 
 Figure = dict[str, Any]
 
 BLUE, ORANGE, GREEN, VIOLET = "#3f7fd0", "#e08a2e", "#3a9d6b", "#9467bd"
 PALETTE = (BLUE, ORANGE, GREEN, VIOLET, "#d0507a", "#4bb1c4", "#a3883f", "#8a8f98")
 REWARDS = {"precision": BLUE, "recall": ORANGE, "linguistic": GREEN, "b_capscore": VIOLET}
-GOOD, VAGUE, BAD = "#3a9d6b", "#e0b02e", "#d1495b"
+GOOD, BAD, FAINT = "#3a9d6b", "#d1495b", "#8a8f98"
 COUNTS = ("share", "seconds", "per step", "US dollars", "standard deviation")
 """Units whose axes begin at 0."""
-POINTS = 600
-"""Of one line; a longer one is averaged."""
-
-SEEDS = ("seed_everything", "run_dir", "resume", "ckpt_path", "model.judge.cache", "model.judge.concurrency")
-"""Settings that do not make another setting of a run."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Runs that differ in nothing but their seed.
-
-    Attributes:
-        label: what sets it apart from the others, or the names of its runs.
-        runs: of it.
-        colour: of its lines.
-    """
-
-    label: str
-    runs: list[Run]
-    colour: str
-
-
-def settings_of(runs: Sequence[Run]) -> list[Setting]:
-    """Runs by setting, in the order in which they were named."""
-    own = [{name: value for name, value in leaves(run.settings) if name not in SEEDS} for run in runs]
-    keys = [json.dumps(sorted(one.items()), default=str) for one in own]
-    grouped = {key: [i for i, other in enumerate(keys) if other == key] for key in keys}
-    varying = sorted({name for one in own for name in one if any(o.get(name) != one[name] for o in own)})
-    labels = []
-    for members in grouped.values():
-        differing = [f"{name.split('.')[-1]} {own[members[0]].get(name)}" for name in varying][:3]
-        names = ", ".join(runs[i].name for i in members)
-        labels.append(names if not differing or len(members) == 1 else f"{', '.join(differing)} ({names})")
-    return [
-        Setting(label, [runs[i] for i in members], PALETTE[n % len(PALETTE)])
-        for n, (label, members) in enumerate(zip(labels, grouped.values(), strict=True))
-    ]
-
-
-def curves(settings: Sequence[Setting]) -> list[Figure]:
-    """Everything that is logged over training steps; what no run has logged is left out."""
-    names = tuple(
-        dict.fromkeys(name for setting in settings for run in setting.runs for name in run.reward_names)
-    )
-    rewards = {f"train/{name}": TITLES.get(name, name) for name in (*names, "b_capscore")}
-    panels: list[tuple[str, str, Mapping[str, str]]] = [
-        ("Rewards, before the length mask", "score", rewards),
-        ("Length ratio ρ", "caption / reference tokens", {"train/length_ratio": "length ratio"}),
-        ("Caption length", "tokens", {"train/caption_tokens": "caption tokens"}),
-        ("KL to the reference", "nats per token", {"train/kl": "KL"}),
-        ("Entropy of the policy", "nats per token", {"train/entropy": "entropy"}),
-        ("Spread within groups", "standard deviation", {f"train/reward_std/{name}": name for name in names}),
-        ("Groups without spread", "share", {f"train/zero_variance/{name}": name for name in names}),
-        ("Captions outside the length mask's bounds", "share", {"train/length_masked": "outside"}),
-        ("Judgments missing", "per step", {"judge/failed": "missing"}),
-        ("Judge, dollars so far", "US dollars", {"judge/cost_usd": "dollars"}),
-        (
-            "Seconds of a step",
-            "seconds",
-            {
-                "time/step_s": "whole step",
-                "time/rollout_s": "rollout",
-                "time/judge_wait_s": "waiting for the judge",
-                "time/update_s": "update",
-                "time/sync_s": "sync",
-            },
-        ),
-        ("Gradient norm", "before clipping", {"train/grad_norm": "gradient norm"}),
-        (
-            "Habits of held-out captions",
-            "share",
-            {"val/repeated_4grams": "repeated 4-grams", "val/meta_commentary": "meta commentary"},
-        ),
-    ]
-    panels += [
-        (f"Benchmark: {name}", "score", {f"bench/{name}": name})
-        for name in sorted(
-            {n.split("/", 1)[1] for s in settings for r in s.runs for n in r.metrics if _is_score(n)}
-        )
-    ]
-    figures = []
-    for title, unit, metrics in panels:
-        there = {
-            m: label for m, label in metrics.items() if any(m in r.metrics for s in settings for r in s.runs)
-        }
-        if len(settings) == 1 and there:
-            figures.append(_one_setting(title, unit, there, settings[0]))
-        elif there:
-            figures += [
-                _several_settings(title if len(there) == 1 else f"{title}: {label}", unit, metric, settings)
-                for metric, label in there.items()
-            ]
-    return figures
-
-
-def _is_score(name: str) -> bool:
-    return name.startswith("bench/") and not name.endswith(("_low", "_high"))
-
-
-def _one_setting(title: str, unit: str, metrics: Mapping[str, str], setting: Setting) -> Figure:
-    """A line per metric."""
-    data: list[Figure] = []
-    for number, (metric, label) in enumerate(metrics.items()):
-        colour = REWARDS.get(metric.split("/")[-1], PALETTE[number % len(PALETTE)])
-        data += _lines(label, metric, setting.runs, colour)
-    return _figure(title, "optimizer steps", unit, data, _band(metrics, setting.runs[0]))
-
-
-def _several_settings(title: str, unit: str, metric: str, settings: Sequence[Setting]) -> Figure:
-    """A line per setting."""
-    data = [line for s in settings for line in _lines(s.label, metric, s.runs, s.colour)]
-    return _figure(title, "optimizer steps", unit, data, _band({metric: ""}, settings[0].runs[0]))
-
-
-def _lines(label: str, metric: str, runs: Sequence[Run], colour: str) -> list[Figure]:
-    """The metric of one setting: mean and standard deviation over its runs, or a smoothed line over the raw one of a single
-    run; validations as dots."""
-    series = [_known(run.metrics[metric]) for run in runs if metric in run.metrics]
-    series = [one for one in series if one[0]]
-    if not series:
-        return []
-    name = metric.split("/", 1)[1]
-    held_out = [_known(run.metrics[f"val/{name}"]) for run in runs if f"val/{name}" in run.metrics]
-    own = {"line": {"color": colour, "width": 2}, "legendgroup": label, "name": label}
-    data: list[Figure] = []
-    if len(series) == 1:
-        steps, values = _shortened(series[0])
-        if len(steps) > 20:
-            raw = {**own, "line": {"color": colour, "width": 1}, "opacity": 0.25}
-            data.append(_scatter(steps, values, **raw, showlegend=False, hoverinfo="skip"))
-        data.append(
-            _scatter(steps, smoothed(values) if len(steps) > 20 else values, **own, mode=_mode(steps))
-        )
-    else:
-        steps, mean, std = _mean_and_std([_shortened(one) for one in series])
-        edge = {**own, "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
-        data.append(_scatter(steps, [m - s for m, s in zip(mean, std, strict=True)], **edge))
-        data.append(
-            _scatter(steps, [m + s for m, s in zip(mean, std, strict=True)], **edge)
-            | {"fill": "tonexty", "fillcolor": _transparent(colour)}
-        )
-        data.append(_scatter(steps, mean, **own, mode=_mode(steps)))
-    if not metric.startswith("val/") and held_out:
-        dots = {
-            "mode": "markers",
-            "marker": {"color": colour, "size": 9, "line": {"color": "white", "width": 1.5}},
-        }
-        steps = [step for one in held_out for step in one[0]]
-        values = [value for one in held_out for value in one[1]]
-        name = f"{label}, held out"
-        data.append(_scatter(steps, values, **dots, name=name, legendgroup=label, showlegend=False))
-    return data
-
-
-def trade_off(settings: Sequence[Setting], x: str = "precision", y: str = "recall") -> Figure | None:
-    """The way of each run through precision and recall, its validations as diamonds, and the Pareto front of all runs'
-    smoothed steps and validations; None without both rewards."""
-    data: list[Figure] = []
-    points: list[tuple[float, float]] = []
-    for setting in settings:
-        for number, run in enumerate(setting.runs):
-            for stage, style in (("train", {"mode": "lines"}), ("val", {"mode": "markers"})):
-                both = _joined(run, f"{stage}/{x}", f"{stage}/{y}", f"{stage}/linguistic")
-                if not both:
-                    continue
-                steps, xs, ys, ls = (list(column) for column in zip(*both, strict=True))
-                if stage == "train" and len(xs) > 20:
-                    xs, ys = smoothed(xs), smoothed(ys)
-                points += list(zip(xs, ys, strict=True))
-                marker = {"symbol": "diamond", "size": 11, "color": setting.colour}
-                text = [f"step {s:.0f}, linguistic {ll:.3f}" for s, ll in zip(steps, ls, strict=True)]
-                data.append(
-                    _scatter(
-                        xs, ys, **style, name=setting.label, legendgroup=setting.label, text=text,
-                        line={"color": setting.colour, "width": 1.5}, marker=marker,
-                        showlegend=stage == "train" and number == 0, hovertemplate="%{x:.3f}, %{y:.3f}<br>%{text}",
-                    )
-                )  # fmt: skip
-    if not points:
-        return None
-    front = pareto_front([(round(a, 4), round(b, 4)) for a, b in points])
-    xs, ys = [a for a, _ in front], [b for _, b in front]
-    line = {"dash": "dot", "color": "#8a8f98", "shape": "vh"}
-    data.append(_scatter(xs, ys, mode="lines", name="Pareto front", line=line, hoverinfo="skip"))
-    return _figure("Trade-off of precision and recall", x, y, data)
 
 
 def shares(title: str, before: Sequence[Share], after: Sequence[Share]) -> Figure | None:
@@ -236,13 +49,13 @@ def shares(title: str, before: Sequence[Share], after: Sequence[Share]) -> Figur
             )
     if not data:
         return None
-    figure = _figure(title, "", "share that is right", data)
-    figure["layout"] |= {"barmode": "group"}
-    figure["layout"]["yaxis"] |= {"range": [0, 1.12], "tickformat": ".0%"}
-    return figure
+    chart = figure(title, "", "share that is right", data)
+    chart["layout"] |= {"barmode": "group"}
+    chart["layout"]["yaxis"] |= {"range": [0, 1.12], "tickformat": ".0%"}
+    return chart
 
 
-def lengths(before: Sequence[Bin], after: Sequence[Bin], bounds: tuple[float, float]) -> Figure | None:
+def lengths(before: Sequence[Bin], after: Sequence[Bin], bounds: tuple[float, float] | None) -> Figure | None:
     """Mean rewards of captions by their length ratio after training, with the number of captions as bars."""
     if not after:
         return None
@@ -259,22 +72,23 @@ def lengths(before: Sequence[Bin], after: Sequence[Bin], bounds: tuple[float, fl
                     "marker": {"color": colour}, "opacity": 0.45,
                 }
             )  # fmt: skip
-    for number, name in enumerate(names):
-        colour = REWARDS.get(name, PALETTE[number % len(PALETTE)])
-        values = [_number(one.means[name]) for one in after]
+    for place, name in enumerate(names):
+        colour = REWARDS.get(name, PALETTE[place % len(PALETTE)])
+        values = [number(one.means[name]) for one in after]
         data.append(
-            _scatter(label, values, mode="lines+markers", name=TITLES.get(name, name), line={"color": colour})
+            scatter(label, values, mode="lines+markers", name=TITLES.get(name, name), line={"color": colour})
         )
-    figure = _figure("Rewards by length", "caption / reference tokens", "mean score after", data)
+    chart = figure("Rewards by length", "caption / reference tokens", "mean score after", data)
     order = [_range(a, b) for a, b in _edges(before, after)]
-    figure["layout"]["xaxis"] |= {"type": "category", "categoryorder": "array", "categoryarray": order}
-    figure["layout"]["yaxis"] |= {"range": [0, 1.05]}
-    figure["layout"] |= {
+    chart["layout"]["xaxis"] |= {"type": "category", "categoryorder": "array", "categoryarray": order}
+    chart["layout"]["yaxis"] |= {"range": [0, 1.05]}
+    chart["layout"] |= {
         "barmode": "group",
         "yaxis2": {"overlaying": "y", "side": "right", "showgrid": False, "title": {"text": "captions"}},
     }
-    figure["note"] = f"The length mask counts the linguistic reward from {bounds[0]:g} to {bounds[1]:g}."
-    return figure
+    if bounds is not None:
+        chart["note"] = f"The length mask counts the linguistic reward from {bounds[0]:g} to {bounds[1]:g}."
+    return chart
 
 
 def struck(ratio: np.ndarray, masked: np.ndarray, bounds: tuple[float, float]) -> Figure | None:
@@ -288,9 +102,9 @@ def struck(ratio: np.ndarray, masked: np.ndarray, bounds: tuple[float, float]) -
     for label, which, colour in (("counted", ~masked, GOOD), ("struck", masked, BAD)):
         counts = np.histogram(np.clip(ratio[known & which], 0, edges[-1]), edges)[0].tolist()
         data.append({"type": "bar", "name": label, "x": middles, "y": counts, "marker": {"color": colour}})
-    figure = _figure("What the length mask struck", "caption / reference tokens", "training captions", data)
-    figure["layout"] |= {"barmode": "stack", "bargap": 0.02, "shapes": [_vertical(x) for x in bounds]}
-    return figure
+    chart = figure("What the length mask struck", "caption / reference tokens", "training captions", data)
+    chart["layout"] |= {"barmode": "stack", "bargap": 0.02, "shapes": [_vertical(x) for x in bounds]}
+    return chart
 
 
 def latencies(calls: Mapping[str, Sequence[float]]) -> Figure | None:
@@ -299,7 +113,7 @@ def latencies(calls: Mapping[str, Sequence[float]]) -> Figure | None:
         {
             "type": "box",
             "name": task,
-            "x": [_rounded(s) for s in seconds],
+            "x": [rounded(s) for s in seconds],
             "marker": {"color": colour},
             "boxpoints": False,
         }
@@ -307,10 +121,10 @@ def latencies(calls: Mapping[str, Sequence[float]]) -> Figure | None:
     ]
     if not data:
         return None
-    figure = _figure("Latency of judge calls", "seconds, logarithmic", "", data)
-    figure["layout"]["xaxis"] |= {"type": "log"}
-    figure["layout"] |= {"showlegend": False}
-    return figure
+    chart = figure("Latency of judge calls", "seconds, logarithmic", "", data)
+    chart["layout"]["xaxis"] |= {"type": "log"}
+    chart["layout"] |= {"showlegend": False}
+    return chart
 
 
 def benchmarks(runs: Sequence[Run]) -> Figure | None:
@@ -334,32 +148,23 @@ def benchmarks(runs: Sequence[Run]) -> Figure | None:
                     "x": list(rows),
                     "y": [row["score"] for row in rows.values()],
                     "error_y": {
-                        "type": "data", "symmetric": False, "array": high, "arrayminus": low, "color": "#8a8f98",
+                        "type": "data", "symmetric": False, "array": high, "arrayminus": low, "color": FAINT,
                     },
                     "marker": {"color": colour},
                 }
             )  # fmt: skip
     if not data:
         return None
-    figure = _figure("Benchmarks", "", "score", data)
-    figure["layout"] |= {"barmode": "group"}
-    return figure
+    chart = figure("Benchmarks", "", "score", data)
+    chart["layout"] |= {"barmode": "group"}
+    return chart
 
 
 def _scored(row: Any) -> bool:
     return isinstance(row, Mapping) and isinstance(row.get("score"), int | float)
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Centred mean over about a twentieth of the run, cut off at its ends."""
-    half = len(values) // 40
-    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, float))])
-    at = np.arange(len(values))
-    low, high = np.maximum(0, at - half), np.minimum(len(values), at + half + 1)
-    return [float(value) for value in (sums[high] - sums[low]) / (high - low)]
-
-
-def _figure(title: str, x: str, y: str, data: list[Figure], shapes: Sequence[Figure] = ()) -> Figure:
+def figure(title: str, x: str, y: str, data: list[Figure], shapes: Sequence[Figure] = ()) -> Figure:
     layout: Figure = {
         "xaxis": {"title": {"text": x}, "automargin": True},
         "yaxis": {
@@ -374,82 +179,27 @@ def _figure(title: str, x: str, y: str, data: list[Figure], shapes: Sequence[Fig
     return {"title": title, "data": data, "layout": layout}
 
 
-def _scatter(x: Iterable[Any], y: Iterable[Any], **style: Any) -> Figure:
-    numbers = [_number(value) for value in y]
+def scatter(x: Iterable[Any], y: Iterable[Any], **style: Any) -> Figure:
+    numbers = [number(value) for value in y]
     return {
         "type": "scatter",
         "mode": "lines",
-        "x": [_number(v) if isinstance(v, float) else v for v in x],
+        "x": [number(v) if isinstance(v, float) else v for v in x],
         "y": numbers,
     } | style
 
 
-def _number(value: float | None) -> float | None:
+def number(value: float | None) -> float | None:
     """With five digits; None for what JSON has no word for."""
-    return None if value is None or not math.isfinite(value) else _rounded(value)
+    return None if value is None or not math.isfinite(value) else rounded(value)
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def _mode(steps: Sequence[float]) -> str:
-    return "lines+markers" if len(steps) < 5 else "lines"
-
-
-def _known(series: Series) -> Series:
-    pairs = [(step, value) for step, value in zip(*series, strict=True) if math.isfinite(value)]
-    return [step for step, _ in pairs], [value for _, value in pairs]
-
-
-def _shortened(series: Series) -> Series:
-    steps, values = series
-    if len(steps) <= POINTS:
-        return series
-    parts = np.array_split(np.arange(len(steps)), POINTS)
-    return (
-        [float(np.mean(np.asarray(steps)[part])) for part in parts],
-        [float(np.mean(np.asarray(values)[part])) for part in parts],
-    )
-
-
-def _mean_and_std(series: Sequence[Series]) -> tuple[list[float], list[float], list[float]]:
-    """At every step of the longest run, over the runs that have come so far; each smoothed, between its steps linear."""
-    grid = max((steps for steps, _ in series), key=len)
-    rows = []
-    for steps, values in series:
-        line = smoothed(values) if len(values) > 20 else values
-        row = np.interp(grid, steps, line)
-        row[(np.asarray(grid) < steps[0]) | (np.asarray(grid) > steps[-1])] = np.nan
-        rows.append(row)
-    stacked = np.stack(rows)
-    count = (~np.isnan(stacked)).sum(0)
-    mean = np.nansum(stacked, 0) / np.maximum(count, 1)
-    std = np.sqrt(np.nansum((stacked - mean) ** 2, 0) / np.maximum(count - 1, 1))
-    return list(grid), mean.tolist(), std.tolist()
-
-
-def _joined(run: Run, *names: str) -> list[tuple[float, ...]]:
-    """(step, value of each metric) at the steps where the first two are there; the third is NaN where it is not."""
-    columns = [dict(zip(*run.metrics.get(name, ([], [])), strict=True)) for name in names]
-    steps = [step for step, value in columns[0].items() if not math.isnan(value)]
-    steps = [step for step in steps if not math.isnan(columns[1].get(step, math.nan))]
-    return [(step, *(column.get(step, math.nan) for column in columns)) for step in sorted(steps)]
-
-
-def _band(metrics: Iterable[str], run: Run) -> list[Figure]:
-    """The length mask's bounds, behind a length ratio."""
-    if "train/length_ratio" not in metrics:
-        return []
-    low, high = run.bounds
-    box = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": low, "y1": high, "layer": "below"}
-    return [
-        box | {"fillcolor": "rgba(63,127,208,0.10)", "line": {"color": "rgba(63,127,208,0.45)", "width": 1}}
-    ]
-
-
 def _vertical(x: float) -> Figure:
-    line = {"color": "#8a8f98", "dash": "dot"}
+    line = {"color": FAINT, "dash": "dot"}
     return {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1, "line": line}
 
 
@@ -459,8 +209,3 @@ def _range(low: float, high: float) -> str:
 
 def _edges(*bins: Sequence[Bin]) -> list[tuple[float, float]]:
     return sorted({(one.low, one.high) for some in bins for one in some})
-
-
-def _transparent(colour: str) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.18)"

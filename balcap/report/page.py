@@ -11,6 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from balcap.report import breakdown, figures
+from balcap.report.curves import Setting, curves, settings_of, trade_off
 from balcap.report.gallery import Card, add_images, groups, held_out
 from balcap.report.rollouts import Captions
 from balcap.report.run import Outcome, Run, leaves, short_model
@@ -90,7 +91,7 @@ def _content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, figures.Fig
         drawn[key] = figure
         return {"id": key, "title": figure["title"], "note": figure.get("note")}
 
-    settings = figures.settings_of(runs)
+    settings = settings_of(runs)
     cards = _cards(runs)
     before, after = runs[0].rollouts.ends
     charts = _breakdown(runs[0], settings, before, after)
@@ -105,7 +106,7 @@ def _content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, figures.Fig
         "sections": SECTIONS,
         "runs": [_run_part(run) for run in runs],
         "table": _table(runs) if several else None,
-        "curves": [chart(figure) for figure in figures.curves(settings)],
+        "curves": [chart(figure) for figure in curves(settings)],
         "curves_lead": _curves_lead(settings),
         "cards": cards,
         "kinds": [
@@ -251,7 +252,7 @@ def _table(runs: Sequence[Run]) -> list[list[str]] | None:
     return [*rows, ["mean change ± standard deviation", *spread]]
 
 
-def _curves_lead(settings: Sequence[figures.Setting]) -> str:
+def _curves_lead(settings: Sequence[Setting]) -> str:
     lines = "Lines are training, smoothed over a twentieth of the run; dots are held-out images."
     if any(len(setting.runs) > 1 for setting in settings):
         lines += " Of runs that differ in their seed alone the mean is drawn, with a band of one standard deviation."
@@ -270,10 +271,10 @@ def _captions_lead(runs: Sequence[Run], cards: Sequence[Card]) -> str:
 
 
 def _breakdown(
-    run: Run, settings: Sequence[figures.Setting], before: Captions | None, after: Captions | None
+    run: Run, settings: Sequence[Setting], before: Captions | None, after: Captions | None
 ) -> list[figures.Figure]:
     """The charts of the first run, and the trade-off of all."""
-    charts: list[figures.Figure | None] = [figures.trade_off(settings)]
+    charts: list[figures.Figure | None] = [trade_off(settings)]
     for title, column, flags in (
         ("Assertions that are true and pointable, by kind", "assertions", ("true", "pointable")),
         ("Reference units that are covered, by kind", "reference_units", ("covered",)),
@@ -282,9 +283,9 @@ def _breakdown(
         charts.append(figures.shares(title, *ends))
     names = ("precision", "recall", "linguistic")
     bins = [[] if of is None else breakdown.by_length(of, names) for of in (before, after)]
-    charts.append(figures.lengths(bins[0], bins[1], run.bounds))
+    charts.append(figures.lengths(bins[0], bins[1], run.bounds if run.has_mask else None))
     train = run.rollouts.train
-    if train is not None and "shaped/linguistic" in train.table.column_names:
+    if train is not None and run.has_mask and "shaped/linguistic" in train.table.column_names:
         charts.append(figures.struck(train.length_ratio, _masked(train), run.bounds))
     charts.append(figures.benchmarks([run for setting in settings for run in setting.runs]))
     return [chart for chart in charts if chart is not None]
@@ -310,7 +311,12 @@ def _breakdown_lead(runs: Sequence[Run]) -> str:
 
 def _mask_lead(run: Run) -> str | None:
     train = run.rollouts.train
-    if train is None or "shaped/linguistic" not in train.table.column_names or not len(train):
+    if (
+        train is None
+        or not run.has_mask
+        or "shaped/linguistic" not in train.table.column_names
+        or not len(train)
+    ):
         return None
     masked, ratio = _masked(train), train.length_ratio
     if not masked.any():

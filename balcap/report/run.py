@@ -196,6 +196,12 @@ class Run:
         return default.tau_low, default.tau_high
 
     @property
+    def has_mask(self) -> bool:
+        """Whether the run masks by length: by default it does."""
+        given = self.setting("model.reward_transforms")
+        return given is None or any("LengthMask" in str(transform) for transform in given)
+
+    @property
     def command(self) -> str:
         """That repeats the run."""
         anew = "".join(f" --{name} null" for name in ("ckpt_path", "resume") if self.setting(name))

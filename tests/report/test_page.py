@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import main
-from balcap.report.figures import curves, settings_of
+from balcap.report.curves import curves, settings_of
 from balcap.report.gallery import add_images, groups, held_out
 from balcap.report.page import render
 from balcap.report.run import Run
