@@ -5,6 +5,7 @@ One step of training reads them from top to bottom::
     length_mask.py  LengthMask           rewards [B, G, K] -> [B, G, K]; LinearLengthPenalty, its baseline
     cgdpo.py        CGDPO                rewards [B, G, K] -> advantages [B, G]
     grpo.py         GRPO                 the same; the baseline that c-GDPO beats
+    corr_grpo.py    CorrGRPO             the same; gr3.py: GR3 on rewards; qglas.py: QGLAS on advantages: rivals
     loss.py         policy_loss          log-probs [B, G, T], advantages -> scalar; clipped surrogate + KL
     base.py         what a YAML may name in their place; normalize.py: standard scores with missing values
 
@@ -15,6 +16,8 @@ listed in ``docs/papers.md``.
 
 from balcap.algorithms.base import AdvantageEstimator, AdvantageTransform, RewardTransform
 from balcap.algorithms.cgdpo import CGDPO, cgdpo
+from balcap.algorithms.corr_grpo import CorrGRPO, corr_grpo
+from balcap.algorithms.gr3 import GR3, gr3
 from balcap.algorithms.grpo import GRPO, grpo
 from balcap.algorithms.length_mask import (
     LengthMask,
@@ -33,12 +36,16 @@ from balcap.algorithms.loss import (
     policy_loss,
     truncated_importance,
 )
+from balcap.algorithms.qglas import QGLAS, qglas
 
 __all__ = [
     "CGDPO",
+    "GR3",
     "GRPO",
+    "QGLAS",
     "AdvantageEstimator",
     "AdvantageTransform",
+    "CorrGRPO",
     "LengthMask",
     "LinearLengthPenalty",
     "PolicyLoss",
@@ -46,6 +53,8 @@ __all__ = [
     "aggregate",
     "cgdpo",
     "clipped_surrogate",
+    "corr_grpo",
+    "gr3",
     "grpo",
     "kl_k3",
     "length_mask",
@@ -53,6 +62,7 @@ __all__ = [
     "linear_length_penalty",
     "loss_normalizer",
     "policy_loss",
+    "qglas",
     "truncated_importance",
     "within_length_bounds",
 ]
