@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from balcap.data.layouts import BETWEEN
+from balcap.judge.tasks.rate import SCALES
 from balcap.report.rollouts import Captions
 from balcap.report.run import PARTS, Run
 from balcap.report.thumbnails import FOLDER, thumbnail_path
@@ -25,7 +26,6 @@ SIZES = (384, 256, 160, 96)
 IMAGE_BYTES = 10_000_000
 SHARED = 12
 """Images that runs must have in common to be compared on them."""
-SCALES = ("clarity", "fluency", "coherency")
 
 
 @dataclass(frozen=True)
