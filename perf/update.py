@@ -4,7 +4,6 @@
     python perf/update.py --quick      one small case, within a minute; memory is not measured
     python perf/update.py --family qwen3_vl|qwen3_5|...   P 420, G 8 of one family at that size, on a CPU
     python perf/update.py --size 3b    a GPU (the default there), bfloat16, G = 8; 7b, llava7b; --lora
-    ... --no-checkpointing             keep all activations, in all variants
 
 An update is the forward of policy and loss and the backward; captions are given and no optimizer steps. Every
 variant makes log-probs and entropies and reports what training reports. The reference is left out (no KL), the
@@ -14,6 +13,8 @@ enough for every token to matter.
 
 ours       `balcap.policy.policy.Policy` as training uses it, with ``compile: false``
 ours, compiled   with ``compile: true``, which is the default on GPUs; there only
+..., nothing recomputed   the same without checkpointing, as ``gradient_checkpointing: auto`` decides where it fits, as it
+           does here; the peers would not fit without
 naive      the same with ``shared_prefix: false``; of a family that cannot share a prefix, ours is that too
 TRL        ``GRPOTrainer.training_step`` with its inputs prepared: its own log-probs, loss and backward, with
            ``loss_type="dapo"``, whose denominator is ours (tokens). Checkpointing, dtype and attention are those of
@@ -39,7 +40,7 @@ import multiprocessing
 import os
 import sys
 import warnings
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ import torch
 from balcap.policy.flops import peak_flops
 from perf.report import arguments, report, seconds_of
 from perf.update_case import SIZES, Case, Work, build, work_of
-from perf.update_variants import COMPACT, COMPILED, NAIVE, OURS, TRL, variant
+from perf.update_variants import COMPACT, COMPILED, KEPT, NAIVE, OURS, TRL, variant
 
 warnings.simplefilter("ignore")
 THREE = [OURS, NAIVE, TRL]
@@ -111,6 +112,7 @@ def run(case: Case, names: Sequence[str], runs: int, memory: bool) -> Result:
     for name in names * (1 if case.device == "cpu" else 2):  # warm-up, and compilation
         _seconds(variants[name], model, work)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    print("… timing", file=sys.stderr, flush=True)
     for _, name in itertools.product(range(runs), names):
         seconds[name].append(_seconds(variants[name], model, work))
     medians = {name: median(each) for name, each in seconds.items()}
@@ -120,7 +122,7 @@ def run(case: Case, names: Sequence[str], runs: int, memory: bool) -> Result:
     size = sum(p.numel() for p in model.parameters())
     peak = peak_flops(torch.device(case.device))
     flops = variants[OURS].policy.flops(work.rollouts, work.prompts, [0])
-    ours = [name for name in (OURS, COMPILED) if name in names and peak and flops]
+    ours = [name for name in (OURS, COMPILED, KEPT) if name in names and peak and flops]
     return Result(
         case,
         f"{SIZES[case.size]['name']} {size / 1e6:.0f}M, P {prompt}, G {case.captions}",
@@ -135,17 +137,19 @@ def agreement(case: Case, names: Sequence[str]) -> tuple[dict[str, float], dict[
     """Errors of log-probs and gradients against naive, by variant, in float32; on CUDA of four captions."""
     case = replace(case, dtype="float32", captions=min(4 if case.device == "cuda" else 64, case.captions))
     model, processor = build(case)
-    work, found = work_of(case, model, processor), {}
-    for name in names:
+    work, norm = work_of(case, model, processor), torch.nn.utils.get_total_norm
+    logps_error: dict[str, float] = {}
+    gradient_error: dict[str, float] = {}
+    for name in (NAIVE, *(name for name in names if name != NAIVE)):
+        print(f"… {name} in float32", file=sys.stderr, flush=True)
         model.zero_grad()
         logps = variant(name, model, processor, case).update(work).float().cpu()
-        gradients = [p.grad.double().cpu() for p in model.parameters() if p.grad is not None]
-        found[name] = logps, gradients
-    wanted_logps, wanted = found.pop(NAIVE)
-    norm, logps_error, gradient_error = torch.nn.utils.get_total_norm, {}, {}
-    for name, (logps, gradients) in found.items():
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if name == NAIVE:
+            wanted_logps, wanted = logps, gradients
+            continue
         logps_error[name] = float((logps - wanted_logps).abs().max())
-        differences = [own - other for own, other in zip(gradients, wanted, strict=True)]
+        differences = [own.sub_(other) for own, other in zip(gradients, wanted, strict=True)]
         gradient_error[name] = float(norm(differences) / norm(wanted))
     return logps_error, gradient_error
 
@@ -196,9 +200,8 @@ def _resident_peak() -> int:
 def plan(options: Namespace) -> list[tuple[Case, list[str]]]:
     """Cases, the headline first, and their variants."""
     if options.family is None and torch.cuda.is_available():
-        kept = options.checkpointing
-        large = Case(options.size, 1300, 8, 200, 300, "cuda", "bfloat16", options.lora, checkpointing=kept)
-        return [(large, [COMPILED, *THREE])]
+        large = Case(options.size, 1300, 8, 200, 300, "cuda", "bfloat16", options.lora, checkpointing=True)
+        return [(large, [KEPT, COMPILED, *THREE])]
     size = SMALL[options.family or "qwen2_5_vl"]
     if options.quick:
         return [(Case(size, 200, 4, 20, 40), THREE)]
@@ -220,12 +223,6 @@ def main() -> None:
     parser.add_argument("--size", choices=["3b", "7b", "llava7b"], default="3b", help="of the model on CUDA")
     parser.add_argument("--family", choices=SMALL, help="one family alone, on a CPU")
     parser.add_argument("--lora", action="store_true", help="on CUDA: train adapters of rank 64 only")
-    parser.add_argument(
-        "--checkpointing",
-        action=BooleanOptionalAction,
-        default=True,
-        help="on CUDA: recompute activations",
-    )
     options = parser.parse_args()
     results, runs = [], 3 if options.quick else 5
     for case, names in plan(options):
@@ -244,6 +241,7 @@ def main() -> None:
         "memory_ratio_trl": headline.ratio(OURS, TRL, "peak_mb"),
         "mfu": headline.mfu,
         "update_ratio_trl_compiled": headline.ratio(TRL, COMPILED),
+        "update_ratio_trl_kept": headline.ratio(TRL, KEPT),
         "update_ratio_trl_captions_only": headline.ratio(COMPACT, OURS),
         "cases": [asdict(result) for result in results],
     }

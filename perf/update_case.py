@@ -31,7 +31,7 @@ class Case:
         prompt: P that is aimed at; the image decides it, LLaVA's by its size in ``models.yaml``.
         captions: G.
         shortest, longest: caption tokens, uniform between.
-        device, dtype, lora, checkpointing: alike for all variants.
+        device, dtype, lora, checkpointing: alike for all variants, but for `perf.update_variants.KEPT`.
     """
 
     size: str
@@ -43,6 +43,11 @@ class Case:
     dtype: str = "float32"
     lora: bool = False
     checkpointing: bool = False
+
+    @property
+    def autocast(self) -> bool:
+        """Adapters are in float32 over weights in bfloat16 and compute in bfloat16, as the configs train them."""
+        return self.lora and self.dtype == "bfloat16"
 
     @property
     def family(self) -> str:

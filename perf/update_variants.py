@@ -19,6 +19,7 @@ from balcap.policy.prompts import PromptEncoder
 from perf.update_case import QUESTION, Case, Work
 
 OURS, COMPILED, NAIVE, TRL, COMPACT = "ours", "ours, compiled", "naive", "TRL", "TRL, captions only"
+KEPT = "ours, compiled, nothing recomputed"
 
 
 def twin(model: Any) -> Any:
@@ -28,12 +29,22 @@ def twin(model: Any) -> Any:
 
 
 class Ours:
-    """As in `balcap.trainer.update`, one micro-batch: log-probs and entropies, loss, backward."""
+    """As in `balcap.trainer.update`, one micro-batch: log-probs and entropies, loss, backward.
 
-    def __init__(self, model: Any, processor: Any, shared_prefix: bool, compile: bool = False) -> None:
-        model = twin(model)
+    Args:
+        model: the model of all variants.
+        processor: its own.
+        case: the settings.
+        name: of the variant.
+    """
+
+    def __init__(self, model: Any, processor: Any, case: Case, name: str) -> None:
+        model, self.case = twin(model), case
+        if name == KEPT:
+            model.gradient_checkpointing_disable()
         encoder = PromptEncoder(processor, model.config)
-        self.policy = Policy(model, encoder, shared_prefix=shared_prefix, compile=compile)
+        compiled = name in (COMPILED, KEPT)
+        self.policy = Policy(model, encoder, shared_prefix=name != NAIVE, compile=compiled)
         self.policy.model.train()
 
     def update(self, work: Work) -> Tensor:
@@ -42,7 +53,8 @@ class Ours:
         Each update is a step: the image features that training keeps for a whole step are made anew.
         """
         work.prompts.features.clear()
-        logps, _ = self.policy.logps(work.rollouts, work.prompts, [0], entropy=True)
+        with torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.autocast):
+            logps, _ = self.policy.logps(work.rollouts, work.prompts, [0], entropy=True)
         advantages, mask = (x.to(logps.device) for x in (work.advantages, work.rollouts.completion_mask))
         normalizer = loss_normalizer(work.rollouts.completion_mask, "token_mean")
         policy_loss(logps, logps.detach(), advantages, mask, normalizer=normalizer).loss.backward()
@@ -68,7 +80,7 @@ class Trl:
         config = GRPOConfig(
             output_dir=self.folder.name,
             use_cpu=case.device == "cpu",
-            bf16=False,  # no autocast: the weights have the dtype, as ours do
+            bf16=case.autocast,
             gradient_checkpointing=False,  # the model has it or has it not, as ours
             per_device_train_batch_size=case.captions,
             num_generations=case.captions,
@@ -130,4 +142,4 @@ def variant(name: str, model: Any, processor: Any, case: Case) -> Any:
     """The variant of this name, on a twin of the model."""
     if name in (TRL, COMPACT):
         return Trl(model, processor, case, compact=name == COMPACT)
-    return Ours(model, processor, shared_prefix=name != NAIVE, compile=name == COMPILED)
+    return Ours(model, processor, case, name)

@@ -6,15 +6,17 @@ attention that was there before does the work.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from balcap.policy.layout import AttentionLayout
+from balcap.policy.varlen import HALF, varlen_attention
 
 PREFIX = "balcap_"
 IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
@@ -84,12 +86,25 @@ def shared_prefix_attention(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attend = _Merged.apply if device == "cpu" and visible is None else partial(_expanded, visible=visible)
+    attend: Callable[..., Tensor]
+    if visible is not None:
+        attend = partial(_expanded, visible=visible)
+    elif device == "cpu":
+        attend = _merged
+    elif layout.varlen is not None and query.dtype in HALF and query.shape[-1] <= 256:
+        attend = _varlen
+    else:
+        attend = _expanded
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
-    return attend(q, k, v, scale, *layout)[None]
+    return attend(q, k, v, scale, layout)[None]
 
 
 # ── a CPU: captions on their prompt and on themselves apart, merged by log-sum-exp ───────────────────
+
+
+def _merged(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: AttentionLayout) -> Tensor:
+    """``[N, Hq, D]``."""
+    return _Merged.apply(query, key, value, scale, *layout[:-1])
 
 
 class _Merged(torch.autograd.Function):
@@ -152,7 +167,7 @@ class _Merged(torch.autograd.Function):
                 torch.cat((_rows(of_prompts[1].add_(on_prompt[1])), of_k)),
                 torch.cat((_rows(of_prompts[2].add_(on_prompt[2])), of_v)),
             )
-        return *(_in_order(x, layout) for x in found), *(None for _ in range(1 + len(layout)))
+        return *(_in_order(x, layout) for x in found), *(None for _ in range(1 + len(index)))
 
 
 def _some(rows: Tensor, index: Tensor) -> Tensor:
@@ -205,14 +220,47 @@ def _additive(layout: AttentionLayout, like: Tensor) -> Tensor | None:
     return mask[:, None, None].expand(-1, 1, layout.captions.shape[1], -1)
 
 
-# ── other devices: torch's attention, with the prompt's keys beside each caption's own ───────────────
+# ── GPUs with flash attention: prompts and captions are sequences of one call ────────────────────────
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: AttentionLayout) -> Tensor:
+    """``[N, Hq, D]``. A caption's queries are the last ones of its keys, and causal attention counts from the end."""
+    varlen: Any = layout.varlen
+    keys, values = (_Copied.apply(rows, varlen.keys, varlen.copies) for rows in (key, value))
+    return varlen_attention(
+        query, keys, values, varlen.bounds, varlen.key_bounds, varlen.longest, scale, causal=True
+    )
+
+
+class _Copied(torch.autograd.Function):
+    """Rows ``[N, H, D]`` at an index ``[S]``, with the index of their copies ``[N, 1 + G]`` for the gradient: a sum in
+    float32 and in one order, where torch's own would add the copies up one by one in their dtype, in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Int[Tensor, S], copies: Tensor) -> Tensor:  # noqa: F821
+        ctx.save_for_backward(copies)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (copies,) = ctx.saved_tensors
+        grad = torch.cat((grad, grad.new_zeros(1, *grad.shape[1:])))
+        return grad[copies].sum(1), None, None
+
+
+# ── the others: torch's attention, with the prompt's keys beside each caption's own ──────────────────
 
 
 def _expanded(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, *index: Any, visible: Visible | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    layout: AttentionLayout,
+    visible: Visible | None = None,
 ) -> Tensor:
     """``[N, Hq, D]``, in two calls."""
-    layout, heads = AttentionLayout(*index), (query.shape[1], key.shape[1], key.shape[1])
+    heads = (query.shape[1], key.shape[1], key.shape[1])
     qkv = _with_zero(query, key, value)
     of_prompts = _heads(qkv, layout.prompts)
     q, k, v = of_prompts.split(heads, 1)

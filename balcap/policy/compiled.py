@@ -1,4 +1,4 @@
-"""The decoder layers and the head of an update in few large kernels, made by ``torch.compile``.
+"""The layers of language model and vision tower and the head of an update in few large kernels, made by ``torch.compile``.
 
 A GPU that waits for Python is bound by the number of operators, not by arithmetic. One graph serves all layers of a model
 and all lengths, because what is packed reaches a layer as tensors alone (`balcap.policy.layout.AttentionLayout`). Only
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from balcap.policy.windows import WithLongest
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +55,17 @@ class Compiled:
             return self.function(*args, **kwargs)
 
 
-def compile_layers(language_model: Any, wanted: bool | str) -> None:
-    """Compile the forward of all decoder layers, in place, for packed sequences."""
+def compile_layers(base: Any, language_model: Any, wanted: bool | str) -> None:
+    """Compile the forward of all decoder layers of a model, in place, for packed sequences, and of the blocks of its tower
+    where one kernel takes their windows of any sizes."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for layer in language_model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = Compiled(layer.forward, wanted, needs="packed_attention")
+    for block in base.modules():
+        if isinstance(block.forward, WithLongest):
+            block.forward.forward = Compiled(block.forward.forward, wanted, needs="longest")
 
 
 @functools.cache

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from balcap.policy.varlen import has_varlen
+
 
 @dataclass(frozen=True)
 class PromptSpan:
@@ -38,6 +40,25 @@ class PromptSpan:
         return self.start + self.prompt + sum(self.captions)
 
 
+class VarlenLayout(NamedTuple):
+    """The packed sequence as b prompts and their captions, one sequence after the other, for kernels that take sequences
+    of any lengths. Captions of which nothing is forwarded are left out.
+
+    Attributes:
+        bounds: ``[s + 1]`` where the tokens of each sequence begin, and N.
+        key_bounds: ``[s + 1]`` where its keys begin, and S: a prompt's are its own, a caption's its prompt's and its own.
+        keys: ``[S]`` the token that each key comes from.
+        copies: ``[N, 1 + G]`` where the keys of each token stand, and S where there are fewer.
+        longest: most keys of a sequence.
+    """
+
+    bounds: Int[Tensor, " s+1"]
+    key_bounds: Int[Tensor, " s+1"]
+    keys: Int[Tensor, S]  # noqa: F821
+    copies: Int[Tensor, "N 1+G"]
+    longest: int
+
+
 class AttentionLayout(NamedTuple):
     """The packed sequence as rectangles, for attention: indices of its N tokens, and N itself where there is padding.
 
@@ -48,6 +69,7 @@ class AttentionLayout(NamedTuple):
         places: ``[b, M]`` where the tokens of `captions` stand in `own`; 0 for padding.
         order: ``[N]`` where each token of the sequence stands in `prompts` followed by `captions`.
         prompt_mask: ``[b, P]`` True on tokens of prompts; None where all prompts are of one length.
+        varlen: the same without padding; None where the device has no kernel for it.
     """
 
     prompts: Int[Tensor, "b P"]
@@ -56,6 +78,7 @@ class AttentionLayout(NamedTuple):
     places: Int[Tensor, "b M"]
     order: Int[Tensor, N]  # noqa: F821
     prompt_mask: Bool[Tensor, "b P"] | None
+    varlen: VarlenLayout | None = None
 
 
 class Layout:
@@ -114,14 +137,44 @@ class Layout:
         order[both] = torch.arange(len(both))
         ragged = bool((prompt_lengths != prompt_lengths.max()).any())
         mask = prompts != self.tokens if ragged else None
-        index = AttentionLayout(prompts, captions, own, places[captions], order[:-1], mask)
-        return index._replace(
-            **{
-                name: x.to(self.device, non_blocking=True)
-                for name, x in index._asdict().items()
-                if x is not None
-            }
+        there = self._there
+        return AttentionLayout(
+            there(prompts),
+            there(captions),
+            there(own),
+            there(places[captions]),
+            there(order[:-1]),
+            None if mask is None else there(mask),
+            self.varlen if has_varlen(self.device) else None,
         )
+
+    @cached_property
+    def varlen(self) -> VarlenLayout:
+        """How kernels for sequences of any lengths take the sequence. Made on the CPU, likewise."""
+        lengths, keys, key_lengths = [], [], []
+        for span in self.spans:
+            prompt = torch.arange(span.start, span.start + span.prompt)
+            at = span.start + span.prompt
+            lengths.append(span.prompt)
+            keys.append(prompt)
+            key_lengths.append(span.prompt)
+            for length in filter(None, span.captions):
+                lengths.append(length)
+                keys += [prompt, torch.arange(at, at + length)]
+                key_lengths.append(span.prompt + length)
+                at += length
+        seen = torch.cat(keys)
+        by_token, counts = seen.argsort(stable=True), seen.bincount(minlength=self.tokens)
+        firsts = counts.cumsum(0) - counts
+        steps = torch.arange(int(counts.max()))
+        copies = torch.nn.functional.pad(by_token, (0, len(steps)))[firsts[:, None] + steps]
+        copies = torch.where(steps < counts[:, None], copies, len(seen))
+        bounds = [torch.tensor([0, *each]).cumsum(0).int() for each in (lengths, key_lengths)]
+        starts, key_starts = map(self._there, bounds)
+        return VarlenLayout(starts, key_starts, self._there(seen), self._there(copies), max(key_lengths))
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     def _ranges(self, starts: Tensor, lengths: Tensor) -> Tensor:
         """``[r, longest]`` of r ranges of tokens, then N."""

@@ -9,8 +9,7 @@ K the widths of all query heads and of all key heads; e is the size of a number 
       of queries, keys                     likewise with Q and K instead of H, and 4 for each head
     q, k, v            b (Q + 2 K)        packed, after rotation (rotation itself keeps but its sines)
     attention          b Q + 4 heads      output and log-sum-exp
-      not on a CPU     b Q                the parts of the output, before they stand in order
-                       b 2 K              of each key that captions see: their prompt once per caption, padded
+      not on a CPU     b 2 K              of each key that captions see: their prompt once per caption
       apart            b 2 (Q - K)        without a shared prefix: keys for each query head
     MLP                3 b I              gate, its activation, up
     inputs of q k v, of o, of gate and up, of down:
@@ -246,7 +245,7 @@ def update_costs(
         casts=sum(2 * p.numel() for p in trained if p.dim() > 1 and p.element_size() == 4) if autocast else 0,
         layers=len(layers),
         per_token=sum(norms)
-        + product * ((2 if merged else 3) * queries + 2 * keys + 3 * middle)
+        + product * (2 * queries + 2 * keys + 3 * middle)
         + 4 * heads
         + max(_kept_inputs(found, stream, product, autocast) for found in linears),
         per_seen_key=0 if merged else product * 2 * keys,

@@ -89,7 +89,8 @@ class Policy(nn.Module):
         self._chunk = None
         if self.shared_prefix and compile:
             for one in filter(None, (model, reference)):
-                compile_layers(family_of(one).language_model(base_of(one)), compile)
+                base = base_of(one)
+                compile_layers(base, family_of(one).language_model(base), compile)
             self._chunk = Compiled(logps_of_chunk, compile)
         self.vision_is_frozen = family_of(model).vision_is_frozen(base_of(model))
         self.feature_cache: FeatureCache | None = None

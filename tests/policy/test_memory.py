@@ -11,11 +11,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from balcap.policy import LoraSettings, PolicyConfig, attention
+from balcap.policy import LoraSettings, PolicyConfig, attention, layout, varlen
 from balcap.policy.families import base_of, family_of
 from balcap.policy.loading import prepare
 from balcap.policy.memory import Forward, update_costs
 from balcap.policy.policy import Policy
+from tests import varlen_reference
 from tests.support import ROOT
 from tests.tiny_models import mixed_batch, rollouts_of
 
@@ -64,7 +65,9 @@ def test_activations_are_those_that_autograd_keeps(
     """Those of a CUDA device by its attention, on a CPU."""
     autocast = dtype == "bf16-mixed"
     if device == "cuda":
-        monkeypatch.setattr(attention._Merged, "apply", attention._expanded)
+        monkeypatch.setattr(layout, "has_varlen", lambda _: True)
+        monkeypatch.setattr(varlen, "varlen_attn", varlen_reference.varlen_attn)
+        monkeypatch.setattr(attention, "_merged", attention._varlen)
     policy = load(
         dtype="float32" if autocast else dtype,
         lora=LoraSettings(r=4) if adapter else None,

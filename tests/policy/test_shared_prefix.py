@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from balcap.policy import PolicyConfig
-from balcap.policy.attention import _expanded, _Merged
+from balcap.policy import PolicyConfig, attention, varlen
 from balcap.policy.config import LoraSettings
 from balcap.policy.families import base_of
 from balcap.policy.head import token_logps
 from balcap.policy.layout import Layout
 from balcap.policy.policy import Policy
+from tests import varlen_reference
 from tests.tiny_models import batch_of, mixed_batch, picture, rollouts_of
 
 Load = Callable[..., Policy]
@@ -46,6 +47,13 @@ def test_the_layout_by_hand():
     assert index.own.tolist() == [[[3, 4], [8, 8]], [[8, 8], [7, 8]]]
     assert index.places.tolist() == [[0, 1], [6, 0]]
     assert index.order.tolist() == [0, 1, 2, 6, 7, 3, 4, 8]
+    packed = layout.varlen
+    assert packed.bounds.tolist() == [0, 3, 5, 7, 8]
+    assert packed.key_bounds.tolist() == [0, 3, 8, 10, 13]
+    assert packed.longest == 5
+    assert packed.keys.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 5, 6, 7]
+    # 13, the number of keys, is none
+    assert packed.copies.tolist() == [[0, 3], [1, 4], [2, 5], [6, 13], [7, 13], [8, 10], [9, 11], [12, 13]]
     assert index.prompt_mask is not None
     assert index.prompt_mask.tolist() == [[True] * 3, [True, True, False]]
     # (3 + 3) + (3 + 1) + (2 + 0) + (2 + 2)
@@ -78,10 +86,16 @@ def test_every_token_stands_once(images):
     assert len(layout.predictors) == sum(map(sum, captions))
 
 
-@pytest.mark.parametrize("attend", [_Merged.apply, _expanded])
+def attend(name: str, layout: Layout, *qkv_and_scale):
+    """By one of the ways, a GPU's too: its kernel is the reference's here."""
+    with mock.patch.object(varlen, "varlen_attn", varlen_reference.varlen_attn):
+        return getattr(attention, name)(*qkv_and_scale, layout.attention._replace(varlen=layout.varlen))
+
+
+@pytest.mark.parametrize("name", ["_merged", "_expanded", "_varlen"])
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(1, 5), st.sampled_from([1, 2]))
 @settings(max_examples=30)
-def test_attention_sees_the_prompt_and_itself(attend, captions, prompt, kv_heads):
+def test_attention_sees_the_prompt_and_itself(name, captions, prompt, kv_heads):
     """Against plain causal attention over [prompt, caption], one caption at a time; gradients too."""
     layout = Layout([prompt, 3], [captions, [2]])
     generator = torch.Generator().manual_seed(prompt)
@@ -90,7 +104,7 @@ def test_attention_sees_the_prompt_and_itself(attend, captions, prompt, kv_heads
         torch.randn(layout.tokens, kv_heads, 8, generator=generator, requires_grad=True) for _ in "kv"
     )
     weights = torch.randn(layout.tokens, 4, 8, generator=generator)
-    out = attend(query, key, value, 8**-0.5, *layout.attention)  # [N, Hq, D]
+    out = attend(name, layout, query, key, value, 8**-0.5)  # [N, Hq, D]
     ours = torch.autograd.grad((out * weights).sum(), (query, key, value))
     alone, once = torch.zeros_like(out), torch.zeros(layout.tokens, 1, 1)
     for span in layout.spans:
@@ -111,12 +125,12 @@ def test_attention_sees_the_prompt_and_itself(attend, captions, prompt, kv_heads
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("attend", [_Merged.apply, _expanded])
-def test_scores_beyond_what_exp_can_hold(attend):
+@pytest.mark.parametrize("name", ["_merged", "_expanded", "_varlen"])
+def test_scores_beyond_what_exp_can_hold(name):
     """Padding must not turn them into NaN."""
     layout = Layout([4, 2], [[3, 1], [5, 0]])
     rows = [torch.full((layout.tokens, 1, 4), 30.0, requires_grad=True) for _ in range(3)]
-    out = attend(*rows, 1.0, *layout.attention)
+    out = attend(name, layout, *rows, 1.0)
     out.sum().backward()
     assert all(bool(x.isfinite().all()) for x in (out, *(row.grad for row in rows)))
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from balcap.policy import PolicyConfig
+from balcap.policy import PolicyConfig, varlen, windows
 from balcap.policy.policy import Policy
 from balcap.policy.windows import Windows, install
 from perf.operators import CountOperators
+from tests import varlen_reference
 from tests.tiny_models import batch_of, picture
 
 # (width, height) in pixels; a window is 112 a side: whole ones, cut to the right, below, in the corner, a single one
@@ -37,9 +39,15 @@ def test_windows_by_hand() -> None:
 
 
 @pytest.mark.parametrize("images", [SIZES[:1], SIZES], ids=["one", "four at once"])
+@pytest.mark.parametrize("gpu", [False, True], ids=["batched", "as on a GPU"])
 def test_features_and_gradients_are_those_of_the_loop(
-    policy: Policy, folders: dict[str, Path], images
+    policy: Policy, folders: dict[str, Path], images, gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a GPU one call takes all windows; here the reference is its kernel."""
+    if gpu:
+        monkeypatch.setattr(windows, "has_varlen", lambda _: True)
+        monkeypatch.setattr(windows, "HALF", (torch.float32,))
+        monkeypatch.setattr(varlen, "varlen_attn", varlen_reference.varlen_attn)
     plain = AutoModelForImageTextToText.from_pretrained(folders["qwen"], dtype=torch.float32)
     batch = batch_of([picture(*size) for size in images], ["Describe this image."] * len(images))
     pixels = policy.encode(batch).images(range(len(images)), policy.device)
@@ -105,3 +113,16 @@ def test_it_is_installed_once_and_copied_with_its_model(policy: Policy) -> None:
     assert tower.blocks[0].attn.forward is forward or tower.blocks[0].attn.forward == forward
     twin = copy.deepcopy(tower)
     assert twin.blocks[0].attn.forward.__self__ is twin.blocks[0].attn
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_wider_mlp_computes_the_same(bias: bool) -> None:
+    mlp = SimpleNamespace(
+        gate_proj=torch.nn.Linear(4, 13, bias),
+        up_proj=torch.nn.Linear(4, 13, bias),
+        down_proj=torch.nn.Linear(13, 4, bias),
+        act_fn=torch.nn.SiLU(),
+    )
+    states = torch.randn(5, 4)
+    plain = mlp.down_proj(mlp.act_fn(mlp.gate_proj(states)) * mlp.up_proj(states))
+    torch.testing.assert_close(windows._widened_mlp(mlp, states), plain)
