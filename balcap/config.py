@@ -55,6 +55,17 @@ def model_problems(model: BalCapModule, judges: bool = True) -> list[str]:
     return problems
 
 
+def column_problems(model: BalCapModule, columns: Sequence[str] | None) -> list[str]:
+    """Columns of the data that rewards read and ``data.columns`` does not name."""
+    rewards: Any = model.rewards.rewards
+    wanted = {column: reward.name for reward in rewards for column in reward.columns}
+    return [
+        f"data.columns: the reward {name} reads {column}; write data.columns: [{column}]"
+        for column, name in wanted.items()
+        if column not in (columns or ())
+    ]
+
+
 def _optimizer_problems(model: BalCapModule) -> list[str]:
     """Of optimizer and schedule, which are tried on one number."""
     import torch

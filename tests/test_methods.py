@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from balcap.config import ConfigError
 from tests.support import ROOT, metrics
 from tests.test_cli import ParsedCLI
 
@@ -15,6 +17,7 @@ METHODS = sorted(ROOT.glob("configs/methods/*.yaml"))
 REWARDS = {
     "grpo": {"precision": 1.0, "recall": 1.0, "linguistic": 1.0},
     "feedquill": {"precision": 1.0, "recall": 1.0},
+    "caprl": {"caprl": 1.0, "caprl_length": 0.2},
 }
 """What each method trains on."""
 by_method = pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
@@ -54,3 +57,23 @@ def test_a_method_trains_on_the_embedded_world(
         assert float(row["judge/failed"]) == 0
         assert all(0 <= float(row[f"train/{name}"]) <= 1 for name in REWARDS[method.stem])
     assert any(float(row["train/grad_norm"]) > 0 for row in steps)
+
+
+def test_a_method_is_priced_before_it_runs(
+    fit_arguments: Any, cli: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, *arguments = fit_arguments("estimate", **{"trainer.max_steps": 1})
+    overlay = ["--config", str(ROOT / "configs/methods/caprl.yaml")]
+    cli([command, *arguments[:2], *overlay, *arguments[2:], "--rows", "3", "--chars_per_token", "4"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "answer" in line)
+    # 2 images x 3 captions, and 4 held-out images twice (a first time, and again), 6 to 8 questions each
+    calls = int(re.findall(r"\d[\d,]*", line)[0].replace(",", ""))
+    assert 6 * (6 + 4 + 4) <= calls <= 8 * (6 + 4 + 4)
+
+
+def test_a_column_that_a_reward_reads_must_be_named(fit_arguments: Any, cli: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        cli(fit_arguments(**{"model.rewards": "[balcap.rewards.CapRL]", "model.weights": "{caprl: 1}"}))
+    assert any(
+        p.startswith("data.columns: the reward caprl reads questions; write") for p in refused.value.problems
+    )

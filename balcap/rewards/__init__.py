@@ -5,12 +5,14 @@
 `linguistic.py`  mean of clarity, fluency and coherency
 `b_capscore.py`  the harmonic mean of the three
 `clip_score.py`  CLIPScore, which needs no judge
+`caprl.py`       questions about the image that the caption answers (CapRL), and its length reward
 `suite.py`       gathers what the rewards of a run need and stacks their scores ``[B, G, K]``
 `base.py`        `Reward`, a torchmetrics component: missing judgments are NaN, never 0
 """
 
 from balcap.rewards.b_capscore import BCapScore, b_capscore
 from balcap.rewards.base import Reward
+from balcap.rewards.caprl import CapRL, CapRLLength, caprl_length, score_answers
 from balcap.rewards.clip_score import CLIPScore
 from balcap.rewards.linguistic import Linguistic, score_linguistic
 from balcap.rewards.precision import Precision, score_precision
@@ -20,13 +22,17 @@ from balcap.rewards.suite import RewardSuite, merge
 __all__ = [
     "BCapScore",
     "CLIPScore",
+    "CapRL",
+    "CapRLLength",
     "Linguistic",
     "Precision",
     "Recall",
     "Reward",
     "RewardSuite",
     "b_capscore",
+    "caprl_length",
     "merge",
+    "score_answers",
     "score_linguistic",
     "score_precision",
     "score_recall",

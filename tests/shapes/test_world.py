@@ -55,6 +55,8 @@ def test_a_data_set_is_share_gpt4v_and_depends_on_its_seed_alone(tmp_path: Path)
         data = (tmp_path / "a" / row["image"]).read_bytes()
         assert data == (tmp_path / "b" / row["image"]).read_bytes()
         assert all(f[0] != "meta" for f in read_facts(model["value"]))
+        assert 4 <= len(row["questions"]) <= 8
+        assert all(question["answer"] in question["choices"] for question in row["questions"])
         assert len(scene_of(data).things) >= 1
 
 

@@ -8,7 +8,7 @@ task           is given                   answers                               
 `Match`        reference units, captions  for each, which units it covers         no
 `Rate`         captions                   clarity, fluency, coherency of each     no
 `Recaption`    an image, a question       a new reference caption                 yes
-`Answer`       a caption, questions       the chosen option of each               no
+`Answer`       a caption, questions       the chosen option of each (CapRL)       no
 `Compare`      an image, two captions     which is better                         yes
 `ExtractFacts` captions                   DCScore: their facts                    no
 `MatchFacts`   facts, annotated facts     DCScore: what each matches              no
