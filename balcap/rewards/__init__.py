@@ -6,6 +6,8 @@
 `b_capscore.py`  the harmonic mean of the three
 `clip_score.py`  CLIPScore, which needs no judge
 `caprl.py`       questions about the image that the caption answers (CapRL), and its length reward
+`vcap.py`        correctness, completeness and text, as one call scores them (VCap)
+`claim_diff.py`  who errs more where caption and reference differ (ClaimDiff)
 `suite.py`       gathers what the rewards of a run need and stacks their scores ``[B, G, K]``
 `base.py`        `Reward`, a torchmetrics component: missing judgments are NaN, never 0
 """
@@ -13,26 +15,33 @@
 from balcap.rewards.b_capscore import BCapScore, b_capscore
 from balcap.rewards.base import Reward
 from balcap.rewards.caprl import CapRL, CapRLLength, caprl_length, score_answers
+from balcap.rewards.claim_diff import ClaimDiff, score_differences
 from balcap.rewards.clip_score import CLIPScore
 from balcap.rewards.linguistic import Linguistic, score_linguistic
 from balcap.rewards.precision import Precision, score_precision
 from balcap.rewards.recall import Recall, score_recall
 from balcap.rewards.suite import RewardSuite, merge
+from balcap.rewards.vcap import Completeness, Correctness, VisibleText
 
 __all__ = [
     "BCapScore",
     "CLIPScore",
     "CapRL",
     "CapRLLength",
+    "ClaimDiff",
+    "Completeness",
+    "Correctness",
     "Linguistic",
     "Precision",
     "Recall",
     "Reward",
     "RewardSuite",
+    "VisibleText",
     "b_capscore",
     "caprl_length",
     "merge",
     "score_answers",
+    "score_differences",
     "score_linguistic",
     "score_precision",
     "score_recall",

@@ -22,8 +22,10 @@ from balcap.judge.tasks import (
     Answer,
     Compare,
     Decompose,
+    Differences,
     ExtractFacts,
     Fact,
+    Grade,
     Match,
     MatchFacts,
     Rate,
@@ -37,6 +39,7 @@ from examples.shapes.captions import reference
 from examples.shapes.fluency import rate
 from examples.shapes.language import covered, is_pointable, is_true, read_fact, read_facts, say
 from examples.shapes.questions import choose
+from examples.shapes.rivals import differences, grades
 from examples.shapes.scene import Scene, scene_of
 
 _FENCE = re.compile(r"<(\w+)>\n(.*?)\n</\1>", re.DOTALL)
@@ -81,6 +84,11 @@ def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
         return Answer().encode(list(chosen))
     if task == "compare":
         return Compare().encode([_better(_scene(images[0]), p["first"], p["second"]) for p in data["pairs"]])
+    if task == "grade":
+        return Grade().encode([grades(_scene(images[0]), caption["text"]) for caption in data["captions"]])
+    if task == "differences":
+        against, scene = data["reference"], _scene(images[0])
+        return Differences().encode([differences(scene, c["text"], against) for c in data["captions"]])
     if task == "extract_facts":
         told = (read_facts(caption["text"]) for caption in data["captions"])
         return ExtractFacts().encode([[Fact(say(fact), is_pointable(fact)) for fact in of] for of in told])

@@ -13,6 +13,8 @@ task           is given                   answers                               
 `ExtractFacts` captions                   DCScore: their facts                    no
 `MatchFacts`   facts, annotated facts     DCScore: what each matches              no
 `VerifyFacts`  an image, facts            DCScore: whether each holds             yes
+`Grade`        image, reference, captions correctness, completeness, text (VCap)  yes
+`Differences`  image, reference, captions who errs where they differ (ClaimDiff)  yes
 ============== ========================== ======================================= =========
 
 To add one, write a file with a subclass of `Task` and name it in the `needs` of a reward. There is nothing to
@@ -23,13 +25,15 @@ that run in this process, and tests answer with them.
 from balcap.judge.tasks.answer import Answer
 from balcap.judge.tasks.compare import Compare
 from balcap.judge.tasks.decompose import Decompose
+from balcap.judge.tasks.differences import Difference, Differences
 from balcap.judge.tasks.facts import ExtractFacts, Fact, MatchFacts, VerifyFacts
+from balcap.judge.tasks.grade import Grade, Grades
 from balcap.judge.tasks.match import Match
 from balcap.judge.tasks.rate import Rate, Rating
 from balcap.judge.tasks.recaption import Recaption
 from balcap.judge.tasks.verify import Verdict, Verify
 
 __all__ = [
-    "Answer", "Compare", "Decompose", "ExtractFacts", "Fact", "Match", "MatchFacts", "Rate", "Rating", "Recaption",
-    "Verdict", "Verify", "VerifyFacts",
+    "Answer", "Compare", "Decompose", "Difference", "Differences", "ExtractFacts", "Fact", "Grade", "Grades", "Match",
+    "MatchFacts", "Rate", "Rating", "Recaption", "Verdict", "Verify", "VerifyFacts",
 ]  # fmt: skip
