@@ -20,6 +20,7 @@ REWARDS = {
     "caprl": {"caprl": 1.0, "caprl_length": 0.2},
     "vcap": {"correctness": 0.5, "completeness": 0.4, "text": 0.1},
     "claimdiff": {"claim_diff": 1.0},
+    "rubicap": {"rubicap": 1.0},
 }
 """What each method trains on."""
 by_method = pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)

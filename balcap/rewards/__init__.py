@@ -8,6 +8,7 @@
 `caprl.py`       questions about the image that the caption answers (CapRL), and its length reward
 `vcap.py`        correctness, completeness and text, as one call scores them (VCap)
 `claim_diff.py`  who errs more where caption and reference differ (ClaimDiff)
+`rubicap.py`     criteria written for the image that a caption meets (RubiCap)
 `suite.py`       gathers what the rewards of a run need and stacks their scores ``[B, G, K]``
 `base.py`        `Reward`, a torchmetrics component: missing judgments are NaN, never 0
 """
@@ -20,6 +21,7 @@ from balcap.rewards.clip_score import CLIPScore
 from balcap.rewards.linguistic import Linguistic, score_linguistic
 from balcap.rewards.precision import Precision, score_precision
 from balcap.rewards.recall import Recall, score_recall
+from balcap.rewards.rubicap import RubiCap, score_rubric
 from balcap.rewards.suite import RewardSuite, merge
 from balcap.rewards.vcap import Completeness, Correctness, VisibleText
 
@@ -36,6 +38,7 @@ __all__ = [
     "Recall",
     "Reward",
     "RewardSuite",
+    "RubiCap",
     "VisibleText",
     "b_capscore",
     "caprl_length",
@@ -45,4 +48,5 @@ __all__ = [
     "score_linguistic",
     "score_precision",
     "score_recall",
+    "score_rubric",
 ]

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from balcap.judge import Judgments
-from balcap.judge.tasks import Answer
+from balcap.judge.tasks.answer import COLUMN, Answer
 from balcap.rewards.base import Reward, per_rollout
 from balcap.types import Rollouts
 
@@ -45,7 +45,7 @@ class CapRL(Reward):
 
     name = "caprl"
     needs = (Answer,)
-    columns = ("questions",)
+    columns = (COLUMN,)
 
     def score(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         return per_rollout(judgments[Answer.name], score_answers)
@@ -64,7 +64,7 @@ class CapRLLength(Reward):
 
     name = "caprl_length"
     needs = (Answer,)
-    columns = ("questions",)
+    columns = (COLUMN,)
 
     def __init__(self, longest: int = LONGEST_WITH_ALL, none: int = SHORTEST_WITH_NONE) -> None:
         super().__init__()

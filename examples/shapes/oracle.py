@@ -20,6 +20,7 @@ from litellm.types.utils import Usage
 
 from balcap.judge.tasks import (
     Answer,
+    CheckRubric,
     Compare,
     Decompose,
     Differences,
@@ -39,7 +40,7 @@ from examples.shapes.captions import reference
 from examples.shapes.fluency import rate
 from examples.shapes.language import covered, is_pointable, is_true, read_fact, read_facts, say
 from examples.shapes.questions import choose
-from examples.shapes.rivals import differences, grades
+from examples.shapes.rivals import differences, grades, meets
 from examples.shapes.scene import Scene, scene_of
 
 _FENCE = re.compile(r"<(\w+)>\n(.*?)\n</\1>", re.DOTALL)
@@ -89,6 +90,9 @@ def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
     if task == "differences":
         against, scene = data["reference"], _scene(images[0])
         return Differences().encode([differences(scene, c["text"], against) for c in data["captions"]])
+    if task == "rubric":
+        wanted = [criterion["text"] for criterion in data["criteria"]]
+        return CheckRubric().encode([[meets(c["text"], one) for one in wanted] for c in data["captions"]])
     if task == "extract_facts":
         told = (read_facts(caption["text"]) for caption in data["captions"])
         return ExtractFacts().encode([[Fact(say(fact), is_pointable(fact)) for fact in of] for of in told])

@@ -1,10 +1,23 @@
-"""What the judges of other methods say of a caption, when they know the truth."""
+"""What other methods ask of captions: rubrics, and what their judges say when they know the truth."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 from balcap.judge.tasks import Difference, Grades
 from balcap.judge.tasks.differences import Side
-from examples.shapes.language import Fact, covered, is_pointable, is_true, main_facts, read_facts, say
+from examples.shapes.language import (
+    Fact,
+    covered,
+    is_pointable,
+    is_true,
+    main_facts,
+    read_fact,
+    read_facts,
+    say,
+)
 from examples.shapes.scene import Scene
 
 
@@ -33,3 +46,20 @@ def differences(scene: Scene, caption: str, reference: str) -> list[Difference]:
 def _difference(scene: Scene, fact: Fact, by: Side, other: Side) -> Difference:
     omission: Side = other if fact[0] == "exists" else "neither"
     return Difference(say(fact), omission if is_true(fact, scene) else by)
+
+
+_WEIGHTS = {"exists": 3, "size": 2, "place": 2, "background": 2, "count": 2, "mark": 1}
+
+
+def rubric(scene: Scene, rng: np.random.Generator, most: int = 8) -> list[dict[str, Any]]:
+    """At most so many criteria for captions of a scene, in the order of its facts: ``criterion``, ``weight``."""
+    facts = main_facts(scene)
+    chosen = sorted(rng.permutation(len(facts))[:most].tolist())
+    return [
+        {"criterion": f"The caption says: {say(facts[i])}", "weight": _WEIGHTS[facts[i][0]]} for i in chosen
+    ]
+
+
+def meets(caption: str, criterion: str) -> bool:
+    """Whether a caption says what a criterion asks for."""
+    return covered(read_fact(criterion), set(read_facts(caption)))

@@ -13,7 +13,7 @@ import torch
 from balcap.judge import InvalidAnswer, Judge, Task
 from balcap.judge.prompt import response_format
 from balcap.judge.questions import CANNOT, drawn
-from balcap.judge.tasks import Difference, Differences, Grade, Grades
+from balcap.judge.tasks import CheckRubric, Difference, Differences, Grade, Grades
 from balcap.rewards import (
     CapRL,
     CapRLLength,
@@ -22,10 +22,12 @@ from balcap.rewards import (
     Correctness,
     Reward,
     RewardSuite,
+    RubiCap,
     VisibleText,
     caprl_length,
     score_answers,
     score_differences,
+    score_rubric,
 )
 from balcap.types import CaptionBatch, Rollouts
 from balcap.utils.errors import UserError
@@ -164,6 +166,7 @@ IMAGE = {"image": b"png", "reference": "A brown dog."}
 TASKS: list[tuple[type[Task[Any]], dict[str, Any], list[Any]]] = [
     (Grade, IMAGE, [Grades(0.8, 0.5, 1.0), Grades(0.123, 0.0, 0.65)]),
     (Differences, IMAGE, [[Difference("the colour", "caption"), Difference("a ball", "both")], []]),
+    (CheckRubric, {"criteria": ("a", "b", "c")}, [[True, False, True], [False] * 3]),
 ]
 by_task = pytest.mark.parametrize(("task", "context", "answers"), TASKS, ids=lambda v: getattr(v, "name", ""))
 
@@ -255,3 +258,51 @@ def test_claims_are_compared_with_the_reference(judge: Judge, server: JudgeServe
     # is the reference's error: 0.5 - 0.5 x (2 - 1) / 4 = 0.375. The reference itself: 0.5, and nothing said: 0.
     close(found, [[0.7], [0.375], [0.5], [0.0]])
     assert server.calls == 2
+
+
+# ---- RubiCap
+
+
+def test_a_rubric_by_hand() -> None:
+    # weights 3, 2, 1 of which the first and the last are met: (3 + 1) / 6
+    assert score_rubric([True, False, True], [3, 2, 1]) == pytest.approx(4 / 6)
+    assert score_rubric([False], [2]) == 0.0
+    assert math.isnan(score_rubric([], []))
+
+
+def test_captions_are_worth_the_criteria_that_they_meet(
+    judge: Judge, server: JudgeServer, image: bytes
+) -> None:
+    rubric = [
+        {"criterion": "The caption says: There is a red circle.", "weight": 3},
+        {"criterion": "The caption says: The blue star is large.", "weight": 2},
+        {"criterion": "The caption says: There are two shapes.", "weight": 1},
+    ]
+    found = scores(judge, rollouts_of([GOOD, POOR, GOOD, ""], image, rubric=rubric), RubiCap())
+    # GOOD names the circle and two shapes, and the star is small there: (3 + 1) / 6. POOR meets none of them.
+    close(found, [[4 / 6], [0.0], [4 / 6], [0.0]])
+    assert server.calls == 1  # for both captions
+    assert "image_url" not in str(server.requests[0]["messages"])
+    server.script = ["500"]
+    close(scores(judge, rollouts_of([GOOD, ""], image, rubric=rubric), RubiCap()), [[math.nan], [0.0]])
+    close(scores(judge, rollouts_of([GOOD], image, rubric=None), RubiCap()), [[math.nan]])
+    with pytest.raises(InvalidAnswer, match="met and unmet do not hold each of the 3 criteria once"):
+        CheckRubric().parse(
+            CheckRubric().read(CheckRubric().encode([[True]])), [GOOD], criteria=("a", "b", "c")
+        )
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "Name the dog.",
+        {"criterion": "Name the dog."},
+        {"criterion": " ", "weight": 1},
+        {"criterion": "x", "weight": 0},
+    ],
+)
+def test_a_rubric_that_cannot_be_read_names_its_row(judge: Judge, image: bytes, entry: Any) -> None:
+    with pytest.raises(
+        UserError, match="image: column rubric: it must hold objects with a criterion and a weight"
+    ):
+        scores(judge, rollouts_of([GOOD], image, rubric=[entry]), RubiCap())

@@ -15,6 +15,7 @@ task           is given                   answers                               
 `VerifyFacts`  an image, facts            DCScore: whether each holds             yes
 `Grade`        image, reference, captions correctness, completeness, text (VCap)  yes
 `Differences`  image, reference, captions who errs where they differ (ClaimDiff)  yes
+`CheckRubric`  criteria, captions         for each, which criteria it meets       no
 ============== ========================== ======================================= =========
 
 To add one, write a file with a subclass of `Task` and name it in the `needs` of a reward. There is nothing to
@@ -31,9 +32,10 @@ from balcap.judge.tasks.grade import Grade, Grades
 from balcap.judge.tasks.match import Match
 from balcap.judge.tasks.rate import Rate, Rating
 from balcap.judge.tasks.recaption import Recaption
+from balcap.judge.tasks.rubric import CheckRubric, Criterion
 from balcap.judge.tasks.verify import Verdict, Verify
 
 __all__ = [
-    "Answer", "Compare", "Decompose", "Difference", "Differences", "ExtractFacts", "Fact", "Grade", "Grades", "Match",
-    "MatchFacts", "Rate", "Rating", "Recaption", "Verdict", "Verify", "VerifyFacts",
+    "Answer", "CheckRubric", "Compare", "Criterion", "Decompose", "Difference", "Differences", "ExtractFacts", "Fact",
+    "Grade", "Grades", "Match", "MatchFacts", "Rate", "Rating", "Recaption", "Verdict", "Verify", "VerifyFacts",
 ]  # fmt: skip
