@@ -22,12 +22,13 @@ def report(runs: Sequence[str], out: str | None = None) -> Path:
     Raises:
         UserError: a folder holds no run, or the file cannot be written.
     """
-    path = Path(out) if out else (Path(runs[0]) if len(runs) == 1 else Path()) / "report.html"
+    folders = {Path(run).resolve(): Path(run) for run in runs}  # a run named twice is one
+    path = Path(out) if out else (Path(runs[0]) if len(folders) == 1 else Path()) / "report.html"
     if path.is_dir():
         raise UserError(f"--out: {path} is a folder; name a file, such as {path / 'report.html'}")
     if why := write_problem(path.parent):
         raise UserError(f"--out: {why}; name another file")
-    return write_report(labelled([Run.read(run) for run in dict.fromkeys(runs)]), path)
+    return write_report(labelled([Run.read(run) for run in folders.values()]), path)
 
 
 def main(args: Sequence[str]) -> None:

@@ -63,15 +63,14 @@ class Calls:
     at: list[tuple[float, float]] = field(default_factory=list)
 
     @classmethod
-    def read(cls, path: Path) -> Calls | None:
-        """Of a ledger; None where there is none that can be read."""
-        if not path.is_file():
-            return None
-        try:
-            with closing(sqlite3.connect(path)) as connection:
-                return cls._of(connection)
-        except sqlite3.Error:
-            return None
+    def read(cls, path: Path) -> Calls:
+        """Of a ledger.
+
+        Raises:
+            sqlite3.Error: it is none.
+        """
+        with closing(sqlite3.connect(path)) as connection:
+            return cls._of(connection)
 
     @classmethod
     def _of(cls, connection: sqlite3.Connection) -> Calls:

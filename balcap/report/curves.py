@@ -189,7 +189,7 @@ def trade_off(settings: Sequence[Setting], x: str = "precision", y: str = "recal
                         showlegend=stage == "train" and place == 0, hovertemplate="%{x:.3f}, %{y:.3f}<br>%{text}",
                     )
                 )  # fmt: skip
-    if not points:
+    if len(points) < 3:
         return None
     front = pareto_front([(round(a, 4), round(b, 4)) for a, b in points])
     xs, ys = [a for a, _ in front], [b for _, b in front]

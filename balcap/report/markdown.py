@@ -27,13 +27,21 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def results(run: Run) -> str:
     """Before and after on the held-out images; "" where nothing is compared."""
     rows = [
-        [o.title, *(_score(score, 3) for score in (o.before, o.after)), f"{o.change.value:+.3f}{_interval(o.change, 3)}"]
+        [
+            o.title, *(_score(score, 3) for score in (o.before, o.after)),
+            f"{o.change.value:+.3f}{_interval(o.change, 3)}", str(o.change.n),
+        ]
         for o in run.outcomes
     ]  # fmt: skip
     if not rows:
         return ""
-    note = f"{run.outcomes[0].after.n} held-out images, 95 % intervals by bootstrap over images."
-    return f"{note}\n\n{table(['', 'before', 'after', 'change'], rows)}"
+    note = "Held-out images; 95 % intervals by bootstrap over images."
+    if run.missing_judgments:
+        note += (
+            f" {run.missing_judgments:,.0f} judgments of the run are missing, because the judge failed: each row is over "
+            "the images that have its score before and after."
+        )
+    return f"{note}\n\n{table(['', 'before', 'after', 'change', 'images'], rows)}"
 
 
 def benchmarks(run: Run) -> str:

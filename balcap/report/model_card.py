@@ -88,7 +88,7 @@ def _eval_results(run: Run) -> Iterator[EvalResult]:
             metric_type=outcome.name,
             metric_value=round(outcome.after.value, 4),
             metric_name=outcome.title
-            if outcome.name == "length_ratio"
+            if outcome.name == "length_ratio" or not run.judged
             else f"{outcome.title}, judged by {judge}",
         )
     for name, entry in run.benchmarks.items():
@@ -112,7 +112,7 @@ def _text(run: Run, export: Path) -> str:
     base, judge = base_of(run, export), run.setting("model.judge.model")
     data = str(run.setting("data.data", ""))
     lines = [["base", public_name(base)], ["data", hub_id(data) or Path(data).stem]]
-    lines += [["judge", public_name(str(judge))]] if judge else []
+    lines += [["judge", public_name(str(judge))]] if judge and run.judged else []
     lines += [[name, value] for name, value in facts(run) if name in PUBLIC]
     tokens = run.setting("model.sampling.max_tokens", 1024)
     parts = {
@@ -123,8 +123,8 @@ def _text(run: Run, export: Path) -> str:
         "Limits": "Rewards and scores are judgments of models. Captions can be wrong all the same.",
     }
     about = (
-        f"{public_name(base)}, trained with reinforcement learning to write captions of images that are precise, complete "
-        "and well written ([BalCapRL, arXiv 2605.07394](https://arxiv.org/abs/2605.07394))."
+        f"{public_name(base)}, trained with reinforcement learning to write better captions of images "
+        "([BalCapRL, arXiv 2605.07394](https://arxiv.org/abs/2605.07394))."
     )
     shown = [f"## {title}\n\n{text}" if title else text for title, text in parts.items() if text]
     return "\n\n".join([f"# {_name(run, export)}", about, *shown]) + "\n"

@@ -10,6 +10,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import yaml
+
+from balcap.benchmarks.scores import Score
 from balcap.report import breakdown, figures
 from balcap.report.curves import Setting, curves, settings_of, trade_off
 from balcap.report.gallery import Card, add_images, groups, held_out
@@ -37,7 +40,8 @@ class _RunPart:
     name: str
     facts: list[tuple[str, str]]
     outcomes: list[Outcome]
-    command: str
+    scores: list[tuple[str, Score]]
+    command: str | None
     settings_title: str
     settings: list[tuple[str, str]]
 
@@ -105,7 +109,7 @@ def _content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, figures.Fig
         "attention": [line for run in runs for line in _attention(run, several)],
         "sections": SECTIONS,
         "runs": [_run_part(run) for run in runs],
-        "table": _table(runs) if several else None,
+        "table": _table(settings) if several else None,
         "curves": [chart(figure) for figure in curves(settings)],
         "curves_lead": _curves_lead(settings),
         "cards": cards,
@@ -123,7 +127,7 @@ def _content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, figures.Fig
         "judge_figures": [chart(judge_charts)] if judge_charts else [],
         "contradictions": found,
         "consistent": "None: every statement about an image that was judged more than once got the same answer."
-        if judged
+        if any(part.judged for part in judged)
         else "No verdicts were logged.",
         "version": _version(),
         "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
@@ -161,10 +165,16 @@ def _run_part(run: Run) -> _RunPart:
         name=run.name,
         facts=facts(run),
         outcomes=run.outcomes,
+        scores=run.scores,
         command=run.command,
         settings_title=f"{title}: {run.name}",
-        settings=[(name, str(value)) for name, value in leaves(changed)],
+        settings=[(name, _setting(value)) for name, value in leaves(changed)],
     )
+
+
+def _setting(value: Any) -> str:
+    """A value for a person: what is nested as YAML."""
+    return yaml.safe_dump(value, sort_keys=False).strip() if isinstance(value, list | dict) else str(value)
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
@@ -173,7 +183,6 @@ def facts(run: Run) -> list[tuple[str, str]]:
     weights = run.setting("model.weights", {})
     advantage = run.setting("model.advantage", {"class_path": "CGDPO"})
     memory = [value for value in run.metrics.get("time/peak_memory_gb", ([], []))[1] if math.isfinite(value)]
-    failed = sum(value for value in run.metrics.get("judge/failed", ([], []))[1] if math.isfinite(value))
     known = {
         "policy": run.setting("model.policy.model"),
         "trained": f"{'QLoRA' if four_bit else 'LoRA'}, r {run.setting('model.policy.lora.r', 'as default')}"
@@ -182,7 +191,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         if run.setting("model.policy.freeze_vision")
         else "all weights",
         "data": run.setting("data.name") or run.setting("data.data"),
-        "judge": run.setting("model.judge.model"),
+        "judge": run.setting("model.judge.model") if run.judged else None,
         "rewards": ", ".join(f"{name} × {value:g}" for name, value in weights.items()),
         "algorithm": _class(advantage),
         "optimizer steps": f"{run.steps:,}"
@@ -191,14 +200,24 @@ def facts(run: Run) -> list[tuple[str, str]]:
         "KL coefficient": run.setting("model.kl_coef"),
         "time in training steps": _duration(run.hours) if run.hours else None,
         "judge, dollars": None if run.usd is None else f"{run.usd:,.2f}",
-        "judgments missing": f"{failed:,.0f}" if "judge/failed" in run.metrics else None,
+        "judgments missing": None if run.missing_judgments is None else f"{run.missing_judgments:,.0f}",
         "memory, at most": f"{max(memory):.1f} GB" if memory else None,
         "seed": run.setting("seed_everything"),
     }
-    if not run.settings:
+    if run.config is None:
         known = {
             name: known[name] for name in ("optimizer steps", "time in training steps", "judge, dollars")
         }
+    elif not run.fits:  # of another command: nothing was trained with these settings
+        of_training = (
+            "trained",
+            "algorithm",
+            "optimizer steps",
+            "images × captions a step",
+            "KL coefficient",
+        )
+        known = {name: value for name, value in known.items() if name not in of_training}
+        known = {"checkpoint": run.setting("ckpt_path"), **known}
     return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
 
 
@@ -216,7 +235,7 @@ def _attention(run: Run, several: bool) -> Iterator[str]:
     """What a reader must know before the numbers."""
     before = f"{run.name}: " if several else ""
     total, steps = run.setting("trainer.max_steps"), run.steps
-    if isinstance(total, int) and 0 < steps < total:
+    if run.fits and isinstance(total, int) and 0 < steps < total:
         yield f"{before}the run has made {steps:,} of {total:,} steps."
     for line in [*run.problems, *(f"rollouts/{line}" for line in run.rollouts.unreadable)]:
         yield f"{before}{line}"
@@ -225,27 +244,42 @@ def _attention(run: Run, several: bool) -> Iterator[str]:
     missing = [train.table[column].null_count / max(1, len(train)) for column in columns if train is not None]
     if missing and max(missing) > 0.01:
         yield f"{before}up to {max(missing):.0%} of a reward of the logged training captions are missing: the judge failed."
-    if run.rollouts.validations and not run.outcomes:
-        yield f"{before}there is one validation, so nothing is compared with what was before."
+    if short := max((outcome.missing for outcome in run.outcomes), default=0):
+        yield (
+            f"{before}up to {short} of the held-out images lack a score before or after, because judgments failed: before, "
+            "after and change are over those that have both."
+        )
+    if run.fits and len(run.rollouts.validations) < 2:
+        found = "there is one validation" if run.rollouts.validations else "no held-out captions were logged"
+        yield f"{before}{found}, so nothing is compared with what was before."
 
 
-def _table(runs: Sequence[Run]) -> list[list[str]] | None:
-    """Before → after of every run, and the mean change with its standard deviation."""
+def _table(settings: Sequence[Setting]) -> list[list[str]] | None:
+    """Before → after of every run, and the mean change of each setting of several runs with its standard deviation."""
+    runs = [run for setting in settings for run in setting.runs]
     names = list(dict.fromkeys(outcome.name for run in runs for outcome in run.outcomes))
     if not names:
         return None
     rows = [["", *(next(o.title for r in runs for o in r.outcomes if o.name == name) for name in names)]]
-    changes: dict[str, list[float]] = {name: [] for name in names}
-    for run in runs:
-        of = {outcome.name: outcome for outcome in run.outcomes}
-        cells = []
-        for name in names:
-            one = of.get(name)
-            cells.append("–" if one is None else f"{one.before.value:.3f} → {one.after.value:.3f}")
-            changes[name] += [] if one is None else [one.change.value]
-        rows.append([run.name, *cells])
-    spread = [f"{mean(of):+.3f} ± {stdev(of) if len(of) > 1 else 0:.3f}" for of in changes.values()]
-    return [*rows, ["mean change ± standard deviation", *spread]]
+    for setting in settings:
+        of_runs = [{outcome.name: outcome for outcome in run.outcomes} for run in setting.runs]
+        for run, of in zip(setting.runs, of_runs, strict=True):
+            ends = [of.get(name) for name in names]
+            rows.append(
+                [
+                    run.name,
+                    *("–" if o is None else f"{o.before.value:.3f} → {o.after.value:.3f}" for o in ends),
+                ]
+            )
+        if len(setting.runs) > 1:
+            changes = [[of[name].change.value for of in of_runs if name in of] for name in names]
+            cells = [
+                f"{mean(of):+.3f} ± {stdev(of):.3f} ({len(of)} runs)" if len(of) > 1 else "–"
+                for of in changes
+            ]
+            what = "mean change ± standard deviation"
+            rows.append([what if len(settings) == 1 else f"{what}: {setting.label}", *cells])
+    return rows
 
 
 def _curves_lead(settings: Sequence[Setting]) -> str:
@@ -263,7 +297,8 @@ def _captions_lead(runs: Sequence[Run], cards: Sequence[Card]) -> str:
         if len(ends) > 1
         else ""
     )
-    return f"{lead}The score above a caption is its b-CapScore."
+    score = runs[0].headline.title if runs[0].headline else "b-CapScore, or first reward"
+    return f"{lead}The score above a caption is its {score}; σ of a group is the standard deviation of its scores."
 
 
 def _breakdown(
@@ -277,7 +312,7 @@ def _breakdown(
     ):
         ends = [[] if of is None else breakdown.by_kind(of, column, flags) for of in (before, after)]
         charts.append(figures.shares(title, *ends))
-    names = ("precision", "recall", "linguistic")
+    names = run.reward_names
     bins = [[] if of is None else breakdown.by_length(of, names) for of in (before, after)]
     charts.append(figures.lengths(bins[0], bins[1], run.bounds if run.has_mask else None))
     train = run.rollouts.train

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 
 from balcap.report.markdown import base_of, benchmarks, how_to_load, results, table
@@ -61,7 +63,7 @@ def readme(run: Run) -> str:
         "Benchmarks": benchmarks(run),
         "Settings": _settings(run),
         "Use the model": "" if "export" not in there else _use(run, export),
-        "Repeat and continue": _repeat(run) if "config.yaml" in there else "",
+        "Repeat and continue": _repeat(run) if run.command else "",
         "Files": table(["file", "what"], [[f"`{name}`", text] for name, text in there.items()]),
     }
     lines = [f"# {run.name}", "A captioner trained with BalCapRL (arXiv 2605.07394)."]
@@ -72,17 +74,24 @@ def readme(run: Run) -> str:
 def _settings(run: Run) -> str:
     if run.changed is None:
         return "All settings are in [config.yaml](config.yaml)." if run.settings else ""
-    rows = [[f"`{name}`", str(value)] for name, value in leaves(run.changed)]
+    rows = [
+        [f"`{name}`", value if isinstance(value, str) else json.dumps(value, default=str)]
+        for name, value in leaves(run.changed)
+    ]
     return f"These differ from the defaults; [config.yaml](config.yaml) has all.\n\n{table(['setting', 'value'], rows)}"
 
 
 def _use(run: Run, export: Path) -> str:
     base, tokens = base_of(run, export), run.setting("model.sampling.max_tokens", 1024)
     code = how_to_load(export, str(export), base, tokens)
-    return f"{code}\n\n`python main.py push {run.folder} OWNER/NAME` uploads `export/` to Hugging Face's hub."
+    push = shlex.join(["python", "main.py", "push", str(run.folder), "OWNER/NAME"])
+    return f"{code}\n\n`{push}` uploads `export/` to Hugging Face's hub."
 
 
 def _repeat(run: Run) -> str:
-    goes_on = f"python main.py fit --config {run.folder}/config.yaml --run_dir {run.folder} --ckpt_path last"
-    goes_on += " --resume null" if run.setting("resume") else ""
-    return f"```bash\n{run.command}   # again\n{goes_on}   # go on\n```"
+    lines = [f"{run.command}   # again"]
+    if run.fits:
+        goes_on = ["fit", "--config", str(run.config), "--run_dir", str(run.folder), "--ckpt_path", "last"]
+        goes_on += ["--resume", "null"] if run.setting("resume") else []
+        lines.append(f"{shlex.join(['python', 'main.py', *goes_on])}   # go on")
+    return "\n".join(["```bash", *lines, "```"])

@@ -45,6 +45,12 @@ class Captions:
         reference = self.column("reference_length")
         return self.column("length") / np.where(reference > 0, reference, np.nan)
 
+    @property
+    def judged(self) -> bool:
+        """Whether there is a judgment of any of them, or no column that would tell."""
+        names = set(self.table.column_names) & {"true", "covered", "clarity"}
+        return not names or any(self.table[name].null_count < len(self) for name in names)
+
     def values(self, name: str) -> np.ndarray:
         """``[N]`` of a reward by its name, of ``b_capscore`` or of ``length_ratio``; NaN where missing."""
         if name == "length_ratio":

@@ -6,9 +6,10 @@ and one of an older version have a report, too.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
+import shlex
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from balcap.benchmarks.scores import Score, Statistic, difference
 from balcap.report.calls import Calls
 from balcap.report.rollouts import PARTS, Rollouts
 from balcap.utils.errors import UserError
+from balcap.utils.files import whole_rows
 
 Series = tuple[list[float], list[float]]  # steps, values
 
@@ -33,16 +35,20 @@ TITLES = {B_CAPSCORE: "b-CapScore", "length_ratio": "length ratio", "caption_tok
 class Outcome:
     """One score of the held-out captions before the first update and after the last one.
 
+    All three are over the same images: those that have the score at both ends.
+
     Attributes:
         name: of the metric, such as ``b_capscore``.
         before, after: means with 95 % intervals (bootstrap over images).
-        change: after minus before on the images that both have (paired bootstrap).
+        change: after minus before (paired bootstrap).
+        missing: images that lack the score at either end, because judgments failed.
     """
 
     name: str
     before: Score
     after: Score
     change: Score
+    missing: int
 
     @property
     def title(self) -> str:
@@ -56,21 +62,25 @@ class Run:
 
     Attributes:
         folder: of the run.
-        settings: the resolved config of the fit, or of the command that ran last; empty where none is there.
+        config: the file of the settings; None where none is there.
+        settings: the resolved config of the fit, else of another command; empty where none is there.
         changed: its settings that differ from the defaults, nested; None where the run did not write them.
         metrics: name -> (steps, values), NaN where a value was logged and missing.
         benchmarks: of ``benchmarks.json``: name -> score, low, high, n, …; empty where there are none.
         captioners: name -> the same of each captioner that ``test`` compared, the policy among them; empty without others.
+        calls: what the judge's ledger holds; None without one.
         problems: what could not be read, for a person.
         label: its name among several runs; empty for that of its folder.
     """
 
     folder: Path
+    config: Path | None
     settings: Mapping[str, Any]
     changed: Mapping[str, Any] | None
     metrics: Mapping[str, Series]
     benchmarks: Mapping[str, Any]
-    captioners: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    captioners: Mapping[str, Mapping[str, Any]]
+    calls: Calls | None
     problems: list[str] = field(default_factory=list)
     label: str = ""
 
@@ -83,7 +93,8 @@ class Run:
         """
         folder, problems = Path(folder), []
         configs = [folder / "config.yaml", *sorted(folder.glob("config.[a-z]*.yaml"))]
-        configs = [path for path in configs if path.name != "config.changed.yaml" and path.is_file()]
+        others = ("config.changed.yaml", "config.until")
+        configs = [path for path in configs if not path.name.startswith(others) and path.is_file()]
         found = [*configs, folder / "metrics.csv", folder / "benchmarks.json"]
         if not any(path.is_file() for path in found):
             raise UserError(
@@ -94,16 +105,20 @@ class Run:
         def read(path: Path, parse: Any, otherwise: Any) -> Any:
             try:
                 return parse(path) if path.is_file() else otherwise
-            except (OSError, ValueError, yaml.YAMLError) as error:
+            except (OSError, ValueError, yaml.YAMLError, sqlite3.Error) as error:
                 problems.append(f"{path.name} cannot be read: {error}")
                 return otherwise
 
         changed = read(folder / "config.changed.yaml", _yaml, None)
         metrics = read(folder / "metrics.csv", read_metrics, {})
+        if cut := read(folder / "metrics.csv", incomplete_lines, 0):
+            problems.append(f"metrics.csv: {cut} incomplete lines were left out")
         benchmarks = read(folder / "benchmarks.json", _json, {})
         captioners = read(folder / "benchmarks/comparison.json", _json, {}).get("models", {})
         settings = read(configs[0], _yaml, {}) if configs else {}
-        return cls(folder, settings, changed, metrics, benchmarks, captioners, problems)
+        calls = read(folder / "judge_ledger.sqlite", Calls.read, None)
+        config = configs[0] if configs else None
+        return cls(folder, config, settings, changed, metrics, benchmarks, captioners, calls, problems)
 
     @property
     def name(self) -> str:
@@ -114,11 +129,6 @@ class Run:
     def rollouts(self) -> Rollouts:
         """The captions that the run has logged."""
         return Rollouts.read(self.folder / "rollouts")
-
-    @cached_property
-    def calls(self) -> Calls | None:
-        """What the ledger holds; None without one."""
-        return Calls.read(self.folder / "judge_ledger.sqlite")
 
     def setting(self, name: str, default: Any = None) -> Any:
         """A setting by its full name, such as ``model.policy.model``; classes are looked through."""
@@ -144,8 +154,32 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that the run has made."""
-        return int(max((steps[-1] for steps, _ in self.metrics.values() if steps), default=0))
+        """Optimizer steps that the run has made, as far as its metrics or its captions show."""
+        logged = [steps[-1] for steps, _ in self.metrics.values() if steps]
+        return int(max([*logged, *self.rollouts.validations], default=0))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the settings are those of a fit."""
+        return self.config is not None and self.config.name == "config.yaml"
+
+    @property
+    def judged(self) -> bool:
+        """Whether a judge was asked, as far as the run shows: rewards may need none."""
+        logged = [
+            one for one in (*self.rollouts.validations.values(), self.rollouts.train) if one is not None
+        ]
+        if self.calls is not None and self.calls.calls:
+            return True
+        return any(one.judged for one in logged) if logged else self.calls is None
+
+    @property
+    def missing_judgments(self) -> float | None:
+        """Judgments that training and validation lack; None where it was not logged."""
+        logged = [
+            self.metrics[name][1] for name in ("judge/failed", "val/judge_failed") if name in self.metrics
+        ]
+        return sum(value for of in logged for value in of if not math.isnan(value)) if logged else None
 
     @property
     def hours(self) -> float:
@@ -168,14 +202,30 @@ class Run:
         before, after = self.rollouts.ends
         if before is None or after is None:
             return []
-        names = [B_CAPSCORE, *self.reward_names, "length_ratio"]
+        images = set(before.texts("sample_id")) & set(after.texts("sample_id"))
         outcomes = []
-        for name in names:
-            one, other = before.scores(name), after.scores(name)
-            if one and other:
-                first, last = _statistic(one), _statistic(other)
-                outcomes.append(Outcome(name, first.score(), last.score(), difference(last, first)))
+        for name in (B_CAPSCORE, *self.reward_names, "length_ratio"):
+            first, last = before.scores(name), after.scores(name)
+            common = [image for image in last if image in first]
+            if common:
+                one, other = (Statistic.of(common, [of[image] for image in common]) for of in (first, last))
+                missing = len(images) - len(common)
+                outcomes.append(Outcome(name, one.score(), other.score(), difference(other, one), missing))
         return outcomes
+
+    @cached_property
+    def scores(self) -> list[tuple[str, Score]]:
+        """Of a single validation: title and mean of each score over its images. Empty where there are two or none."""
+        before, only = self.rollouts.ends
+        if before is not None or only is None:
+            return []
+        names = (B_CAPSCORE, *self.reward_names, "length_ratio")
+        found = [(name, only.scores(name)) for name in names]
+        return [
+            (TITLES.get(name, name), Statistic.of(list(of), list(of.values())).score())
+            for name, of in found
+            if of
+        ]
 
     @property
     def headline(self) -> Outcome | None:
@@ -204,10 +254,17 @@ class Run:
         return given is None or any("LengthMask" in str(transform) for transform in given)
 
     @property
-    def command(self) -> str:
-        """That repeats the run."""
-        anew = "".join(f" --{name} null" for name in ("ckpt_path", "resume") if self.setting(name))
-        return f"python main.py fit --config {self.folder}/config.yaml --run_dir runs/again{anew}"
+    def command(self) -> str | None:
+        """That repeats the run, for a shell; None where its settings are not there."""
+        if self.config is None:
+            return None
+        stage = "fit" if self.fits else self.config.name.split(".")[1]
+        again = ["python", "main.py", stage, "--config", str(self.config), "--run_dir", "runs/again"]
+        if self.fits:
+            again += [
+                w for name in ("ckpt_path", "resume") if self.setting(name) for w in (f"--{name}", "null")
+            ]
+        return shlex.join(again)
 
 
 def labelled(runs: Sequence[Run]) -> list[Run]:
@@ -218,7 +275,8 @@ def labelled(runs: Sequence[Run]) -> list[Run]:
 
 
 def read_metrics(metrics_csv: Path) -> dict[str, Series]:
-    """Every metric as (steps, values) in order of steps; NaN where it was logged and missing. Empty cells are left out.
+    """Every metric as (steps, values) in order of steps; NaN where it was logged and missing. Empty cells and
+    incomplete rows are left out.
 
     Args:
         metrics_csv: as Lightning's `CSVLogger` writes it: a ``step`` column, sparse columns of metrics.
@@ -228,15 +286,20 @@ def read_metrics(metrics_csv: Path) -> dict[str, Series]:
         ValueError: a column has values that are not numbers.
     """
     points: dict[str, list[tuple[float, float]]] = {}
-    with metrics_csv.open(newline="") as file:
-        for row in csv.DictReader(file):
-            step = float(row.pop("step"))
-            for name, cell in row.items():
-                if cell not in ("", None):
-                    points.setdefault(name, []).append((step, float(cell)))
+    for row in whole_rows(metrics_csv)[1]:
+        step = float(row.pop("step"))
+        for name, cell in row.items():
+            if cell != "":
+                points.setdefault(name, []).append((step, float(cell)))
     for pairs in points.values():
         pairs.sort(key=lambda pair: pair[0])
     return {name: ([x for x, _ in pairs], [y for _, y in pairs]) for name, pairs in points.items()}
+
+
+def incomplete_lines(metrics_csv: Path) -> int:
+    """How many rows a kill or a full disk has cut short."""
+    lines = [line for line in metrics_csv.read_text(errors="replace").splitlines()[1:] if line]
+    return len(lines) - len(whole_rows(metrics_csv)[1])
 
 
 def leaves(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -260,7 +323,3 @@ def _yaml(path: Path) -> Any:
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text())
-
-
-def _statistic(scores: Mapping[str, float]) -> Statistic:
-    return Statistic.of(list(scores), list(scores.values()))

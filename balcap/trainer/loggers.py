@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
-from balcap.utils.files import atomic_write
+from balcap.utils.files import atomic_write, whole_rows
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class _ContinuedWriter(ExperimentWriter):
         self._joined = keep in (None, math.inf)
         super().__init__(log_dir=log_dir)
         if keep is not None and Path(self.metrics_file_path).is_file():
-            self.metrics_keys, rows = _whole_rows(Path(self.metrics_file_path))
+            self.metrics_keys, rows = whole_rows(Path(self.metrics_file_path))
             self._write(rows)
 
     def _check_log_dir_exists(self) -> None:
@@ -88,7 +88,7 @@ class _ContinuedWriter(ExperimentWriter):
         again = {name for row in self.metrics for name in row if name.startswith(("train/", "val/"))}
         path = Path(self.metrics_file_path)
         if path.is_file():
-            rows = [row for row in _whole_rows(path)[1] if int(row["step"]) <= self._keep]
+            rows = [row for row in whole_rows(path)[1] if int(row["step"]) <= self._keep]
             rows = [row for row in rows if int(row["step"]) != first or not _has(row, again)]
             if self._logged and not any(
                 _has(row, self._logged) for row in rows if row["step"] == self._last_step
@@ -105,7 +105,7 @@ class _ContinuedWriter(ExperimentWriter):
         return str(int((self._logged or {}).get("step", -1)))
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        self._write(_whole_rows(Path(self.metrics_file_path))[1])
+        self._write(whole_rows(Path(self.metrics_file_path))[1])
 
     def _write(self, rows: list[dict[str, str]]) -> None:
         with atomic_write(self.metrics_file_path, newline="") as file:
@@ -116,16 +116,6 @@ class _ContinuedWriter(ExperimentWriter):
 
 def _has(row: Mapping[str, str], names: Iterable[str]) -> bool:
     return any(row.get(name) for name in names if name.startswith(("train/", "val/")))
-
-
-def _whole_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows of a file of metrics, without rows that a kill or a full disk has cut short."""
-    lines = path.read_text(errors="replace").splitlines(keepends=True)
-    reader = csv.DictReader(line for line in lines if line.endswith("\n") and "\0" not in line)
-    columns = list(reader.fieldnames or [])
-    # DictReader fills up what a row lacks with None, and collects what it has too many under None.
-    rows = [row for row in reader if None not in row and None not in row.values()]
-    return columns, [row for row in rows if row.get("step", "").isdigit()]
 
 
 class RunCSVLogger(CSVLogger):

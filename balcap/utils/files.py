@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import shutil
@@ -98,3 +99,13 @@ def read_jsonl(path: str | Path) -> list[Any]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
+
+
+def whole_rows(metrics_csv: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of a file of metrics, without rows that a kill or a full disk has cut short."""
+    lines = metrics_csv.read_text(errors="replace").splitlines(keepends=True)
+    reader = csv.DictReader(line for line in lines if line.endswith("\n") and "\0" not in line)
+    columns = list(reader.fieldnames or [])
+    # DictReader fills up what a row lacks with None, and collects what it has too many under None.
+    rows = [row for row in reader if None not in row and None not in row.values()]
+    return columns, [row for row in rows if row.get("step", "").isdigit()]

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import plotly.graph_objects as go
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -142,16 +144,14 @@ def test_runs_are_overlaid_by_setting(tmp_path: Path) -> None:
     bands = [trace for trace in kl["data"] if trace.get("fill") == "tonexty"]
     assert len(bands) == 1  # of the three seeds; a single run has none
     page = render([Run.read(folder) for folder in (*seeds, other)])
-    assert "mean change ± standard deviation" in page
+    assert "mean change ± standard deviation: kl_coef 0.01 (seed-0, seed-1, seed-2)" in page
+    assert page.count("(3 runs)") == 5  # a single run of another setting is in no mean
     assert "after, seed-2" in page  # the same images, side by side
 
 
 def test_runs_that_hold_out_other_images(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, steps=2, images=20) for name in ("a", "b")]
     for path in (folders[1] / "rollouts").glob("val-*.parquet"):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         table = pq.read_table(path)
         names = pa.array([f"other/{name}" for name in table["sample_id"].to_pylist()])
         pq.write_table(table.set_column(table.column_names.index("sample_id"), "sample_id", names), path)
@@ -177,9 +177,22 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     assert "No captions were logged" in page
 
 
+def test_a_run_without_b_capscore_says_which_score_it_shows(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", steps=2)
+    for path in (folder / "rollouts").glob("*.parquet"):
+        names = ["reward/recall", "shaped/recall", "reward/linguistic", "shaped/linguistic"]
+        pq.write_table(pq.read_table(path).drop_columns(names), path)
+    (folder / "metrics.csv").unlink()
+    page = render([Run.read(folder)])
+    assert "precision of held-out captions" in page
+    assert "The score above a caption is its precision" in page
+    assert "b-CapScore" not in body(page)
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "a", steps=2)
-    main.main(["report", str(folder)])
+    main.main(["report", str(folder), f"{folder}/", f"{folder}/../a"])  # one run, named in three ways
+    assert "<h1>Qwen3-VL-4B-Instruct on rows.json</h1>" in (folder / "report.html").read_text()
     assert "</html>" in (folder / "report.html").read_text()
     out = tmp_path / "new/both.html"
     main.main(["report", str(folder), str(write_run(tmp_path / "b", steps=2)), "--out", str(out)])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from balcap.report.calls import Calls
+from balcap.report.page import facts
 from balcap.report.run import Run, labelled, leaves
 from balcap.utils.errors import UserError
 from tests.report_runs import write_run
@@ -28,8 +28,10 @@ def test_outcomes_are_paired_over_images(run: Run) -> None:
     assert change.value == pytest.approx(sum(other[i] - one[i] for i in one) / 16)
     assert change.low < change.value < change.high
     # a fifth of the verifications failed: those images have no precision, and none counts as 0
-    assert 0 < outcomes["precision"].after.n < 16
-    assert outcomes["precision"].after.value > 0.5
+    precision = outcomes["precision"]
+    assert precision.before.n == precision.after.n == precision.change.n == 16 - precision.missing < 16
+    assert precision.change.value == pytest.approx(precision.after.value - precision.before.value)
+    assert precision.after.value > 0.5
 
 
 def test_what_the_folder_says(run: Run) -> None:
@@ -52,10 +54,46 @@ def test_calls_of_a_ledger(run: Run) -> None:
     assert calls.failures[0].words == "openai/gpt-6-luna: 429 slow down, <b>please</b>"
 
 
-def test_a_file_that_is_no_ledger(tmp_path: Path) -> None:
-    (tmp_path / "judge_ledger.sqlite").write_bytes(b"x" * 5000)
-    assert Calls.read(tmp_path / "judge_ledger.sqlite") is None
-    assert Calls.read(tmp_path / "nothing.sqlite") is None
+@pytest.mark.parametrize("content", [b"x" * 5000, b""])
+def test_a_file_that_is_no_ledger(tmp_path: Path, content: bytes) -> None:
+    folder = write_run(tmp_path / "a", steps=2)
+    (folder / "judge_ledger.sqlite").write_bytes(content)
+    run = Run.read(folder)
+    assert run.calls is None
+    assert [problem.split()[0] for problem in run.problems] == ["judge_ledger.sqlite"]
+
+
+def test_a_row_that_was_cut_short_is_left_out_and_said(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", steps=4)
+    metrics = folder / "metrics.csv"
+    metrics.write_text(metrics.read_text()[:-20])
+    run = Run.read(folder)
+    assert run.problems == ["metrics.csv: 1 incomplete lines were left out"]
+    assert run.metrics["train/kl"][0] == [1, 2, 3]
+
+
+def test_a_validation_alone_has_scores_and_its_own_command(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a b", steps=2)
+    (folder / "config.yaml").rename(folder / "config.validate.yaml")
+    for path in (folder / "rollouts").glob("*.parquet"):
+        if "val-00000002" in path.name:
+            path.rename(path.with_name(path.name.replace("val", "validate")))
+        else:
+            path.unlink()
+    run = Run.read(folder)
+    assert run.outcomes == []
+    assert [title for title, _ in run.scores] == [
+        "b-CapScore",
+        "precision",
+        "recall",
+        "linguistic",
+        "length ratio",
+    ]
+    assert (
+        run.command
+        == f"python main.py validate --config '{folder}/config.validate.yaml' --run_dir runs/again"
+    )
+    assert "optimizer steps" not in dict(facts(run))
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@
   const kindChanged = () => {
     const group = form.elements.kind.value === "group";
     for (const option of form.elements.sort.options) {
-      option.hidden = group ? ["gain", "loss"].includes(option.value) : option.value === "spread";
+      option.disabled = option.hidden = group ? ["gain", "loss"].includes(option.value) : option.value === "spread";
     }
     form.elements.sort.value = group ? "spread" : "gain";
   };
