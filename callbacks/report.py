@@ -40,15 +40,17 @@ class RunReport(Callback):
         for logger in trainer.loggers:
             logger.save()
         report, export = folder / "report.html", folder / "export"
-        parts: dict[Path, Callable[[], Path]] = {
-            report: lambda: write_report([Run.read(folder)], report),
-            folder / "README.md": lambda: write_readme(folder),
+        parts: dict[Path, Callable[[Run], Path]] = {
+            report: lambda run: write_report([run], report),
+            folder / "README.md": write_readme,
         }
         if export.is_dir():
-            parts[export / "README.md"] = lambda: write_model_card(folder, export)
+            parts[export / "README.md"] = lambda run: write_model_card(run, export)
+        run = None
         for path, write in parts.items():
             try:
-                write()
+                run = run or Run.read(folder)
+                write(run)
             except Exception as error:  # what was trained is worth more than what is said of it
                 rank_zero_warn(f"{path} could not be written: {type(error).__name__}: {error}")
         rank_zero_info(f"report: {report}, written in {time.monotonic() - began:.0f} s")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from balcap.judge.tasks.rate import SCALES
 from balcap.report.thumbnails import FOLDER, thumbnail_path, write_thumbnail
 from balcap.utils.files import atomic_write
 from callbacks.logger_media import RolloutMedia, media_of
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from balcap.types import StepRecord
 
-SCALES = ("clarity", "fluency", "coherency")  # of a rating
 THUMBNAIL = 512  # pixels of the longer side: event files hold images uncompressed by anything but PNG
 
 

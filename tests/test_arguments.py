@@ -232,7 +232,7 @@ def test_every_command_is_listed_with_a_line(
 @pytest.mark.parametrize(
     ("problems", "then"),
     [
-        (["run_dir: a holds a run already; continue it with b"], "python main.py fit -c x --ckpt_path last"),
+        (["run_dir: a holds a run already; continue it with b"], "python main.py fit -c x --resume auto"),
         (["run_dir: a holds a run already, not that of b"], "python main.py fit -c x --run_dir FOLDER"),
         (
             ["data.image_root is required: b", "model.judge.model: a needs in the environment: A, B"],

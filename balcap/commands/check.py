@@ -59,7 +59,9 @@ def check_run(trainer: Trainer, module: BalCapModule, data: CaptionDataModule, i
         raise UserError(f"--images {images}: use 1 or more")
     batch = read_rows(data, data.split.train, images)
     if batch is None:
-        raise UserError("data: no row can be used; bad_rows.jsonl of a fit says why")
+        raise UserError(
+            "data: no row can be used; the line above says why: see data.data and data.image_root"
+        )
     device, precision = trainer.strategy.root_device, trainer.precision_plugin
     engine, sampling = module.pipeline.engine, module.pipeline.sampling
     # Compiling takes longer than all checks, and a cache would remember features of this run.

@@ -164,8 +164,8 @@ def read_rows(data: CaptionDataModule, rows: np.ndarray, count: int) -> CaptionB
         if bad := reader.bad_rows.counts():
             causes = ", ".join(f"{cause} {n}" for cause, n in bad.items())
             print(
-                f"data: {len(samples)} good rows, and {sum(bad.values())} bad ones ({causes}); a fit lists those in "
-                "bad_rows.jsonl",
+                f"data: {len(samples)} good rows, and {sum(bad.values())} bad ones ({causes}), the first: "
+                f"{reader.bad_rows.first()}; a fit lists them in bad_rows.jsonl",
                 file=sys.stderr,
                 flush=True,
             )

@@ -50,6 +50,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     options = _parser().parse_args(args)
     out = Path(options.out)
+    if out.is_dir():
+        raise UserError(f"--out: {out} is a folder; name a file, such as {out / 'my.yaml'}")
     if out.exists() and not options.force:
         raise UserError(f"--out: {out} is there already; name another file, or add --force to replace it")
     given = {name: getattr(options, name) for name in QUESTIONS if getattr(options, name) is not None}
@@ -106,7 +108,7 @@ def _answer(name: str, given: dict[str, str], answers: dict[str, Any]) -> Any:
     while True:
         try:
             text = input(f"{QUESTIONS[name]} [{default}]: ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             raise UserError(f"{name}: no answer; give it as --{name}") from None
         value, problem = check(text, answers) if text else (untouched, None)
         if not problem:
@@ -201,6 +203,7 @@ def _about_rows(data: str, image_root: str) -> str:
 
     Raises:
         DataError: it cannot be read.
+        UserError: none of the first rows has its images.
     """
     path = Path(data).expanduser()
     if path.suffix in FILES and not path.is_file():
@@ -225,4 +228,7 @@ def _about_rows(data: str, image_root: str) -> str:
             found += all(map(folder.locate, image_paths(row["sample_id"])))
         except BadImage as bad:
             why = why or f"; {bad.detail}"
-    return f"data: {count} rows; of the first {len(first)}, {len(good)} can be read and {found} have their images{why}"
+    about = f"data: {count} rows; of the first {len(first)}, {len(good)} can be read and {found} have their images{why}"
+    if first and not found:
+        raise UserError(f"--image_root: {image_root}: {about}")
+    return about

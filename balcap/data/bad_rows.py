@@ -53,6 +53,12 @@ class BadRowLog:
         self.total()
         return dict(Counter(self._seen.values()).most_common())
 
+    def first(self) -> str:
+        """One of them for a person, with its number and what is wrong; empty where there is none."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        entry = json.loads(lines[0]) if lines else None
+        return f"row {entry['row']}, {entry['image']}: {entry['detail']}" if entry else ""
+
     def total(self) -> int:
         """Number of bad rows, over all processes: reads what was appended since the last call."""
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:

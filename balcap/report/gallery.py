@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from balcap.data.layouts import BETWEEN
+from balcap.judge.tasks.rate import SCALES
 from balcap.report.rollouts import Captions
 from balcap.report.run import PARTS, Run
 from balcap.report.thumbnails import FOLDER, thumbnail_path
+from balcap.rewards import b_capscore
 
 SIZES = (384, 256, 160, 96)
 """Pixels of the longer side of an image: the largest with which all fit `IMAGE_BYTES`."""
 IMAGE_BYTES = 10_000_000
 SHARED = 12
 """Images that runs must have in common to be compared on them."""
-SCALES = ("clarity", "fluency", "coherency")
 
 
 @dataclass(frozen=True)
@@ -332,12 +334,12 @@ def _shown(label: str, row: Mapping[str, Any], run: Run) -> Shown:
 
 
 def _score(values: Mapping[str, float | None]) -> float | None:
-    parts = [values.get(name) for name in PARTS]
+    """b-CapScore, or the first reward of a run that has not its parts."""
     if not set(PARTS) <= set(values):
         return next(iter(values.values()), None)
-    if any(part is None for part in parts):
-        return None
-    return 0.0 if 0 in parts else len(parts) / sum(1 / part for part in parts if part)
+    parts = [math.nan if (part := values[name]) is None else part for name in PARTS]
+    score = b_capscore(*torch.tensor(parts, dtype=torch.float64)).item()
+    return None if math.isnan(score) else score
 
 
 def _verdicts(

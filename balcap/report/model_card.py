@@ -28,25 +28,24 @@ PUBLIC = (
 """Facts of a run that say nothing of the machine."""
 
 
-def write_model_card(run_folder: str | Path, export_folder: str | Path) -> Path:
+def write_model_card(run: Run, export_folder: str | Path) -> Path:
     """Write ``README.md`` in an export, over an older one: metadata for the hub, and text.
 
     It holds neither paths of this machine, nor captions, nor secrets. The license is left out: it depends on the base.
 
     Args:
-        run_folder: of the run.
+        run: whose it is.
         export_folder: ``export`` of the run: a model or an adapter.
 
     Returns:
         The file.
 
     Raises:
-        UserError: there is no run in the folder.
         OSError: the file cannot be written.
     """
     from huggingface_hub import ModelCard
 
-    run, export = Run.read(run_folder), Path(export_folder)
+    export = Path(export_folder)
     card = ModelCard(f"---\n{_metadata(run, export).to_yaml()}\n---\n\n{_text(run, export)}")
     path = export / "README.md"
     with atomic_write(path) as file:

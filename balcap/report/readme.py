@@ -31,22 +31,20 @@ FILES = {
 """What a run may leave behind, in the order of the README."""
 
 
-def write_readme(run_folder: str | Path) -> Path:
+def write_readme(run: Run) -> Path:
     """Write ``README.md`` of a run in its folder, over an older one.
 
     Texts of images and captions are not in it, nor are secrets.
 
     Args:
-        run_folder: of the run.
+        run: whose it is.
 
     Returns:
         The file.
 
     Raises:
-        UserError: there is no run in the folder.
         OSError: the file cannot be written.
     """
-    run = Run.read(run_folder)
     path = run.folder / "README.md"
     with atomic_write(path) as file:
         file.write(text_filter()(readme(run)))

@@ -56,9 +56,11 @@ class Captions:
         if name == "length_ratio":
             return self.length_ratio
         if name == "b_capscore":
-            parts = np.stack([self.column(f"reward/{part}") for part in PARTS])
-            with np.errstate(divide="ignore"):
-                return len(PARTS) / (1 / parts).sum(0)  # a part of 0 makes it 3 / inf = 0; NaN stays NaN
+            import torch
+
+            from balcap.rewards import b_capscore
+
+            return b_capscore(*(torch.from_numpy(self.column(f"reward/{part}")) for part in PARTS)).numpy()
         return self.column(f"reward/{name}")
 
     def scores(self, name: str) -> dict[str, float]:

@@ -42,13 +42,16 @@ def next_line(given: Sequence[str], problems: Sequence[str], otherwise: str | No
         if names:
             exports += [f"export {name}=..." for name in names[1].split(", ")]
         elif key == "run_dir" and "continue it with" in problem:
-            flags.append("--ckpt_path last")
+            flags.append("--resume auto")  # also where the run has ended before its first checkpoint
+        elif key == "model.reward_transforms" and "acts on the reward" in problem:
+            flags.append("--model.reward_transforms '[]'")
         elif key == "ckpt_path" and "start with" in problem:
             again = _without(again, "--ckpt_path")
             flags.append("--resume auto")
         elif key == "model.policy.model" and (run := re.search(r"(\S+)/export is no folder", problem)):
             return f"\nNext: python main.py fit --config {run[1]}/config.yaml --ckpt_path last"
         elif key in _VALUES:
+            again = _without(again, f"--{key}")
             flags.append(f"--{key} {_VALUES[key]}")
     if not exports and not flags and otherwise is None:
         return ""

@@ -48,9 +48,9 @@ def nearest(name: str, known: Collection[str]) -> str | None:
     """The one of `known` that was meant: of the same last word elsewhere, spelled alike, longer or shorter."""
     parent, _, last = name.rpartition(".")
     elsewhere = [other for other in known if other.rpartition(".")[2] == last]
-    if elsewhere:
-        return difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.0)[0]
     beside = {end: other for other in known for above, _, end in [other.rpartition(".")] if above == parent}
+    if elsewhere and (len(elsewhere) == 1 or not parent or not beside):  # many settings are called "enabled"
+        return difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.0)[0]
     if not beside:  # the mistake is further left
         return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.7)), None)
     longer = [end for end in beside if last.startswith(end) or end.startswith(last)]

@@ -55,6 +55,8 @@ def test_corr_grpo_against_numpy(seed, G, K):
             continue
         own = group[complete]
         total = torch.corrcoef(own.T).sum().clamp(min=0)
+        if total < 1e-3:  # rewards that cancel: nothing but eps and roundings to divide by
+            continue
         centred = ((own - own.mean(0)) * weights).sum(-1)
         torch.testing.assert_close(of_group[complete], centred / (total.sqrt() + 1e-4), rtol=1e-6, atol=1e-6)
         assert of_group.sum().abs() < 1e-6 * (1 + of_group.abs().max())

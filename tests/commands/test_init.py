@@ -196,13 +196,17 @@ def test_a_file_that_is_there_stays(tmp_path: Path, cli) -> None:
     assert path.read_text() == "mine"
 
 
-def test_missing_images_and_prices_are_said(world: Path, tmp_path: Path, write, capsys) -> None:
+def test_missing_images_are_refused(tmp_path: Path, write) -> None:
     (tmp_path / "empty").mkdir()
-    path = write(image_root=tmp_path / "empty", judge="hosted_vllm/mine", budget="3")
-    out = capsys.readouterr().out
-    assert "60 rows; of the first 20, 20 can be read and 0 have their images" in out
-    assert "does not exist" in out
-    assert "budget: needs the price of hosted_vllm/mine first" in out
+    with pytest.raises(
+        SystemExit, match=r"--image_root: .*60 rows; .* 0 have their images; .* does not exist"
+    ):
+        write(image_root=tmp_path / "empty")
+
+
+def test_a_judge_without_a_price_has_its_budget_as_a_comment(write, capsys) -> None:
+    path = write(judge="hosted_vllm/mine", budget="3")
+    assert "budget: needs the price of hosted_vllm/mine first" in capsys.readouterr().out
     assert "budget_usd" not in yaml.safe_load(path.read_text())["model"]["judge"]
     assert "# budget_usd: 3" in path.read_text()
 

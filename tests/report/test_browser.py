@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,17 @@ def test_everything_is_drawn(open_page: Any, reports: dict[str, Path], name: str
     image = page.locator("#cards img").first
     image.scroll_into_view_if_needed()
     assert image.evaluate("async image => { await image.decode(); return image.naturalWidth; }") == 96
+
+
+def test_the_report_that_a_fit_leaves(
+    open_page: Any, fit_arguments: Callable[..., list[str]], cli: Callable[[list[str]], None], tmp_path: Path
+) -> None:
+    cli(fit_arguments(**{"trainer.max_steps": 2, "report.enabled": True}))
+    page = open_page(tmp_path / "run/report.html")
+    draw_everything(page)
+    assert page.locator("#cards > .card:visible").count() == 4  # the held-out images, each with its picture
+    assert page.locator("#cards > .card[data-kind=held-out] img").count() == 4
+    assert "b-CapScore of held-out captions" in page.inner_text("header")
 
 
 def test_sorting(open_page: Any, reports: dict[str, Path]) -> None:

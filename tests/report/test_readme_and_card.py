@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, metadata_eval_result, metadata_load
 from balcap.report.markdown import hub_id, public_name, table
 from balcap.report.model_card import write_model_card
 from balcap.report.readme import write_readme
+from balcap.report.run import Run
 from balcap.utils.errors import UserError
 
 CAPTION = "A caption | that nobody publishes."
@@ -58,7 +59,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_readme_says_what_came_of_the_run_and_how_to_go_on(run: Path) -> None:
-    path = write_readme(run)
+    path = write_readme(Run.read(run))
     text = path.read_text()
     assert path == run / "README.md"
     assert "| policy | Qwen/Qwen2.5-VL-7B-Instruct |" in text
@@ -78,31 +79,31 @@ def test_a_readme_says_what_came_of_the_run_and_how_to_go_on(run: Path) -> None:
 def test_settings_that_differ_from_the_defaults_are_listed(run: Path) -> None:
     changed = {"model": {"advantage": {"class_path": "a.B", "init_args": {"eps": 0.1}}, "kl_coef": "a|b"}}
     (run / "config.changed.yaml").write_text(yaml.safe_dump(changed))
-    text = write_readme(run).read_text()
+    text = write_readme(Run.read(run)).read_text()
     assert "| `model.advantage.eps` | 0.1 |" in text
     assert "| `model.kl_coef` | a\\|b |" in text
     assert "All settings are in" not in text
 
 
 def test_a_run_that_went_on_is_repeated_from_its_beginning(run: Path) -> None:
-    assert "--run_dir runs/again   # again" in write_readme(run).read_text()
+    assert "--run_dir runs/again   # again" in write_readme(Run.read(run)).read_text()
     (run / "config.yaml").write_text(yaml.safe_dump(SETTINGS | {"ckpt_path": "last", "resume": "auto"}))
-    text = write_readme(run).read_text()
+    text = write_readme(Run.read(run)).read_text()
     assert "--run_dir runs/again --ckpt_path null --resume null   # again" in text
     assert "--ckpt_path last --resume null   # go on" in text
 
 
 def test_a_run_of_which_little_is_left_has_a_readme(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,train/loss\n3,0.5\n")
-    text = write_readme(tmp_path).read_text()
+    text = write_readme(Run.read(tmp_path)).read_text()
     assert "| optimizer steps | 3 |" in text
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Files"]
     with pytest.raises(UserError, match="there is no run in it"):
-        write_readme(tmp_path / "none")
+        Run.read(tmp_path / "none")
 
 
 def test_a_model_card_is_read_back_as_it_was_meant(run: Path) -> None:
-    path = write_model_card(run, run / "export")
+    path = write_model_card(Run.read(run), run / "export")
     card = ModelCard.load(path)
     assert path == run / "export/README.md"
     assert card.data.base_model == "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -140,7 +141,7 @@ def test_a_model_card_is_read_back_as_it_was_meant(run: Path) -> None:
 def test_a_card_of_an_adapter_names_peft_and_the_base(run: Path) -> None:
     adapter = {"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"}
     (run / "export/adapter_config.json").write_text(json.dumps(adapter))
-    card = ModelCard.load(write_model_card(run, run / "export"))
+    card = ModelCard.load(write_model_card(Run.read(run), run / "export"))
     assert (card.data.base_model, card.data.library_name) == ("Qwen/Qwen2.5-VL-3B-Instruct", "peft")
     assert "lora" in card.data.tags
     assert 'model = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct"' in card.text
@@ -160,20 +161,20 @@ def test_a_card_names_no_place_on_this_machine_and_no_secret(
     settings["data"]["data"] = str(data)
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     (run / "export/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
-    text = write_model_card(run, run / "export").read_text()
+    text = write_model_card(Run.read(run), run / "export").read_text()
     assert str(run.parent) not in text
     assert "planted-token" not in text
     data_of_card = ModelCard.load(run / "export/README.md").data
     assert (data_of_card.base_model, data_of_card.datasets) == (None, None)
     assert "precision, judged by base-7b" in text
     assert "held-out images of rows" in text
-    assert "planted-token" not in write_readme(run).read_text()
+    assert "planted-token" not in write_readme(Run.read(run)).read_text()
 
 
 def test_a_card_without_results_is_a_card(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(SETTINGS))
     (tmp_path / "export").mkdir()
-    card = ModelCard.load(write_model_card(tmp_path, tmp_path / "export"))
+    card = ModelCard.load(write_model_card(Run.read(tmp_path), tmp_path / "export"))
     assert card.data.eval_results is None
     assert "## Results" not in card.text
 

@@ -7,7 +7,7 @@ judge's scale nor its prompt: the scale of 0 to 10 and the anchors are ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from balcap.judge.errors import InvalidAnswer
@@ -29,6 +29,10 @@ class Rating:
     def mean(self) -> float:
         """Mean of the three, in [0, 1]."""
         return (self.clarity + self.fluency + self.coherency) / 3
+
+
+SCALES = tuple(field.name for field in fields(Rating))
+"""Names of what is rated."""
 
 
 class ScoreItem(Schema):
