@@ -44,6 +44,10 @@ def model_problems(model: BalCapModule, judges: bool = True) -> list[str]:
     problems += model.judge.problems() if model.judge is not None and judges else []
     problems += model.update_settings.problems() + _reward_problems(model)
     problems += model.advantage.problems() + _optimizer_problems(model) + _engine_problems(model)
+    if model.supervised and model.update_settings.kl_coef:
+        problems.append(
+            "model.kl_coef: the KL term is of sampled captions, and with model.supervised there are none; set it to 0"
+        )
     if model.num_captions < 2:
         problems.append(
             f"model.num_captions: a group of {model.num_captions} has no spread to normalise; use 2 or more"
