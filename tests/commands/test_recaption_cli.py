@@ -10,7 +10,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from balcap.commands import recaption_run
+from balcap.commands import rows_run
 from balcap.commands.recaption import RecaptionSettings
 from balcap.judge import JudgeSettings
 from tests.support import ROOT
@@ -96,8 +96,8 @@ def test_progress_is_a_line_now_and_then_and_in_a_terminal_one_that_changes(
     recaption_arguments, cli, capsys, monkeypatch, terminal: bool, end: str
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    monkeypatch.setattr(recaption_run, "POLL_S", 0.01)
-    monkeypatch.setattr(recaption_run, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(rows_run, "POLL_S", 0.01)
+    monkeypatch.setattr(rows_run, "PLAIN_EVERY_S", 0.0)
     cli(recaption_arguments(max_rows=5))
     first, *_, last = capsys.readouterr().out.removesuffix("\n").split(end)
     assert first == "0/5 rows  $0.00  0 quarantined"
