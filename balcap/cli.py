@@ -241,7 +241,11 @@ class BalCapCLI(LightningCLI):
             options = self.config[self.subcommand]
             given = [name for name in ("ckpt_path", "resume") if options[name]]
             where = "the weights that are checked are those of model.policy.model; remove it"
-            own = [*model_problems(self.model, judges=False), *self.datamodule.problems("fit")]
+            own = [
+                *model_problems(self.model, judges=False),
+                *self.datamodule.problems("fit"),
+                *column_problems(self.model, self.datamodule.settings.columns),
+            ]
             return [f"{name}: {where}" for name in given] + own
         judges = self.subcommand != "predict"
         problems = [*model_problems(self.model, judges), *self.datamodule.problems(str(self.subcommand))]

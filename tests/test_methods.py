@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -78,9 +79,37 @@ def test_a_method_is_priced_before_it_runs(
     assert 6 * (6 + 4 + 4) <= calls <= 8 * (6 + 4 + 4)
 
 
-def test_a_column_that_a_reward_reads_must_be_named(fit_arguments: Any, cli: Any) -> None:
+@pytest.mark.parametrize("command", ["fit", "check", "estimate"])
+def test_a_column_that_a_reward_reads_must_be_named(fit_arguments: Any, cli: Any, command: str) -> None:
+    rewards = {"model.rewards": "[balcap.rewards.CapRL]", "model.weights": "{caprl: 1}"}
     with pytest.raises(ConfigError) as refused:
-        cli(fit_arguments(**{"model.rewards": "[balcap.rewards.CapRL]", "model.weights": "{caprl: 1}"}))
+        cli(fit_arguments(command, **rewards))
     assert any(
         p.startswith("data.columns: the reward caprl reads questions; write") for p in refused.value.problems
     )
+
+
+def test_a_rubric_that_cannot_be_read_is_a_bad_row(
+    fit_arguments: Any, cli: Any, world: Path, tmp_path: Path
+) -> None:
+    rows = json.loads((world / "shapes.json").read_text())[:12]
+    bad = [{"weight": 3}, {"criterion": " ", "weight": 3}, {"criterion": "It says so.", "weight": 0}]
+    for row, entry in zip(rows[2:], bad, strict=False):
+        row["rubric"].append(entry)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = {
+        "data.data": tmp_path / "rows.json",
+        "data.val_size": 2,
+        "data.max_bad_share": 0.5,
+        "trainer.max_steps": 6,
+    }
+    command, *arguments = fit_arguments(**options)
+    cli([command, *arguments[:2], "--config", str(ROOT / "configs/methods/rubicap.yaml"), *arguments[2:]])
+    listed = [json.loads(line) for line in (tmp_path / "run/bad_rows.jsonl").read_text().splitlines()]
+    assert {row["cause"] for row in listed} == {"malformed_column"}
+    assert all(
+        'column "rubric": an object lacks a criterion, and a weight above 0' in row["detail"]
+        for row in listed
+    )
+    assert 1 <= len(listed) <= 3
+    assert len([row for row in metrics(tmp_path / "run") if row["train/loss"]]) == 6

@@ -56,9 +56,10 @@ class RecaptionRun(RowsRun):
         return answer
 
     def new_row(self, row: int, raw: Any) -> dict[str, Any] | None:
-        return (
-            output_row(raw, *json.loads(self.answered[row]), self.settings) if row in self.answered else None
-        )
+        if row not in self.answered:
+            return None
+        caption, units = json.loads(self.answered[row])
+        return output_row(raw, caption, units, self.settings)
 
 
 def output_row(

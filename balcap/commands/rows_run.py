@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 from balcap.commands.rows_files import Quarantine, QuarantinedRow, claim, plan_rows, write_out
 from balcap.commands.rows_settings import RowsSettings, own_keys
@@ -63,7 +63,7 @@ class RowsRun(ABC):
         signal: that ends the run; None while there is none.
     """
 
-    done: ClassVar[str]
+    done: str
     chunk = 1
 
     def __init__(self, settings: RowsSettings) -> None:

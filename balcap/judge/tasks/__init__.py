@@ -16,6 +16,9 @@ task           is given                   answers                               
 `Grade`        image, reference, captions correctness, completeness, text (VCap)  yes
 `Differences`  image, reference, captions who errs where they differ (ClaimDiff)  yes
 `CheckRubric`  criteria, captions         for each, which criteria it meets       no
+`WriteQuestions` an image, its reference  questions for `Answer`                  yes
+`Quiz`         questions, an image or ()  the chosen option of each               yes, no
+`WriteRubric`  an image, its reference    criteria for `CheckRubric`              yes
 ============== ========================== ======================================= =========
 
 To add one, write a file with a subclass of `Task` and name it in the `needs` of a reward. There is nothing to
@@ -30,12 +33,16 @@ from balcap.judge.tasks.differences import Difference, Differences
 from balcap.judge.tasks.facts import ExtractFacts, Fact, MatchFacts, VerifyFacts
 from balcap.judge.tasks.grade import Grade, Grades
 from balcap.judge.tasks.match import Match
+from balcap.judge.tasks.quiz import Quiz
 from balcap.judge.tasks.rate import Rate, Rating
 from balcap.judge.tasks.recaption import Recaption
 from balcap.judge.tasks.rubric import CheckRubric, Criterion
 from balcap.judge.tasks.verify import Verdict, Verify
+from balcap.judge.tasks.write_questions import WriteQuestions, WrittenQuestion
+from balcap.judge.tasks.write_rubric import WriteRubric
 
 __all__ = [
     "Answer", "CheckRubric", "Compare", "Criterion", "Decompose", "Difference", "Differences", "ExtractFacts", "Fact",
-    "Grade", "Grades", "Match", "MatchFacts", "Rate", "Rating", "Recaption", "Verdict", "Verify", "VerifyFacts",
+    "Grade", "Grades", "Match", "MatchFacts", "Quiz", "Rate", "Rating", "Recaption", "Verdict", "Verify", "VerifyFacts",
+    "WriteQuestions", "WriteRubric", "WrittenQuestion",
 ]  # fmt: skip

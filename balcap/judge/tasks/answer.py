@@ -10,12 +10,13 @@ import re
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
+from balcap.data.columns import QUESTIONS
 from balcap.judge.errors import InvalidAnswer, JudgeFailure
 from balcap.judge.prompt import chat, fence, in_order, with_ids
 from balcap.judge.questions import LETTERS, AskedQuestion, drawn
 from balcap.judge.task import Group, Message, Schema, Task
 
-COLUMN = "questions"
+COLUMN = QUESTIONS
 MOST_DRAWN = 8
 """Questions that are asked about the captions of a row: CapRL's number."""
 
@@ -66,15 +67,12 @@ class Answer(Task[int]):
     per_call = 1
 
     def messages(self, items: Sequence[Choice], *, caption: str) -> list[Message]:  # type: ignore[override]
-        questions = with_ids(
-            {"question": item["question"], "options": dict(zip(LETTERS, item["options"], strict=False))}
-            for item in items
+        return chat(
+            self.name, INSTRUCTIONS, fence("caption", caption) + "\n" + fence("questions", lettered(items))
         )
-        return chat(self.name, INSTRUCTIONS, fence("caption", caption) + "\n" + fence("questions", questions))
 
     def parse(self, answer: ChosenOptions, items: Sequence[Choice], *, caption: str) -> list[int]:  # type: ignore[override]
-        entries = in_order(answer.answers, len(items), "answers")
-        return [_place(entry, item) for entry, item in zip(entries, items, strict=True)]
+        return chosen_places(answer, items)
 
     def encode(self, answers: Sequence[int]) -> dict[str, Any]:
         return {"answers": with_ids({"option": LETTERS[place]} for place in answers)}
@@ -97,6 +95,20 @@ class Answer(Task[int]):
 
 def _is_right(question: AskedQuestion, place: int | JudgeFailure) -> bool | None:
     return None if isinstance(place, JudgeFailure) else question.order[place] == question.answer
+
+
+def lettered(items: Sequence[Choice]) -> list[dict[str, Any]]:
+    """Questions as a judge is shown them: with ids, their options under letters."""
+    return with_ids(
+        {"question": item["question"], "options": dict(zip(LETTERS, item["options"], strict=False))}
+        for item in items
+    )
+
+
+def chosen_places(answer: ChosenOptions, items: Sequence[Choice]) -> list[int]:
+    """The place of the chosen option of each question; InvalidAnswer where there is none."""
+    entries = in_order(answer.answers, len(items), "answers")
+    return [_place(entry, item) for entry, item in zip(entries, items, strict=True)]
 
 
 def _place(entry: ChosenOption, item: Choice) -> int:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from balcap.data.columns import RUBRIC, entry_problem
 from balcap.judge.errors import InvalidAnswer
 from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
 from balcap.judge.task import Group, Items, Message, Schema, Task
 from balcap.utils.errors import UserError
 
-COLUMN = "rubric"
+COLUMN = RUBRIC
 
 
 class Criterion(NamedTuple):
@@ -30,15 +31,12 @@ def read_rubric(column: Sequence[Mapping[str, Any]] | None, sample_id: str) -> l
     Raises:
         UserError: for an entry that is no such object; it names the row.
     """
-    try:
-        rubric = [Criterion(str(one["criterion"]), float(one["weight"])) for one in column or ()]
-    except (TypeError, KeyError, ValueError):
-        rubric = [Criterion("", 0.0)]
-    if not all(one.criterion.strip() and 0 < one.weight < float("inf") for one in rubric):
+    entries = column or ()
+    if not all(isinstance(one, Mapping) and not entry_problem(COLUMN, one) for one in entries):
         raise UserError(
             f"{sample_id}: column rubric: it must hold objects with a criterion and a weight above 0, not {column!r:.200}"
         )
-    return rubric
+    return [Criterion(one["criterion"], float(one["weight"])) for one in entries]
 
 
 class CaptionItem(Schema):
