@@ -37,7 +37,8 @@ class AnnotateRun(RowsRun):
         if isinstance(written, JudgeFailure):
             self.give_up(row, written.kind, str(written))
         elif settings.what == "rubric":
-            self.settle(row, [criterion._asdict() for criterion in written], answers=1)
+            rubric = [{"criterion": one.criterion, "weight": int(one.weight)} for one in written]
+            self.settle(row, rubric, answers=1)
         else:
             await self._check(row, images, written)
 

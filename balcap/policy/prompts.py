@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from balcap.data.layouts import PLACEHOLDER
@@ -158,20 +159,25 @@ class PromptEncoder:
         """``[B]`` token ids of the references as the chat template writes them behind the prompts, each ``[t]``, with what
         ends an answer there, if anything does. Of a template that writes answers otherwise than it asks for them, those
         of the references alone."""
-        ids = []
-        for images, prompt, reference in zip(batch.images, batch.prompts, batch.references, strict=True):
-            answer = self.plain(reference.strip())
-            asked, answered = (self._chat(prompt, len(images), one) for one in (None, answer))
+        rows = zip(batch.images, batch.prompts, batch.references, strict=True)
+        return [
+            torch.tensor(self._answer(prompt, len(images), text.strip())) for images, prompt, text in rows
+        ]
+
+    def _answer(self, prompt: str, images: int, answer: str) -> list[int]:
+        answer, asked = self.plain(answer), self._chat(prompt, images)
+        try:
+            answered = self._chat(prompt, images, answer).rstrip()
+        except (TemplateError, TypeError):  # a template for prompts alone
+            answered = ""
+        if answered.startswith(asked) and answered[len(asked) :].lstrip().startswith(answer):
             # Tokenized together: a space before the answer belongs to its first word.
             before, both = (
-                self.tokenizer(text, **self._has_bos(text))["input_ids"]
-                for text in (asked, answered.rstrip())
+                self.tokenizer(text, **self._has_bos(text))["input_ids"] for text in (asked, answered)
             )
-            if answer in answered.removeprefix(asked) and both[: len(before)] == before:
-                ids.append(torch.tensor(both[len(before) :]))
-            else:
-                ids.append(torch.tensor(self.tokenizer(answer, add_special_tokens=False)["input_ids"]))
-        return ids
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self.tokenizer(answer, add_special_tokens=False)["input_ids"]
 
     def _chat(self, prompt: str, images: int, answer: str | None = None) -> str:
         """A prompt of so many images as the chat template writes it, with an answer or as it asks for one."""

@@ -106,6 +106,11 @@ def test_a_rubric_is_of_what_is_there(annotate: Any, world: Path, out: Path) -> 
         assert row["rubric_model"] == "shapes/oracle"
         assert "questions" not in row
     assert {task for (task,) in _ledger(out, "SELECT DISTINCT task FROM calls")} == {"write_rubric"}
+    written = out.read_bytes()
+    out.unlink()
+    annotate(what="rubric", number=5, max_rows=9)  # from the cache
+    assert out.read_bytes() == written
+    assert _ledger(out, "SELECT count(*) FROM calls") == [(9,)]
 
 
 def _ledger(out: Path, query: str) -> list[tuple[Any, ...]]:

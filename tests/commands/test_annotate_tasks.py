@@ -36,7 +36,7 @@ def test_questions_are_trimmed_and_no_more_than_were_asked_for() -> None:
     ],
 )
 def test_a_question_that_could_not_be_asked_is_no_answer(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InvalidAnswer, match="question|answer"):
+    with pytest.raises(InvalidAnswer, match=r"question|answer"):
         parse(WriteQuestions(), "questions", {**GOOD, **wrong})
 
 
@@ -44,7 +44,7 @@ def test_criteria_weigh_one_two_or_three() -> None:
     good = {"criterion": " It says so. ", "weight": 3}
     assert parse(WriteRubric(), "rubric", good) == [[Criterion("It says so.", 3)]]
     for wrong in ({"weight": 4}, {"weight": 0}, {"criterion": ""}):
-        with pytest.raises(InvalidAnswer, match="weight|criterion"):
+        with pytest.raises(InvalidAnswer, match=r"weight|criterion"):
             parse(WriteRubric(), "rubric", {**good, **wrong})
 
 

@@ -53,11 +53,15 @@ def test_a_reference_is_a_caption_that_ends(load: Any, family: str) -> None:
     assert rollouts.weights_version == 3
 
 
-def test_a_template_that_writes_answers_otherwise_is_left_aside(load: Any) -> None:
+@pytest.mark.parametrize(
+    "otherwise",
+    ["{{ add_generation_prompt }}", "{% if not add_generation_prompt %}{{ messages + '' }}{% endif %}"],
+    ids=["another prompt", "it fails"],
+)
+def test_a_template_that_writes_answers_otherwise_is_left_aside(load: Any, otherwise: str) -> None:
     policy = load()
     encoder, batch = policy.encoder, replace(mixed_batch(), references=REFERENCES)
-    encoder.processor.chat_template += "{% if not add_generation_prompt %}{{ 'goodbye' }}{% endif %}"
-    encoder.processor.chat_template = "{{ add_generation_prompt }}" + encoder.processor.chat_template
+    encoder.processor.chat_template = otherwise + encoder.processor.chat_template
     expected = encoder.tokenizer(REFERENCES, add_special_tokens=False)["input_ids"]
     assert [ids.tolist() for ids in encoder.answers(batch)] == expected
 
