@@ -12,7 +12,7 @@ import torch
 from tests.support import ROOT, metrics
 
 
-def run_fit(arguments: list[str], *launcher: str) -> str:
+def _fit(arguments: list[str], *launcher: str) -> str:
     """What the run printed."""
     done = subprocess.run(
         [sys.executable, *launcher, "main.py", *arguments],
@@ -48,8 +48,8 @@ def test_two_ranks_take_the_step_of_one(fit_arguments, tmp_path: Path) -> None:
         "trainer.devices": 2,
         "trainer.strategy": "ddp",
     }
-    run_fit(fit_arguments(**one))
-    run_fit(fit_arguments(**two))
+    _fit(fit_arguments(**one))
+    _fit(fit_arguments(**two))
     states = [
         torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
         for name in ("one", "two")
@@ -97,9 +97,7 @@ def test_a_budget_that_one_rank_finds_spent_ends_all_ranks_well(fit_arguments, t
             "trainer.callbacks+": "tests.fakes.SpendOnOneRank",
         }
     )
-    said = run_fit(
-        arguments, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"
-    )
+    said = _fit(arguments, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
     assert said.count("Stopped: the budget is spent") == 1
     assert (tmp_path / "run/export/config.json").is_file()
     last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)

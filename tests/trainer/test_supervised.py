@@ -128,18 +128,24 @@ def test_validation_is_of_the_weights_of_now(sft: Any, tmp_path: Path) -> None:
     assert CountingEngine.versions == [0, 2, 4]
 
 
-def test_micro_batches_and_ranks_change_no_number(sft: Any, fit_arguments: Any, tmp_path: Path) -> None:
-    from tests.test_ddp import run_fit
-
-    shared = {"trainer.precision": "32-true", "data.val_size": 0, "trainer.max_steps": 3}
-    sft(**shared, **{"run_dir": tmp_path / "one", "data.batch_size": 4})
-    assert all(float(row["train/truncated"]) > 0.5 for row in _steps(tmp_path / "one"))  # 24 tokens at most
-    two = {"data.batch_size": 2, "trainer.devices": 2, "trainer.strategy": "ddp", "model.micro_batch_size": 1}
-    command, *arguments = fit_arguments(**shared, **two, **{"run_dir": tmp_path / "two"})
-    run_fit([command, *arguments[:2], *SFT, *arguments[2:]])
-    for name in ("train/loss", "train/nll", "train/grad_norm", "train/caption_tokens"):
-        one, two_ranks = ([float(row[name]) for row in _steps(tmp_path / run)] for run in ("one", "two"))
-        assert two_ranks == pytest.approx(one, rel=1e-4), name
+def test_the_mean_of_two_ranks_is_the_gradient_of_one(load: Any) -> None:
+    batch, settings = replace(mixed_batch(), references=REFERENCES), UpdateSettings(max_grad_norm=None)
+    parts = [batch, batch.select([0]), batch.select([1, 2])]
+    tokens = [reference_rollouts(load(), part, 64, 0).completion_mask.sum().float() for part in parts]
+    gradients, losses = [], []
+    for part, ranks in zip(parts, (1, 2, 2), strict=True):
+        policy = load()
+        loop = optimizer_loop(policy)
+        if ranks == 2:
+            loop.world_size, loop.all_gather = 2, lambda tensor: torch.stack(tokens[1:])
+        references = reference_rollouts(policy, part, 64, 0)
+        tally = supervised_update(policy, settings, references, policy.encode(part), loop)
+        losses.append(tally.means()["loss"])
+        gradients.append({n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None})
+    whole, first, second = gradients
+    assert (losses[1] + losses[2]) / 2 == pytest.approx(losses[0], abs=1e-5)
+    for name, gradient in whole.items():
+        torch.testing.assert_close((first[name] + second[name]) / 2, gradient, atol=1e-5, rtol=1e-4)
 
 
 def test_a_kl_term_without_samples_is_refused(sft: Any) -> None:
