@@ -1,7 +1,8 @@
 """Train, measure and use a captioner: ``python main.py {fit,validate,test,predict} --config configs/shapes.yaml``; ``check``
 and ``estimate`` take the same and look at a run before it starts.
 
-``recaption --config configs/recaption.yaml`` writes the references that it is trained on; ``serve`` starts a vLLM
+``recaption --config configs/recaption.yaml`` writes the references that it is trained on, ``annotate`` questions or rubrics;
+``serve`` starts a vLLM
 server that samples for a run; ``push`` uploads an export; ``general`` runs lmms-eval; ``cache`` and ``ledger`` show
 what judges have answered and cost.
 """
@@ -16,6 +17,7 @@ from importlib import import_module
 COMMANDS = {
     "init": ("balcap.commands.init", "main"),
     "recaption": ("balcap.commands.recaption", "main"),
+    "annotate": ("balcap.commands.annotate", "main"),
     "cache": ("balcap.commands.ledger", "run_cache"),
     "ledger": ("balcap.commands.ledger", "run_ledger"),
     "report": ("balcap.commands.report", "main"),

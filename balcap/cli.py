@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from balcap.commands.benchmark import config_of, run_test  # noqa: E402
 from balcap.commands.estimate import HERE, ONE_DEVICE, BalCapTrainer, estimate_problems  # noqa: E402
-from balcap.config import ConfigError, model_problems, trainer_problems  # noqa: E402
+from balcap.config import ConfigError, column_problems, model_problems, trainer_problems  # noqa: E402
 from balcap.data import CaptionDataModule  # noqa: E402
 from balcap.judge import BudgetSpent  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
@@ -241,10 +241,16 @@ class BalCapCLI(LightningCLI):
             options = self.config[self.subcommand]
             given = [name for name in ("ckpt_path", "resume") if options[name]]
             where = "the weights that are checked are those of model.policy.model; remove it"
-            own = [*model_problems(self.model, judges=False), *self.datamodule.problems("fit")]
+            own = [
+                *model_problems(self.model, judges=False),
+                *self.datamodule.problems("fit"),
+                *column_problems(self.model, self.datamodule.settings.columns),
+            ]
             return [f"{name}: {where}" for name in given] + own
         judges = self.subcommand != "predict"
         problems = [*model_problems(self.model, judges), *self.datamodule.problems(str(self.subcommand))]
+        if judges:
+            problems += column_problems(self.model, self.datamodule.settings.columns)
         if self.subcommand == "fit":
             monitor, evaluation = (
                 self._get(self.config_init, part) for part in ("checkpoint", "benchmark_eval")

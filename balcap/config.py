@@ -44,6 +44,10 @@ def model_problems(model: BalCapModule, judges: bool = True) -> list[str]:
     problems += model.judge.problems() if model.judge is not None and judges else []
     problems += model.update_settings.problems() + _reward_problems(model)
     problems += model.advantage.problems() + _optimizer_problems(model) + _engine_problems(model)
+    if model.supervised and model.update_settings.kl_coef:
+        problems.append(
+            "model.kl_coef: the KL term is of sampled captions, and with model.supervised there are none; set it to 0"
+        )
     if model.num_captions < 2:
         problems.append(
             f"model.num_captions: a group of {model.num_captions} has no spread to normalise; use 2 or more"
@@ -53,6 +57,17 @@ def model_problems(model: BalCapModule, judges: bool = True) -> list[str]:
     if model.val_captions < 1:
         problems.append(f"model.val_captions: {model.val_captions} must be at least 1")
     return problems
+
+
+def column_problems(model: BalCapModule, columns: Sequence[str] | None) -> list[str]:
+    """Columns of the data that rewards read and ``data.columns`` does not name."""
+    rewards: Any = model.rewards.rewards
+    wanted = {column: reward.name for reward in rewards for column in reward.columns}
+    return [
+        f"data.columns: the reward {name} reads {column}; write data.columns: [{column}]"
+        for column, name in wanted.items()
+        if column not in (columns or ())
+    ]
 
 
 def _optimizer_problems(model: BalCapModule) -> list[str]:

@@ -25,6 +25,7 @@ from balcap.trainer.checkpoint import apply_settings, check_trained, keep_traine
 from balcap.trainer.distributed import gather, gather_objects, sums
 from balcap.trainer.loggers import log_metrics, warn_of_missing
 from balcap.trainer.pipeline import PREDICT, TEST, TRAIN, VALIDATE, InFlightBatch, RolloutPipeline
+from balcap.trainer.supervised import supervised_update
 from balcap.trainer.tally import Tally
 from balcap.trainer.update import OptimizerLoop, UpdateSettings, update
 from balcap.types import CaptionBatch, Rollouts, StepRecord
@@ -46,6 +47,8 @@ class BalCapModule(L.LightningModule):
             judged and logged, not trained.
         judge: who answers the questions that rewards are made of; null where no reward needs one.
         engine: samples captions; null uses HF ``generate`` on the policy itself.
+        supervised: learn the references by cross-entropy instead (SFT): training samples nothing and asks no judge,
+            validation does. Rewards, advantages, `num_captions` and `lag` do not matter to training then.
         num_captions: G, captions per image and step; at least 2.
         sampling: temperature, top-p and longest caption.
         reward_transforms: change rewards before the advantage, in this order; null for the paper's length mask,
@@ -68,6 +71,7 @@ class BalCapModule(L.LightningModule):
         weights: dict[str, float],
         judge: Judge | None = None,
         engine: RolloutEngine | None = None,
+        supervised: bool = False,
         num_captions: int = 8,
         sampling: Sampling = Sampling(),  # noqa: B008  frozen
         reward_transforms: list[RewardTransform] | None = None,
@@ -86,6 +90,7 @@ class BalCapModule(L.LightningModule):
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen rest
         self.policy_config, self.judge, self.rewards = policy, judge, RewardSuite(rewards)
         self.weights, self.num_captions, self.val_captions = weights, num_captions, val_captions
+        self.supervised = supervised
         self.predict_temperature = predict_temperature
         self.update_settings = UpdateSettings(**update)
         self.reward_transforms = [LengthMask()] if reward_transforms is None else reward_transforms
@@ -134,9 +139,10 @@ class BalCapModule(L.LightningModule):
         return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     def setup(self, stage: str) -> None:
-        names, estimator = ", ".join(self.rewards.names), type(self.advantage).__name__
+        names = ", ".join(self.rewards.names)
+        method = "supervised, on the references" if self.supervised else type(self.advantage).__name__
         judge = self.judge and self.judge.settings
-        rank_zero_info(f"judge: {judge and judge.model}; rewards: {names}; {estimator}")
+        rank_zero_info(f"judge: {judge and judge.model}; rewards: {names}; {method}")
         if judge and judge.cache is not None and stage != "predict":
             answers, size = describe(judge.cache)
             rank_zero_info(f"judge cache: {judge.cache}, {answers:,} answers, {size / 1e6:,.1f} MB")
@@ -181,6 +187,9 @@ class BalCapModule(L.LightningModule):
         With a lag the update is on the batch of the step before. The first step has none then; the last one
         samples nothing.
         """
+        if self.supervised:
+            self._supervised_step(batch)
+            return {"records": []}
         pipeline, names = self.pipeline, self.rewards.names
         pipeline.timeline.begin()
         before = pipeline.judge_stats()
@@ -204,6 +213,22 @@ class BalCapModule(L.LightningModule):
             before = pipeline.judge_stats()
         return {"records": records}
 
+    def _supervised_step(self, batch: CaptionBatch) -> None:
+        """One step of supervised fine-tuning: references, cross-entropy, update, log."""
+        pipeline = self.pipeline
+        pipeline.timeline.begin()
+        in_flight = pipeline.take_references(batch)
+        references = in_flight.rollouts
+        with pipeline.timeline.span("update"), pipeline.seeded(TRAIN, self.global_step):
+            tally = supervised_update(
+                self.policy, self.update_settings, references, in_flight.prompts, self._optimizer_loop()
+            )
+        tally.add_values("caption_tokens", references.lengths.double())
+        tally.add_values("truncated", references.truncated.double())
+        nothing = Judgments({}, [None] * len(references))
+        self._log_tally(tally, references, nothing, pipeline.judge_stats(), last=True)
+        pipeline.learned_from(in_flight)
+
     def transform_rewards(self, rewards: Tensor, rollouts: Rollouts) -> Tensor:
         """``[B, G, K]`` after `reward_transforms`."""
         for transform in self.reward_transforms:
@@ -221,7 +246,6 @@ class BalCapModule(L.LightningModule):
 
     def _update(self, in_flight: InFlightBatch, advantages: Tensor) -> Tally:
         pipeline = self.pipeline
-        self.loop = self.loop or OptimizerLoop.of(self, self.gather, self._skipped)
         with pipeline.timeline.span("update"), pipeline.seeded(TRAIN, self.global_step):
             return update(
                 self.policy,
@@ -229,10 +253,14 @@ class BalCapModule(L.LightningModule):
                 in_flight.rollouts,
                 in_flight.prompts,
                 advantages,
-                self.loop,
+                self._optimizer_loop(),
                 pipeline.sampling.temperature,
                 pipeline.needs_importance_correction,
             )
+
+    def _optimizer_loop(self) -> OptimizerLoop:
+        self.loop = self.loop or OptimizerLoop.of(self, self.gather, self._skipped)
+        return self.loop
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All ranks' tensors, with a leading rank dimension where there is more than one."""
@@ -307,22 +335,25 @@ class BalCapModule(L.LightningModule):
         before: JudgeStats,
         last: bool,
     ) -> None:
-        assert self.loop is not None
         metrics.reward_metrics(tally, self.rewards.names, rewards)
         for name, values in metrics.caption_scores(
             rollouts, self.rewards.names, rewards, self.reward_transforms
         ).items():
             tally.add_values(name, values)
-        logged = metrics.step_metrics(
-            self.trainer, self.pipeline, self.loop, tally, rollouts, judgments, before
-        )
-        log_metrics(self, logged, self.weights_step, last, batch_size=len(rollouts))
-        if self.weights_step % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
-            self._logged = logged | {"step": self.weights_step, "epoch": self.current_epoch}
+        self._log_tally(tally, rollouts, judgments, before, last)
         self._rewards_missing += int(rewards.isnan().sum())
         self._rewards_seen += rewards.numel()
         captions = rollouts.truncated.numel()
         warn_of_missing(judgments.failures, judgments.reasons, captions, f"step {self.global_step}")
+
+    def _log_tally(
+        self, tally: Tally, rollouts: Rollouts, judgments: Judgments, before: JudgeStats, last: bool
+    ) -> None:
+        loop = self._optimizer_loop()
+        logged = metrics.step_metrics(self.trainer, self.pipeline, loop, tally, rollouts, judgments, before)
+        log_metrics(self, logged, self.weights_step, last, batch_size=len(rollouts))
+        if self.weights_step % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+            self._logged = logged | {"step": self.weights_step, "epoch": self.current_epoch}
 
     @property
     def missing_share(self) -> float:

@@ -12,12 +12,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
 SHOWN = {"precision": "prec", "recall": "rec", "linguistic": "ling", "b_capscore": "b-cap"}
-SHOWN |= {"length_ratio": "len"}
+SHOWN |= {"length_ratio": "len", "nll": "nll"}
 COSTS = {"judge/cost_usd": "$", "judge/usd_per_1k_rollouts": "$/1k"}
 
 
 class CaptionProgressBar(RichProgressBar):
-    """Rewards, b-CapScore and length ratio of the latest batch beside the bar, and what the judge has cost.
+    """Rewards, b-CapScore and length ratio of the latest batch (or its NLL) beside the bar, and what the judge has cost.
 
     Counts optimizer steps where the run ends at ``max_steps``, which is known even when the length of the
     data is not; otherwise batches of the epoch. Where stdout is not a terminal (nohup, CI, a file) a bar

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Generator
+from typing import ClassVar
 
 import torch
 from lightning.pytorch import Callback
@@ -38,6 +39,20 @@ class FixedEngine(RolloutEngine):
     def _caption(reference: str, g: int) -> str:
         words = reference.split()
         return " ".join(words[: max(3, len(words) * (g + 1) // (g + 2))]) + "."
+
+
+class CountingEngine(FixedEngine):
+    """Remembers of which versions it was given the weights."""
+
+    versions: ClassVar[list[int]] = []
+
+    def attach(self, policy: Policy) -> None:
+        super().attach(policy)
+        self.versions.clear()
+
+    def sync(self, policy: Policy, version: int) -> None:
+        super().sync(policy, version)
+        self.versions.append(version)
 
 
 class CountingOracle(Oracle):

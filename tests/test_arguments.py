@@ -17,7 +17,9 @@ from balcap.utils.errors import next_line
 from main import COMMANDS, RUNS
 from tests.support import ROOT
 
-CONFIGS = sorted(path for path in ROOT.glob("configs/*.yaml") if not path.stem.startswith("recaption"))
+CONFIGS = sorted(
+    path for path in ROOT.glob("configs/*.yaml") if not path.stem.startswith(("recaption", "annotate"))
+)
 OVERLAYS = sorted([*ROOT.glob("configs/judge/*.yaml"), *ROOT.glob("configs/engine/*.yaml")])
 SHAPES = str(ROOT / "configs/shapes.yaml")
 

@@ -15,7 +15,7 @@ import main
 from balcap.cli import BalCapCLI, ConfigError
 from tests.support import ROOT, metrics
 
-CONFIGS = sorted(p for p in ROOT.glob("configs/*.yaml") if not p.stem.startswith("recaption"))
+CONFIGS = sorted(p for p in ROOT.glob("configs/*.yaml") if not p.stem.startswith(("recaption", "annotate")))
 SCALED = (
     "{class_path: lightning.pytorch.plugins.MixedPrecision, init_args: {precision: 16-mixed, device: cpu}}"
 )

@@ -90,6 +90,32 @@ def _trained_now(run: Path) -> dict[int, dict[str, str]]:
         return {}
 
 
+def test_a_killed_supervised_run_continues_as_if_nothing_had_happened(
+    fit_arguments, cli, tmp_path: Path
+) -> None:
+    overlay = ["--config", str(ROOT / "configs/methods/sft.yaml")]
+    shared = {"trainer.max_steps": 30, "checkpoint.every_n_train_steps": 2, "data.val_size": 0}
+
+    def arguments(run: Path) -> list[str]:
+        command, *given = fit_arguments(**shared, run_dir=run)
+        return [command, *given[:2], *overlay, *given[2:]]
+
+    cli(arguments(tmp_path / "whole"))
+    expected, run = _trained(tmp_path / "whole"), tmp_path / "killed"
+    assert sorted(expected) == list(range(1, 31))
+    process = subprocess.Popen(
+        [sys.executable, "main.py", *arguments(run)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    deadline = time.monotonic() + 240
+    while len(_trained_now(run)) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 3 <= len(_trained_now(run)) < 30
+    cli([*arguments(run), "--ckpt_path", "last"])
+    assert _trained(run) == expected
+
+
 def test_a_checkpoint_of_another_policy_is_refused(fit_arguments, cli, tmp_path: Path) -> None:
     cli(fit_arguments(**{"trainer.max_steps": 1}))
     lora = "{r: 4, alpha: 8, target_modules: [q_proj]}"

@@ -18,7 +18,6 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -29,56 +28,11 @@ from balcap.benchmarks.official import OfficialTask, Prompt
 from balcap.benchmarks.scores import Statistic
 from balcap.data.json_files import DataError
 from balcap.judge import Judge
+from balcap.judge.questions import LETTERS, AskedQuestion, as_asked
 from balcap.judge.tasks.answer import Answer, Choice
 from balcap.rollout import Sampling
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-CANNOT = "Cannot answer from the caption"
 DOMAINS = ("natural", "document", "ecommerce", "embodiedai")
-_AUXILIARY = re.compile(
-    "(?:is|are|was|were|do|does|did|have|has|had|can|could|will|would|should|shall|may|might|must) "
-)
-
-
-@dataclass(frozen=True)
-class AskedQuestion:
-    """A question as it is asked.
-
-    Attributes:
-        number: its place among its image's questions, from 0.
-        text: the question.
-        options: in the order in which they are shown; `CANNOT` may be among them.
-        order: place in the data set's choices of each; their number for `CANNOT`.
-        answer: place of the right option in the data set's choices.
-        num_choices: of the data set.
-        category: of the question.
-    """
-
-    number: int
-    text: str
-    options: Sequence[str]
-    order: Sequence[int]
-    answer: int
-    num_choices: int
-    category: str
-
-    def score(self, shown: int | None) -> float:
-        """Points, in [0, 1], of the option at a place as shown; None for none."""
-        if shown is None:
-            return 0.0
-        if self.options[shown] == CANNOT:
-            return round(1 / self.num_choices + 0.05, 4)
-        return float(self.order[shown] == self.answer)
-
-
-def is_yes_no(question: str, choices: Sequence[Any], official: bool = False) -> bool:
-    """Whether a question gets no "cannot answer"."""
-    texts = [str(choice).strip().lower() for choice in choices]
-    if not official:
-        return all(any(re.match(rf"{word}\b", text) for text in texts) for word in ("yes", "no"))
-    if all(any(word in text for text in texts) for word in ("yes", "no")):
-        return True
-    return bool(_AUXILIARY.match(question.strip().lower()))
 
 
 def questions_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -108,38 +62,9 @@ def ask(
                 draw = shared[domain_of(row) if by_domain else ""]
             else:
                 draw = random.Random(f"{seed}/{row.get('id')}/{number}")
-            if (one := _asked(number, question, draw, official)) is not None:
+            if (one := as_asked(number, question, draw, official)) is not None:
                 asked[-1].append(one)
     return asked
-
-
-def _asked(
-    number: int, question: Mapping[str, Any], draw: random.Random, official: bool
-) -> AskedQuestion | None:
-    if not isinstance(question, Mapping):
-        raise TypeError(f"the question {question!r} is no object")
-    choices, answer, text = (
-        question.get("choices") or [],
-        question.get("answer"),
-        question.get("question", ""),
-    )
-    if not official and answer is not None:
-        answer = str(answer)
-        if len(answer) == 1 and answer not in map(str, choices) and answer.upper() in LETTERS[: len(choices)]:
-            answer = str(choices[LETTERS.index(answer.upper())])  # a letter, as in other sets
-    same = [isinstance(answer, str) and answer.strip() == str(choice).strip() for choice in choices]
-    if len(choices) < 2 or not any(same):
-        return None
-    options = [str(choice) for choice in choices]
-    if not is_yes_no(text, choices, official):
-        options.append(CANNOT)
-    order = list(range(len(options)))
-    draw.shuffle(order)
-    category = question.get("category") or ""
-    if isinstance(category, list):
-        category = category[0]
-    shown = [options[i] for i in order]
-    return AskedQuestion(number, text, shown, order, same.index(True), len(choices), category)
 
 
 def letter_of(text: str | None, num_options: int) -> int | None:

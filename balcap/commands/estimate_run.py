@@ -138,7 +138,8 @@ def make_estimate(
     assert module.judge is not None
     ranks = ranks_of(launch.devices, launch.num_nodes, str(launch.accelerator), torch.cuda.device_count())
     plan = make_plan(trainer, data, assume.ranks or ranks, module.update_settings.updates_per_rollout)
-    train = data.split.train, module.num_captions, plan.visits()
+    visits = (0, 0) if module.supervised else plan.visits()  # of references the judge is asked nothing
+    train = data.split.train, module.num_captions, visits
     val = data.split.val, module.val_captions, plan.val_visits()
     rollouts = sum(captions * sum(visits) for _, captions, visits in (train, val))
     estimate = Estimate(module.judge.settings, plan, rollouts)

@@ -1,253 +1,92 @@
-"""One recaption run: rows in, captions and what they assert out, each paid for once.
-
-A run remembers nothing by itself. Every answer is in the judge's cache as soon as it comes; the same command
-asks about every row again and gets what is there from the cache, at no cost.
-"""
+"""A recaption run: rows in, captions and what they assert out (`rows_run.py`)."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
-import signal
-import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import wait
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from balcap.commands.recaption_files import Quarantine, QuarantinedRow, claim, plan_rows, write_out
-from balcap.commands.recaption_settings import RecaptionSettings, own_keys
-from balcap.data.images import BadImage
-from balcap.data.layouts import image_paths
-from balcap.data.reader import ImageFolder, prompt_for
-from balcap.data.table import load_rows
-from balcap.judge import BudgetSpent, Decompose, JudgeFailure, Recaption
-
-REMEMBERED = frozenset(("refused", "filtered", "invalid", "cut", "too_long", "rejected"))
-"""Failures that cost a call to find out: the next run asks again only with ``retry_quarantined``."""
-
-PASSING = frozenset(("limited", "timeout", "server", "connection", "denied", "stopped"))
-"""Failures that say nothing about the row: the next run asks again."""
-
-GRACE_S = 5.0
-"""Seconds that answers under way get to arrive after Ctrl-C."""
-
-POLL_S = 0.5
-"""Seconds between two looks at how far the run is."""
-
-PLAIN_EVERY_S = 15.0
-"""Seconds between two lines of progress where stdout is not a terminal, which shows one line that changes."""
+from balcap.commands.recaption_settings import RecaptionSettings
+from balcap.commands.rows_files import QuarantinedRow
+from balcap.commands.rows_run import RowsRun
+from balcap.data.layouts import LAYOUT_KEYS, PLACEHOLDER, image_paths, normalise
+from balcap.data.reader import prompt_for
+from balcap.judge import Decompose, JudgeFailure, Recaption
 
 
-class RecaptionRun:
-    """One run. `run` is all there is to call.
+class RecaptionRun(RowsRun):
+    """A chunk is as many captions as one call decomposes. A second row of an image is no row of its own."""
 
-    Rows are worked on in chunks of as many captions as one call decomposes. At most twice as many rows as there
-    are calls at once hold their image in memory.
-
-    Attributes:
-        rows: that can be captioned.
-        bad: row -> why it cannot.
-        unsettled: those of `rows` that have neither their caption nor a place in quarantine yet.
-        quarantine: rows without a caption, with the reason.
-        answered: rows with their caption and units, as JSON: lists of short texts would take twice the memory.
-        missed: rows whose answer did not come, for a reason that passes; and those that the provider would not
-            take: whether that is the row's fault or, for instance, the key's, is known when the run ends.
-        signal: that ends the run; None while there is none.
-    """
+    settings: RecaptionSettings
+    done = "are captioned"
 
     def __init__(self, settings: RecaptionSettings) -> None:
-        assert settings.judge is not None
-        self.settings, self.judge = settings, settings.judge
-        self.images = ImageFolder(
-            str(settings.image_root), settings.max_pixels_in_file, settings.link_targets or ()
-        )
-        self.table, self.digest = load_rows(str(settings.data), settings.name, settings.cache_dir)
-        self.rows, self.bad = plan_rows(settings, self.table)
-        self.total = len(self.rows) + len(self.bad)
-        self.answered: dict[int, str] = {}
-        self.missed: dict[int, QuarantinedRow] = {}
-        self.signal: int | None = None
+        super().__init__(settings)
+        self.chunk = (self.judge.settings.per_call or {}).get(Decompose.name, Decompose.per_call)
+        for row, first in self.same.items():
+            image, why = self.table[row]["sample_id"], f"row {first} has the same image"
+            self.bad[row] = QuarantinedRow(row, image, "duplicate_image", why)
 
-    def run(self) -> tuple[int, str]:
-        """Ask about all rows, then write what can be written.
-
-        Returns:
-            Exit status: 0 if it is done or the budget is spent, else not 0; and a message for a person.
-
-        Raises:
-            DataError: the data set has changed meanwhile.
-            ConfigError: `out` was begun with other settings, or another process works on it.
-            StoreError: a cache or ledger of the judge cannot be used.
-            OSError: a file cannot be written.
-        """
-        settings = self.settings
-        with claim(settings.beside_out("settings.json"), settings.identity(self.digest)) as is_first:
-            self._plan(is_first)
-            try:
-                self._ask_all()
-                return self._finish()
-            finally:
-                self.judge.close()
-
-    def _plan(self, is_first: bool) -> None:
-        """Which rows are asked about: not those that an earlier run has put into quarantine at a price, unless
-        that is wanted."""
-        self.quarantine = Quarantine(self.settings.beside_out("quarantine.jsonl"))
-        earlier = {} if is_first else self.quarantine.read()  # the first: of a run with other settings
-        paid = {row: earlier[row] for row in self.rows if row in earlier and earlier[row].kind in REMEMBERED}
-        skipped = {} if self.settings.retry_quarantined else paid
-        self.unsettled = dict.fromkeys(row for row in self.rows if row not in skipped)
-        self.quarantine.update(paid | self.bad)
-        self.quarantine.write()
-
-    # ---- asking
-
-    def _ask_all(self) -> None:
-        """Ask until all rows are done or something ends the run; say now and then how far it is."""
-        seconds, end = (POLL_S, "\r") if sys.stdout.isatty() else (PLAIN_EVERY_S, "\n")
-        with _signals(self._interrupt):
-            asking, shown = self.judge.submit(self._ask_rows()), -math.inf
-            while self.signal is None and not wait([asking], timeout=POLL_S).done:
-                if time.monotonic() - shown >= seconds:
-                    done, spent = self.total - len(self.unsettled), self.judge.stats().cost_usd
-                    line = f"{done}/{self.total} rows  ${spent:.2f}  {len(self.quarantine)} quarantined"
-                    print(line, end=end, flush=True)
-                    shown = time.monotonic()
-            if self.signal is not None:
-                wait([asking], timeout=GRACE_S)
-            if not asking.cancel():
-                asking.result()  # raises what went wrong
-
-    def _interrupt(self, number: int, _: Any) -> None:
-        self.signal = number
-
-    async def _ask_rows(self) -> None:
-        most = 2 * self.judge.settings.concurrency
-        size = min(most, (self.judge.settings.per_call or {}).get(Decompose.name, Decompose.per_call))
-        todo, slots = list(self.unsettled), asyncio.Semaphore(most // size)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for start in range(0, len(todo), size):
-                    await slots.acquire()
-                    if self._is_ending():
-                        break
-                    asking = tasks.create_task(self._ask_chunk(todo[start : start + size]))
-                    asking.add_done_callback(lambda _: slots.release())
-        except BaseExceptionGroup as several:
-            raise several.exceptions[0] from None
-
-    def _is_ending(self) -> bool:
-        """Nothing more is asked. A partial file is to hold all that the cache knows, so all rows are asked for."""
-        return self.signal is not None or (self.judge.stopped is not None and not self.settings.partial)
-
-    async def _ask_chunk(self, rows: Sequence[int]) -> None:
+    async def ask_chunk(self, rows: Sequence[int]) -> None:
         answers = zip(rows, await asyncio.gather(*map(self._caption, rows)), strict=True)
         captions = {row: caption for row, caption in answers if caption is not None}
-        if self._is_ending():
+        if self.is_ending():
             return
         decomposed = await self.judge.ask(Decompose, list(captions.values()))
         for (row, caption), units in zip(captions.items(), decomposed, strict=True):
             if isinstance(units, JudgeFailure):
-                self._give_up(row, units.kind, str(units))
+                self.give_up(row, units.kind, str(units))
             elif not units:
-                self._give_up(row, "no_units", "the new caption asserts nothing")
+                self.give_up(row, "no_units", "the new caption asserts nothing")
             else:
-                self.answered[row] = json.dumps([caption, units])
-                self.quarantine.pop(row, None)
-                del self.unsettled[row]
+                self.settle(row, [caption, units], answers=2)
 
     async def _caption(self, row: int) -> str | None:
         """The row's new caption; None where there is none."""
         flat, settings = self.table[row], self.settings
-        try:
-            paths = image_paths(flat["sample_id"])
-            read = [await asyncio.to_thread(self.images.read, path) for path in paths]
-        except BadImage as bad:
-            self._give_up(row, bad.cause, bad.detail)
+        images = await self.read_images(row)
+        if images is None:
             return None
         question = prompt_for(flat["sample_id"], flat["question"], settings.prompts or (), settings.seed)
-        (answer,) = await self.judge.ask(Recaption, [question], image=tuple(file for file, _ in read))
+        (answer,) = await self.judge.ask(Recaption, [question], image=images)
         if isinstance(answer, JudgeFailure):
-            self._give_up(row, answer.kind, str(answer))
+            self.give_up(row, answer.kind, str(answer))
             return None
         return answer
 
-    def _give_up(self, row: int, kind: str, reason: str) -> None:
-        entry = QuarantinedRow(row, self.table[row]["sample_id"], kind, own_keys(reason))
-        if kind in PASSING or kind == "rejected":
-            self.missed[row] = entry
-        else:
-            self._add_to_quarantine(entry)
-
-    def _add_to_quarantine(self, entry: QuarantinedRow) -> None:
-        self.quarantine.add(entry)
-        del self.unsettled[entry.row]
-
-    # ---- the end
-
-    def _finish(self) -> tuple[int, str]:
-        """Write the files; exit status and message."""
-        # More captions and decompositions than the cache held: somebody was asked, and did answer.
-        was_answered = 2 * len(self.answered) > self.judge.stats().cache_hits
-        if was_answered and self.judge.stopped is None and self.signal is None:
-            for entry in self.missed.values():
-                if entry.kind == "rejected":  # others were not: it is the row
-                    self._add_to_quarantine(entry)
-        self.quarantine.write()
-        # An interrupted run has not seen all rows: it must not shrink a file that an earlier one wrote.
-        whole = not self.unsettled or (self.settings.partial and self.signal is None)
-        written = whole and bool(self.answered)
-        if written:
-            write_out(self.settings, self.answered, self.digest)
-        status, why = self._status(written)
-        return status, f"{self._summary(written)}\n{why}".strip()
-
-    def _status(self, written: bool) -> tuple[int, str]:
-        """Exit status, and why the run is not done."""
-        if not self.unsettled:
-            why = f"out: {self.settings.out} was not written, since no row has a caption."
-            return (0, "") if written else (1, why)
-        if self.signal is not None:
-            name = signal.Signals(self.signal).name
-            return 128 + self.signal, f"Stopped by {name}; the same command goes on from here."
-        if (stopped := self.judge.stopped) is not None:
-            status = 0 if isinstance(stopped, BudgetSpent) else 1
-            return status, f"{own_keys(str(stopped))}. The same command goes on from here."
-        left = [entry for row, entry in self.missed.items() if row in self.unsettled]
-        why = f"Left since ({_kinds(left)}), the last one: {left[-1].reason}. The same command asks again"
-        return 1, why + ("." if self.settings.partial else "; --partial true writes what is there.")
-
-    def _summary(self, written: bool) -> str:
-        """``2,990 of 3,000 rows are captioned (data/new.json); 10 in quarantine (…); $1.20 in this run.``"""
-        where = f" ({self.settings.out})" if written else ""
-        parts = [f"{len(self.answered):,} of {self.total:,} rows are captioned{where}"]
-        if self.quarantine:
-            kinds = _kinds(self.quarantine.values())
-            parts.append(f"{len(self.quarantine):,} in quarantine ({kinds}: {self.quarantine.path})")
-        if self.unsettled:
-            parts.append(f"{len(self.unsettled):,} left for the next run")
-        stats = self.judge.stats()
-        parts.append(f"${stats.cost_usd:.2f} in this run")
-        if stats.unpriced_calls:
-            parts.append(f"{stats.unpriced_calls:,} calls have no known price (judge.prices)")
-        return "; ".join(parts) + "."
+    def new_row(self, row: int, raw: Any) -> dict[str, Any] | None:
+        if row not in self.answered:
+            return None
+        caption, units = json.loads(self.answered[row])
+        return output_row(raw, caption, units, self.settings)
 
 
-def _kinds(entries: Iterable[QuarantinedRow]) -> str:
-    """``refused 8, missing_file 4``."""
-    return ", ".join(f"{kind} {count:,}" for kind, count in Counter(e.kind for e in entries).most_common())
+def output_row(
+    raw: dict[str, Any], caption: str, units: Sequence[str], settings: RecaptionSettings
+) -> dict[str, Any]:
+    """A row of the data set in ShareGPT4V's layout, with its new caption, and the old one as ``original_caption``;
+    other keys stay.
 
-
-@contextmanager
-def _signals(handle: Callable[[int, Any], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM call `handle`."""
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    Args:
+        raw: the row as it was.
+        caption: the new caption.
+        units: what it asserts.
+        settings: which question the row was asked, and who answered.
+    """
+    flat = normalise(raw, 0)
+    paths = image_paths(flat["sample_id"])
+    turns = raw.get("conversations") or ()
+    human = next((turn.get("value") for turn in turns if str(turn.get("from")) == "human"), None)
+    if settings.prompts or not human or PLACEHOLDER not in human:
+        asked = prompt_for(flat["sample_id"], flat["question"], settings.prompts or (), settings.seed)
+        human = asked if PLACEHOLDER in asked else f"{PLACEHOLDER * len(paths)}\n{asked}"
+    return {
+        **{key: value for key, value in raw.items() if key not in LAYOUT_KEYS},
+        "image": paths if len(paths) > 1 else paths[0],
+        "conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": caption}],
+        "original_caption": "\n".join(flat["captions"]),
+        "caption_model": settings.asked_model(Recaption),
+        "reference_units": units,
+        "units_model": settings.asked_model(Decompose),
+    }

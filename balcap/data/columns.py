@@ -1,13 +1,14 @@
 """Columns: further keys of the rows (`data.columns`), each of one JSON kind, kept as JSON text in the table.
 
-``reference_units``, the assertions of the caption as recaptioning writes them, is always one of them. A value
-that is not as it should be makes its row bad: to pay a judge for what was to be there already, or to score
-against half a column, would be a surprise.
+``reference_units``, the assertions of the caption as recaptioning writes them, is always one of them. The objects of
+``questions`` and ``rubric`` are looked into (`entry_problem`). A value that is not as it should be makes its row bad: to
+pay a judge for what was to be there already, or to score against half a column, would be a surprise.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 from balcap.data.settings import SHAREGPT4V_KEYS
 
 REFERENCE_UNITS = "reference_units"
+
+QUESTIONS, RUBRIC = "questions", "rubric"
+"""What CapRL and RubiCap need; ``main.py annotate`` writes them."""
 
 MALFORMED_COLUMN = "malformed_column"
 """Cause of a bad row: the value of a column is of another kind than in the rows before."""
@@ -41,8 +45,22 @@ def kind_of(value: Any) -> str:
     return f"list of {kinds.pop()}s" if kinds else "list"
 
 
+def entry_problem(name: str, entry: Mapping[str, Any]) -> str:
+    """What an object in a list of the column lacks, "" for nothing; of ``questions`` and ``rubric``."""
+    text = entry.get({QUESTIONS: "question", RUBRIC: "criterion"}.get(name, ""))
+    has_text = isinstance(text, str) and text.strip()
+    if name == QUESTIONS and not (has_text and isinstance(entry.get("choices") or [], list)):
+        return "a question, and a list of choices"
+    weight = entry.get("weight")
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if name == RUBRIC and not (has_text and is_number and 0 < float(weight or 0) < math.inf):
+        return "a criterion, and a weight above 0"
+    return ""
+
+
 class Columns:
-    """Takes the columns out of one raw row after the other; the first row that has a column decides its kind.
+    """Takes the columns out of one raw row after the other; the first row that has a column decides its kind,
+    where it is not known.
 
     Args:
         names: the columns to take, besides ``reference_units``.
@@ -57,6 +75,7 @@ class Columns:
         self.unseen = set(names)
         self._keys: set[str] = set()
         self._kinds = {REFERENCE_UNITS: ("list of texts", "")}  # and where it was seen
+        self._kinds |= dict.fromkeys((QUESTIONS, RUBRIC), ("list of objects", ""))
 
     def take(self, raw: Mapping[str, Any], row: int) -> tuple[dict[str, str | None], str]:
         """The columns of a row that is good otherwise.
@@ -87,6 +106,9 @@ class Columns:
 
     def _check_kind(self, name: str, value: Any, row: int) -> None:
         kind, here = kind_of(value), f" as in row {row}"
+        for entry in value if kind == "list of objects" else ():
+            if lacking := entry_problem(name, entry):
+                raise ValueError(f"an object lacks {lacking}: {entry!r:.60}")
         expected, where = self._kinds.setdefault(name, (kind, here))
         both_lists = kind.startswith("list") and expected.startswith("list")
         if name == REFERENCE_UNITS and kind == expected and not all(unit.strip() for unit in value):
@@ -102,7 +124,9 @@ class Columns:
         """What to say about the `unseen` columns."""
         unseen, keys = sorted(self.unseen), sorted(self._keys.difference(SHAREGPT4V_KEYS))
         there = ", ".join(keys) or "none"
-        return f"data.columns: no good row has {', '.join(unseen)}; columns that rows have: {there}"
+        written = [name for name in unseen if name in (QUESTIONS, RUBRIC)]
+        hint = f"; python main.py annotate --what {written[0]} writes them" if written else ""
+        return f"data.columns: no good row has {', '.join(unseen)}; columns that rows have: {there}{hint}"
 
 
 def read_columns(texts: Mapping[str, str | None]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 `settings.py`   `JudgeSettings`: what a YAML may set, checked before anything is asked
 `tasks/`        what is asked: schema -> prompt -> parser, one file per kind of judgment
 `task.py`       `Task`, their base; `Group`, an image's captions while they are judged; `Judgments`, the answers
+`questions.py`  multiple-choice questions, as they are asked
 `prompt.py`     fences, numbered items, JSON in prose; a `Question` and its keys in the cache
 `images.py`     how an image is sent
 `session.py`    one process at work: event loop, cache, and how questions share calls

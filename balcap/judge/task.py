@@ -175,6 +175,7 @@ class Group:
         reference: reference caption; empty where there is none.
         captions: ``[G]`` captions of the rollouts.
         reference_units: what the reference asserts, where the data already hold it.
+        columns: values of the row's further columns (``data.columns``).
     """
 
     judge: Judge
@@ -183,6 +184,7 @@ class Group:
     reference: str
     captions: Sequence[str]
     reference_units: Sequence[str] | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.reasons: list[str] = []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from balcap.data.layouts import PLACEHOLDER
@@ -140,26 +141,57 @@ class PromptEncoder:
                 model's family takes one; names the sample.
         """
         items, unexpanded = [], []
-        bos = self.tokenizer.bos_token
         for sample_id, images, prompt in zip(batch.sample_ids, batch.images, batch.prompts, strict=True):
             if len(images) > 1 and not self.family.several_images:
                 raise PlaceholderMismatch(
                     f"sample {sample_id!r} has {len(images)} images, a prompt of {self.config.model_type} takes one: "
                     "leave such rows out of data.data, or set model.policy.model to a model that takes several"
                 )
-            content = self.content(prompt, len(images))
-            text = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=False,
-                **self.switches,
-            )
-            has_bos = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+            text = self._chat(prompt, len(images))
+            has_bos = self._has_bos(text)
             item = dict(self.processor(text=[text], images=list(images), return_tensors="pt", **has_bos))
             self._check(sample_id, item)
             items.append(item)
             unexpanded.append(self.tokenizer(text, **has_bos)["input_ids"])
         return Prompts(items, self.tokenizer.pad_token_id, self.image_token_id, unexpanded)
+
+    def answers(self, batch: CaptionBatch) -> list[Tensor]:
+        """``[B]`` token ids of the references as the chat template writes them behind the prompts, each ``[t]``, with what
+        ends an answer there, if anything does. Of a template that writes answers otherwise than it asks for them, those
+        of the references alone."""
+        rows = zip(batch.images, batch.prompts, batch.references, strict=True)
+        return [
+            torch.tensor(self._answer(prompt, len(images), text.strip())) for images, prompt, text in rows
+        ]
+
+    def _answer(self, prompt: str, images: int, answer: str) -> list[int]:
+        answer, asked = self.plain(answer), self._chat(prompt, images)
+        try:
+            answered = self._chat(prompt, images, answer).rstrip()
+        except (TemplateError, TypeError):  # a template for prompts alone
+            answered = ""
+        if answered.startswith(asked) and answered[len(asked) :].lstrip().startswith(answer):
+            # Tokenized together: a space before the answer belongs to its first word.
+            before, both = (
+                self.tokenizer(text, **self._has_bos(text))["input_ids"] for text in (asked, answered)
+            )
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+
+    def _chat(self, prompt: str, images: int, answer: str | None = None) -> str:
+        """A prompt of so many images as the chat template writes it, with an answer or as it asks for one."""
+        messages = [{"role": "user", "content": self.content(prompt, images)}]
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return self.processor.apply_chat_template(
+            messages, add_generation_prompt=answer is None, tokenize=False, **self.switches
+        )
+
+    def _has_bos(self, text: str) -> dict[str, bool]:
+        """Options of the tokenizer for a text of the chat template, which may begin with what the tokenizer would add."""
+        bos = self.tokenizer.bos_token
+        return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
     def _check(self, sample_id: str, item: dict[str, Tensor]) -> None:
         count = int((item["input_ids"] == self.image_token_id).sum())

@@ -60,6 +60,7 @@ def curves(settings: Sequence[Setting]) -> list[Figure]:
     rewards = {f"train/{name}": TITLES.get(name, name) for name in (*names, "b_capscore")}
     panels: list[tuple[str, str, Mapping[str, str]]] = [
         ("Rewards, before the length mask", "score", rewards),
+        ("Supervised: negative log-likelihood", "nats per token", {"train/nll": "NLL"}),
         ("Length ratio ρ", "caption / reference tokens", {"train/length_ratio": "length ratio"}),
         ("Caption length", "tokens", {"train/caption_tokens": "caption tokens"}),
         ("KL to the reference", "nats per token", {"train/kl": "KL"}),

@@ -57,7 +57,8 @@ def _metadata(run: Run, export: Path) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     adapter = (export / "adapter_config.json").is_file()
-    tags = ["image-captioning", "reinforcement-learning", "grpo", "balcap", "arxiv:2605.07394"]
+    how = ["sft"] if run.setting("model.supervised", False) else ["reinforcement-learning", "grpo"]
+    tags = ["image-captioning", *how, "balcap", "arxiv:2605.07394"]
     return ModelCardData(
         base_model=hub_id(base_of(run, export)),
         datasets=hub_id(str(run.setting("data.data", ""))),
@@ -121,8 +122,10 @@ def _text(run: Run, export: Path) -> str:
         "Benchmarks": benchmarks(run),
         "Limits": "Rewards and scores are judgments of models. Captions can be wrong all the same.",
     }
+    supervised = run.setting("model.supervised", False)
+    how = "on reference captions" if supervised else "with reinforcement learning to write better captions"
     about = (
-        f"{public_name(base)}, trained with reinforcement learning to write better captions of images "
+        f"{public_name(base)}, trained {how} of images "
         "([BalCapRL, arXiv 2605.07394](https://arxiv.org/abs/2605.07394))."
     )
     shown = [f"## {title}\n\n{text}" if title else text for title, text in parts.items() if text]

@@ -182,6 +182,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     lora, four_bit = run.setting("model.policy.lora"), run.setting("model.policy.load_in_4bit")
     weights = run.setting("model.weights", {})
     advantage = run.setting("model.advantage", {"class_path": "CGDPO"})
+    supervised = run.setting("model.supervised", False)
     memory = [value for value in run.metrics.get("time/peak_memory_gb", ([], []))[1] if math.isfinite(value)]
     known = {
         "policy": run.setting("model.policy.model"),
@@ -192,12 +193,15 @@ def facts(run: Run) -> list[tuple[str, str]]:
         else "all weights",
         "data": run.setting("data.name") or run.setting("data.data"),
         "judge": run.setting("model.judge.model") if run.judged else None,
-        "rewards": ", ".join(f"{name} × {value:g}" for name, value in weights.items()),
-        "algorithm": _class(advantage),
+        "rewards": None
+        if supervised
+        else ", ".join(f"{name} × {value:g}" for name, value in weights.items()),
+        "algorithm": "supervised, on the references" if supervised else _class(advantage),
         "optimizer steps": f"{run.steps:,}"
         + (f" of {total:,}" if (total := run.setting("trainer.max_steps", 0)) > 0 else ""),
-        "images × captions a step": f"{run.setting('data.batch_size')} × {run.setting('model.num_captions')} per rank",
-        "KL coefficient": run.setting("model.kl_coef"),
+        "images × captions a step": f"{run.setting('data.batch_size')} × "
+        f"{1 if supervised else run.setting('model.num_captions')} per rank",
+        "KL coefficient": None if supervised else run.setting("model.kl_coef"),
         "time in training steps": _duration(run.hours) if run.hours else None,
         "judge, dollars": None if run.usd is None else f"{run.usd:,.2f}",
         "judgments missing": None if run.missing_judgments is None else f"{run.missing_judgments:,.0f}",

@@ -32,10 +32,12 @@ class Reward(Metric):
     Attributes:
         name: how the reward is called in logs; distinct within a suite.
         needs: kinds of judgment that it reads; none for a reward without a judge.
+        columns: further columns of the data that it reads, by itself or in its judgments.
     """
 
     name: ClassVar[str]
     needs: ClassVar[tuple[type[Task[Any]], ...]] = ()
+    columns: ClassVar[tuple[str, ...]] = ()
     higher_is_better = True
     is_differentiable = False
     full_state_update = False

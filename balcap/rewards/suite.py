@@ -77,8 +77,9 @@ class RewardSuite(nn.Module):
         `merge` puts groups together that were gathered one by one, as their captions came.
         """
         files, reference = batch.image_bytes[row], batch.references[row]
-        units = batch.extra("reference_units")[row]
-        group = Group(judge, batch.sample_ids[row], files, reference, captions, units)
+        columns = {name: values[row] for name, values in batch.extras.items()}
+        units = columns.get("reference_units")
+        group = Group(judge, batch.sample_ids[row], files, reference, captions, units, columns)
         return await group.judgments(self.needs)
 
     def forward(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G K"]:

@@ -4,6 +4,7 @@
 ``hf.py``    on the policy itself: needs nothing else; ``decode.py`` reads each prompt once for its captions
 ``vllm/``    vLLM in the trainer's process, or as servers on other GPUs and hosts
 ``auto.py``  vLLM in process where it is installed, else the policy itself
+``references.py``  the references in place of sampled captions, for supervised fine-tuning
 """
 
 from balcap.rollout.auto import vllm_or_hf

@@ -26,6 +26,7 @@ from balcap.judge import Judge, JudgeStats, Judgments
 from balcap.rewards.suite import RewardSuite, merge
 from balcap.rollout import EngineFailed, HFGenerate, RolloutEngine, Sampling
 from balcap.rollout.base import OnGroupDone
+from balcap.rollout.references import reference_rollouts
 from balcap.trainer.distributed import gather_objects, stop_together
 from balcap.trainer.timeline import Timeline
 from balcap.types import CaptionBatch, Rollouts
@@ -123,6 +124,7 @@ class RolloutPipeline:
         self.sampled: InFlightBatch | None = None
         self._resumed: deque[dict[str, Any]] = deque()  # in flight in the run that is continued
         self._attached = False
+        self._synced = 0  # version of the weights that the engine has
         self.learned = self.judged = 0
         self.timeline = Timeline(lambda: torch.cuda.synchronize() if torch.cuda.is_initialized() else None)
 
@@ -163,6 +165,17 @@ class RolloutPipeline:
         self.in_flight.append(in_flight)
         self.sampled = in_flight if resumed is None and self.engine.own_device else None
         return True
+
+    def take_references(self, batch: CaptionBatch) -> InFlightBatch:
+        """The references of a batch in place of captions: nothing is sampled, nobody is asked."""
+        batch, prompts = self._encode(batch, fill=True)
+        in_flight = InFlightBatch(self.suite, None, batch)
+        in_flight.prompts = prompts
+        in_flight.rollouts = reference_rollouts(
+            self.policy, batch, self.sampling.max_tokens, self.trainer.global_step
+        )
+        self.in_flight.append(in_flight)
+        return in_flight
 
     def sample(
         self,
@@ -249,7 +262,11 @@ class RolloutPipeline:
     def sync(self) -> None:
         """Give the engine, which has sampled, the policy's weights."""
         with self._failing_together(), self.timeline.span("sync"):
-            self.engine.sync(self.policy, self.trainer.global_step)
+            self._sync()
+
+    def _sync(self) -> None:
+        self.engine.sync(self.policy, self.trainer.global_step)
+        self._synced = self.trainer.global_step
 
     def _generate(
         self,
@@ -269,12 +286,13 @@ class RolloutPipeline:
         return resumed
 
     def _start_engine(self) -> None:
-        """At its first use. A collective."""
-        if self._attached:
+        """At its first use; and give it the weights of now, if updates did not. A collective."""
+        if self._attached and self._synced == self.trainer.global_step:
             return
         with self._failing_together():
-            self.engine.attach(self.policy)
-            self.engine.sync(self.policy, self.trainer.global_step)
+            if not self._attached:
+                self.engine.attach(self.policy)
+            self._sync()
         self._attached = True
 
     @contextmanager

@@ -170,7 +170,7 @@ def update(
 
     Returns:
         Sums for ``train/loss``, ``kl``, ``clip_fraction``, ``entropy`` and ``grad_norm``, over what was
-        forwarded, the size of one pass (`_record_size`) and the distance to the sampler (`record_mismatch`).
+        forwarded, the size of one pass (`record_size`) and the distance to the sampler (`record_mismatch`).
 
     Raises:
         OutOfMemory: an update does not fit the device.
@@ -184,12 +184,7 @@ def update(
         return tensor.to(device, non_blocking=True)
 
     rows = rows_with_nonzero_advantage(advantages, settings.kl_coef)
-    fit = DeviceFit(policy, rollouts, prompts, loop.optimizer)
-    micro = list(micro_batches(policy, settings, rollouts, prompts, rows, fit))
-    fit.checkpoint(micro)
-    normalizer = loss_normalizer(rollouts.completion_mask, settings.loss_aggregation)
-    # DDP averages what ranks sum.
-    normalizer = loop.all_gather(there(normalizer).float()).sum() / loop.world_size
+    micro, normalizer = prepare_passes(policy, settings, rollouts, prompts, rows, loop)
     ref = None
     if settings.kl_coef:
         ref = [policy.reference_logps(rollouts, prompts, rows, temperature) for rows in micro]
@@ -223,9 +218,26 @@ def update(
             with nullcontext() if i == len(micro) - 1 else loop.no_sync():
                 loop.backward(part.loss)
             _record_loss(tally, part, entropy, 1 / len(micro))
-        tally.add("grad_norm", _optimizer_step(policy, settings, loop), 1)
-    _record_size(tally, policy, settings, rollouts, prompts, micro)
+        tally.add("grad_norm", optimizer_step(policy, settings, loop), 1)
+    record_size(tally, policy, settings, rollouts, prompts, micro)
     return tally
+
+
+def prepare_passes(
+    policy: Policy,
+    settings: UpdateSettings,
+    rollouts: Rollouts,
+    prompts: Prompts,
+    rows: Sequence[int],
+    loop: OptimizerLoop,
+) -> tuple[list[list[int]], Tensor]:
+    """The micro-batches of an update on these images, and the denominator that their losses share: that of all ranks."""
+    fit = DeviceFit(policy, rollouts, prompts, loop.optimizer)
+    micro = list(micro_batches(policy, settings, rollouts, prompts, rows, fit))
+    fit.checkpoint(micro)
+    normalizer = loss_normalizer(rollouts.completion_mask, settings.loss_aggregation)
+    everywhere = loop.all_gather(normalizer.to(policy.device, non_blocking=True).float())
+    return micro, everywhere.sum() / loop.world_size  # DDP averages what ranks sum
 
 
 def rows_with_nonzero_advantage(advantages: Tensor, kl_coef: float) -> list[int]:
@@ -274,7 +286,7 @@ def _record_loss(tally: Tally, part: PolicyLoss, entropy: Tensor | None, share: 
         tally.add("entropy", entropy.sum(), part.tokens)
 
 
-def _record_size(
+def record_size(
     tally: Tally,
     policy: Policy,
     settings: UpdateSettings,
@@ -313,7 +325,7 @@ def record_mismatch(
         tally.add("importance_capped", (difference > math.log(cap)).sum(), tokens)
 
 
-def _optimizer_step(policy: Policy, settings: UpdateSettings, loop: OptimizerLoop) -> float:
+def optimizer_step(policy: Policy, settings: UpdateSettings, loop: OptimizerLoop) -> float:
     """Clip and step, or skip; the gradient's norm, NaN where skipped. Gradients are reduced: all ranks decide alike."""
     gradients = [p.grad for p in policy.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0

@@ -5,7 +5,8 @@ and no GPU. It writes ordinary ShareGPT4V files and registers an ordinary litell
 outside this package knows that it exists.
 
 ``scene.py`` what is in a picture, and its pixels; ``language.py`` the words and how facts are read from
-text; ``captions.py`` true and flawed captions; ``fluency.py`` how well a text reads; ``oracle.py`` the judge;
-``dataset.py`` files on disk; ``base_policy.py`` builds the model in ``assets/``; ``summary.py`` what a run
-changed.
+text; ``captions.py`` true and flawed captions; ``fluency.py`` how well a text reads; ``oracle.py`` the judge,
+``questions.py`` and ``rivals.py`` what it says where other methods ask; ``dataset.py`` files on disk;
+``base_policy.py`` builds the model in ``assets/``; ``benchmarks.py`` twins of benchmarks; ``summary.py`` what
+a run changed.
 """

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jsonargparse import auto_cli
@@ -17,7 +16,7 @@ from jsonargparse import auto_cli
 from balcap.utils.files import atomic_write
 from examples.shapes.captions import Style, clean, describe, flawed
 from examples.shapes.dataset import write_dataset
-from examples.shapes.language import say
+from examples.shapes.language import main_facts, say
 from examples.shapes.questions import questions
 from examples.shapes.scene import Scene, scene_of
 
@@ -28,12 +27,7 @@ TERSE = Style(
 
 def annotated(scene: Scene) -> list[str]:
     """The facts of a scene as people would write them down, one sentence each."""
-    facts: list[Any] = [("background", scene.background), ("count", len(scene.things))]
-    for thing in scene.things:
-        obj = (thing.colour, thing.shape)
-        facts += [("exists", obj), ("size", obj, thing.size), ("place", obj, thing.place)]
-        facts += [("mark", obj, *thing.mark)] if thing.mark else []
-    return [say(fact) for fact in facts]
+    return [say(fact) for fact in main_facts(scene)]
 
 
 def rivals(scene: Scene, rng: np.random.Generator) -> dict[str, str]:

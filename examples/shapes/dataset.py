@@ -13,13 +13,16 @@ from jsonargparse import auto_cli
 
 from balcap.utils.files import atomic_write
 from examples.shapes.captions import QUESTIONS, reference
+from examples.shapes.questions import questions
+from examples.shapes.rivals import rubric
 from examples.shapes.scene import draw_scene, png_bytes, sample_scene
 
 
 def write_dataset(out: Path = Path("data/shapes"), images: int = 3000, seed: int = 0) -> Path:
     """Write `images` scenes below `out`; returns the JSON file, which is written last.
 
-    Every picture depends on the seed and its own number alone, so that a larger set begins with the smaller.
+    Every picture depends on the seed and its own number alone, so that a larger set begins with the smaller. Beside the
+    keys of ShareGPT4V a row holds ``questions`` about its picture and a ``rubric`` for captions of it.
     """
     (out / "shapes").mkdir(parents=True, exist_ok=True)
     rows = []
@@ -31,7 +34,9 @@ def write_dataset(out: Path = Path("data/shapes"), images: int = 3000, seed: int
         human = f"{question}\n<image>" if rng.random() < 0.5 else f"<image>\n{question}"
         (out / name).write_bytes(png_bytes(draw_scene(scene, rng), scene))
         turns = [{"from": "human", "value": human}, {"from": "gpt", "value": text}]
-        rows.append({"id": f"{i:06d}", "image": name, "conversations": turns})
+        asked = questions(scene, np.random.default_rng([seed, i, 1]), 8)
+        row = {"id": f"{i:06d}", "image": name, "conversations": turns, "questions": asked}
+        rows.append(row | {"rubric": rubric(scene, np.random.default_rng([seed, i, 2]))})
     with atomic_write(out / "shapes.json") as file:
         json.dump(rows, file, indent=0)
     return out / "shapes.json"

@@ -180,6 +180,16 @@ def read_fact(assertion: str) -> Fact:
     return (special or facts or [("unclear", assertion)])[-1]
 
 
+def main_facts(scene: Scene) -> list[Fact]:
+    """The facts of a scene as people would write them down: all but how its objects lie towards each other."""
+    facts: list[Fact] = [("background", scene.background), ("count", len(scene.things))]
+    for thing in scene.things:
+        obj = (thing.colour, thing.shape)
+        facts += [("exists", obj), ("size", obj, thing.size), ("place", obj, thing.place)]
+        facts += [("mark", obj, *thing.mark)] if thing.mark else []
+    return facts
+
+
 def is_true(fact: Fact, scene: Scene) -> bool:
     """Whether a fact holds in a scene. Commentary and what says nothing are not true."""
     return fact in _facts_of(scene)

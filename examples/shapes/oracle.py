@@ -20,23 +20,32 @@ from litellm.types.utils import Usage
 
 from balcap.judge.tasks import (
     Answer,
+    CheckRubric,
     Compare,
+    Criterion,
     Decompose,
+    Differences,
     ExtractFacts,
     Fact,
+    Grade,
     Match,
     MatchFacts,
+    Quiz,
     Rate,
     Rating,
     Recaption,
     Verdict,
     Verify,
     VerifyFacts,
+    WriteQuestions,
+    WriteRubric,
+    WrittenQuestion,
 )
 from examples.shapes.captions import reference
 from examples.shapes.fluency import rate
-from examples.shapes.language import covered, is_pointable, is_true, read_fact, read_facts, say
-from examples.shapes.questions import choose
+from examples.shapes.language import covered, is_pointable, is_true, main_facts, read_fact, read_facts, say
+from examples.shapes.questions import choose, questions
+from examples.shapes.rivals import differences, grades, meets, rubric
 from examples.shapes.scene import Scene, scene_of
 
 _FENCE = re.compile(r"<(\w+)>\n(.*?)\n</\1>", re.DOTALL)
@@ -79,8 +88,28 @@ def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
             choose(q["question"], list(q["options"].values()), data["caption"]) for q in data["questions"]
         )
         return Answer().encode(list(chosen))
+    if task == "quiz":
+        said = _truth(_scene(images[0])) if images else ""
+        return Quiz().encode(
+            [choose(q["question"], list(q["options"].values()), said) for q in data["questions"]]
+        )
+    if task == "write_questions":
+        asked = questions(_scene(images[0]), _draw(images[0]), data["number"])
+        keys = ("question", "choices", "answer")
+        return WriteQuestions().encode([[WrittenQuestion(*(one[key] for key in keys)) for one in asked]])
+    if task == "write_rubric":
+        criteria = rubric(_scene(images[0]), _draw(images[0]), data["number"])
+        return WriteRubric().encode([[Criterion(**one) for one in criteria]])
     if task == "compare":
         return Compare().encode([_better(_scene(images[0]), p["first"], p["second"]) for p in data["pairs"]])
+    if task == "grade":
+        return Grade().encode([grades(_scene(images[0]), caption["text"]) for caption in data["captions"]])
+    if task == "differences":
+        against, scene = data["reference"], _scene(images[0])
+        return Differences().encode([differences(scene, c["text"], against) for c in data["captions"]])
+    if task == "rubric":
+        wanted = [criterion["text"] for criterion in data["criteria"]]
+        return CheckRubric().encode([[meets(c["text"], one) for one in wanted] for c in data["captions"]])
     if task == "extract_facts":
         told = (read_facts(caption["text"]) for caption in data["captions"])
         return ExtractFacts().encode([[Fact(say(fact), is_pointable(fact)) for fact in of] for of in told])
@@ -97,6 +126,16 @@ def _description(scene: Scene, question: str) -> str:
     """All that is true of the scene, in words that depend on the scene and the question alone."""
     seed = hashlib.sha256(f"{scene.to_json()}\n{question}".encode()).digest()
     return reference(scene, np.random.default_rng(list(seed)))
+
+
+def _truth(scene: Scene) -> str:
+    """All that questions ask for, in plain sentences."""
+    return " ".join(map(say, main_facts(scene)))
+
+
+def _draw(image: str) -> np.random.Generator:
+    """Random numbers of an image alone."""
+    return np.random.default_rng(list(hashlib.sha256(image.encode()).digest()))
 
 
 def _matched(fact: Any, annotated: list[Any]) -> int | None:

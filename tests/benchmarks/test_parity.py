@@ -18,6 +18,7 @@ import pytest
 from balcap.benchmarks import caparena, captionqa, dcscore
 from balcap.benchmarks.caparena import Battle
 from balcap.benchmarks.scores import Statistic
+from balcap.judge.questions import CANNOT
 
 FOLDERS = [Path(__file__).parent / "parity", *map(Path, filter(None, [os.environ.get("BALCAP_PARITY")]))]
 
@@ -116,9 +117,9 @@ def captionqa_run(
                 "letter": None if shown is None else captionqa.LETTERS[shown],
                 "chosen": chosen,
                 "correct": shown is not None
-                and chosen != captionqa.CANNOT
+                and chosen != CANNOT
                 and question.order[shown] == question.answer,
-                "cannot": chosen == captionqa.CANNOT,
+                "cannot": chosen == CANNOT,
                 "score": score,
                 "category": question.category,
             }

@@ -1,4 +1,4 @@
-"""The recaption command on the small world; and a real run that an estimate is compared with."""
+"""The recaption and annotate commands on the small world; and a real run that an estimate is compared with."""
 
 from __future__ import annotations
 
@@ -102,9 +102,10 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recaption_arguments(world: Path, tmp_path: Path, out: Path) -> Callable[..., list[str]]:
-    """Arguments of a recaption of the small world's 60 pictures; options override, None leaves out."""
+    """Arguments of a recaption of the small world's 60 pictures, or of another command over its rows; options override,
+    None leaves out."""
 
-    def arguments(**options: object) -> list[str]:
+    def arguments(command: str = "recaption", **options: object) -> list[str]:
         defaults: dict[str, object] = {
             "data": world / "shapes.json",
             "image_root": world,
@@ -115,7 +116,7 @@ def recaption_arguments(world: Path, tmp_path: Path, out: Path) -> Callable[...,
         }
         pairs = {**defaults, **{key.replace("__", "."): value for key, value in options.items()}}
         flags = [f"--{key}={value}" for key, value in pairs.items() if value is not None]
-        return ["recaption", "--config", str(ROOT / "configs/recaption_shapes.yaml"), *flags]
+        return [command, "--config", str(ROOT / f"configs/{command}_shapes.yaml"), *flags]
 
     return arguments
 

@@ -15,9 +15,9 @@ Item = tuple[str, str]
 
 
 def items_of(messages: Messages) -> list[Item]:
-    """What a request asks about, item by item: (task, question and image, or caption); verify and match as
-    a whole."""
-    if task_of(messages) in ("verify", "match"):
+    """What a request asks about, item by item: (task, question and image, or caption); others as a
+    whole."""
+    if task_of(messages) in ("verify", "match", "quiz", "write_questions", "write_rubric"):
         return [(task_of(messages), str(messages[-1]["content"]))]
     if task_of(messages) == "recaption":
         (image,) = image_urls(messages)

@@ -15,18 +15,32 @@ from balcap.commands.estimate_dry_run import FakeClient, Usage, dry_run, stand_i
 from balcap.commands.estimate_plan import Plan
 from balcap.commands.estimate_run import Estimate
 from balcap.judge import Deployment, Group, JudgeSettings, Price, Task, TaskModel
-from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
+from balcap.rewards import (
+    CapRL,
+    CapRLLength,
+    ClaimDiff,
+    Completeness,
+    Correctness,
+    Linguistic,
+    Precision,
+    Recall,
+    RewardSuite,
+    RubiCap,
+)
 from balcap.types import CaptionBatch
 
 MODEL = "openai/gpt-4o-mini"
 REFERENCE = " ".join(f"a{number}" for number in range(20))  # 20 words: 5 assertions at 4 words each
 
 
-def rows_of(units: Sequence[str] | None = None, images: int = 1) -> CaptionBatch:
+def rows_of(
+    units: Sequence[str] | None = None, images: int = 1, columns: dict[str, Any] | None = None
+) -> CaptionBatch:
     picture = Image.new("RGB", (64, 64))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    extras = {"reference_units": [units]} if units else {}
+    extras = {name: [value] for name, value in (columns or {}).items()}
+    extras |= {"reference_units": [units]} if units else {}
     return CaptionBatch(
         ["a"], [(picture,) * images], [(buffer.getvalue(),) * images], ["Describe it."], [REFERENCE], extras
     )
@@ -44,12 +58,13 @@ def play(
     units: Sequence[str] | None = None,
     suite: RewardSuite | None = None,
     images: int = 1,
+    columns: dict[str, Any] | None = None,
 ) -> Usage:
     """What one row uses: every text is a token, an image 1000."""
     assume = Assumptions(words_per_assertion=4, image_tokens=1000, reasoning_tokens=0, chars_per_token=1)
     client = FakeClient(settings or JudgeSettings(MODEL), lambda text: 1, assume)
     suite = suite or RewardSuite([Precision(), Recall(), Linguistic()])
-    (used,) = dry_run(client, suite, rows_of(units, images), captions_of(2 * captions), visits)
+    (used,) = dry_run(client, suite, rows_of(units, images, columns), captions_of(2 * captions), visits)
     return used
 
 
@@ -66,6 +81,17 @@ def test_a_group_shares_calls() -> None:
     assert used["rate", MODEL][:3].tolist() == [8, 16, 8]
     # $0.15 and $0.60 per million tokens
     assert used["rate", MODEL][3] == pytest.approx((16 * 0.15 + 8 * 0.6) / 1e6)
+
+
+def test_rewards_of_other_methods_are_priced() -> None:
+    suite = RewardSuite([CapRL(), CapRLLength(), Correctness(), Completeness(), ClaimDiff(), RubiCap()])
+    questions = [{"question": f"What {n}?", "choices": ["a", "b"], "answer": "a"} for n in range(9)]
+    columns = {"questions": questions, "rubric": [{"criterion": "Names it.", "weight": 1}]}
+    used = play(suite=suite, columns=columns)
+    # 8 captions: 8 questions about each, a grade and a comparison of each with the image, and all under the rubric
+    assert calls(used) == {"answer": 64, "grade": 8, "differences": 8, "rubric": 1}
+    assert used["answer", MODEL][:3].tolist() == [64, 128, 64]
+    assert used["grade", MODEL][:3].tolist() == [8, 8016, 8]
 
 
 def test_all_images_of_a_row_are_counted() -> None:

@@ -10,8 +10,10 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from balcap.commands import recaption_run
+from balcap.commands import rows_run
+from balcap.commands.annotate_settings import AnnotateSettings
 from balcap.commands.recaption import RecaptionSettings
+from balcap.commands.rows_settings import RowsSettings
 from balcap.judge import JudgeSettings
 from tests.support import ROOT
 
@@ -31,16 +33,23 @@ def test_help_imports_nothing_heavy() -> None:
     assert "rows that an earlier run has put into" in done.stdout
 
 
-def configured(name: str, *more: str) -> RecaptionSettings:
+SHIPPED = ["recaption.yaml", "recaption_shapes.yaml", "annotate.yaml", "annotate_shapes.yaml"]
+
+
+def settings_of(name: str) -> type[RowsSettings]:
+    return AnnotateSettings if name.startswith("annotate") else RecaptionSettings
+
+
+def configured(name: str, *more: str) -> RowsSettings:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
-    parser.add_class_arguments(RecaptionSettings)
+    parser.add_class_arguments(settings_of(name))
     settings = parser.instantiate(parser.parse_args(["--config", str(ROOT / "configs" / name), *more]))
     settings.pop("config")
-    return RecaptionSettings(**settings.as_dict())
+    return settings_of(name)(**settings.as_dict())
 
 
-@pytest.mark.parametrize("name", ["recaption.yaml", "recaption_shapes.yaml"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_configs_need_at_most_images_and_a_key(
     name: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,19 +59,20 @@ def test_the_shipped_configs_need_at_most_images_and_a_key(
     local += ["--data", str(world / "shapes.json")] if "shapes" in name else []
     missing = configured(name, *local).problems()
     assert [problem for problem in missing if "OPENAI_API_KEY" not in problem] == []
-    assert len(missing) == (0 if "shapes" in name else 2)  # for captions, and for what they assert
+    # of who writes captions, and of who says what they assert; of one judge for all
+    assert len(missing) == {"recaption.yaml": 2, "annotate.yaml": 1}.get(name, 0)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     assert configured(name, *local).problems() == []
 
 
-@pytest.mark.parametrize("name", ["recaption.yaml", "recaption_shapes.yaml"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_configs_repeat_no_default(name: str) -> None:
     from inspect import signature
 
     from balcap.judge import JudgeSettings
 
     given = yaml.safe_load((ROOT / "configs" / name).read_text())
-    for values, kind in ((given.pop("judge"), JudgeSettings), (given, RecaptionSettings)):
+    for values, kind in ((given.pop("judge"), JudgeSettings), (given, settings_of(name))):
         defaults = {key: p.default for key, p in signature(kind).parameters.items()}
         assert not [key for key, value in values.items() if defaults[key] == value]
 
@@ -96,8 +106,8 @@ def test_progress_is_a_line_now_and_then_and_in_a_terminal_one_that_changes(
     recaption_arguments, cli, capsys, monkeypatch, terminal: bool, end: str
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    monkeypatch.setattr(recaption_run, "POLL_S", 0.01)
-    monkeypatch.setattr(recaption_run, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(rows_run, "POLL_S", 0.01)
+    monkeypatch.setattr(rows_run, "PLAIN_EVERY_S", 0.0)
     cli(recaption_arguments(max_rows=5))
     first, *_, last = capsys.readouterr().out.removesuffix("\n").split(end)
     assert first == "0/5 rows  $0.00  0 quarantined"

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from balcap.cli import ConfigError
-from balcap.commands.recaption_files import Quarantine, QuarantinedRow, claim, output_row, write_rows
+from balcap.commands.recaption_run import output_row
 from balcap.commands.recaption_settings import RecaptionSettings
+from balcap.commands.rows_files import Quarantine, QuarantinedRow, claim, write_rows
 from balcap.data.table import flat_rows
 from balcap.judge import Judge, TaskModel
 from tests.support import ROOT
@@ -151,12 +152,12 @@ SETTINGS = {"judge.model": "a/b", "prompts": None, "judge.params": {"temperature
 def test_other_settings_are_refused_with_what_differs_and_the_way_out(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "out.json.settings.json"
     for is_first in (True, False):
-        with claim(path, SETTINGS) as found:
+        with claim(path, "recaption", SETTINGS) as found:
             assert found is is_first
     before = path.read_bytes()
     with (
         pytest.raises(ConfigError) as refused,
-        claim(path, {**SETTINGS, "judge.model": "a/c", "decompose": True}),
+        claim(path, "recaption", {**SETTINGS, "judge.model": "a/c", "decompose": True}),
     ):
         pass
     changed, new, way_out = refused.value.problems
@@ -173,7 +174,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, text: str) -> No
     path.write_text(text)
     with (
         pytest.raises(ConfigError, match=r"was not written by recaption.* move that file away"),
-        claim(path, SETTINGS),
+        claim(path, "recaption", SETTINGS),
     ):
         pass
     assert path.read_text() == text
@@ -181,10 +182,10 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, text: str) -> No
 
 def test_two_processes_cannot_work_on_one_file(tmp_path: Path) -> None:
     path = tmp_path / "out.json.settings.json"
-    code = "import sys; from pathlib import Path; from balcap.commands.recaption_files import claim\n"
-    code += f"with claim(Path(sys.argv[1]), {SETTINGS!r}): pass"
+    code = "import sys; from pathlib import Path; from balcap.commands.rows_files import claim\n"
+    code += f"with claim(Path(sys.argv[1]), 'recaption', {SETTINGS!r}): pass"
     command = [sys.executable, "-c", code, str(path)]
-    with claim(path, SETTINGS):
+    with claim(path, "recaption", SETTINGS):
         other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "another process is working" in other.stderr
     subprocess.run(command, cwd=ROOT, check=True)

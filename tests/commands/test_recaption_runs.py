@@ -474,7 +474,7 @@ def test_a_data_set_that_changes_under_the_run_is_noticed(
         data.write_text(json.dumps(rows[::-1]))
 
     FaultyOracle.reset(change)
-    with pytest.raises(SystemExit, match=r"^data: .* has changed while its rows were captioned"):
+    with pytest.raises(SystemExit, match=r"^data: .* has changed while the judge was asked about its rows"):
         cli(recaption_arguments(**FAULTY, data=data))
     assert not out.exists()
     data.write_text(json.dumps(rows))

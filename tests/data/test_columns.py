@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from balcap.data.columns import kind_of
+from balcap.data.columns import Columns, kind_of
 from balcap.data.datamodule import CaptionDataModule
 from balcap.data.json_files import DataError
 from balcap.data.table import flat_rows, load_rows
@@ -216,3 +216,33 @@ def test_predictions_carry_columns_too(tmp_path: Path, make_data: Callable, rows
             assert batch.extra(name) == expected(rows, name, batch)
     folder = make_data([], data=None, predict_from=str(tmp_path / "images"), columns=["text"])
     assert next(iter(folder.predict_dataloader())).extra("text") == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "lacking"),
+    [
+        ("rubric", {"criterion": "It says so.", "weight": 2}, ""),
+        ("rubric", {"criterion": "It says so.", "weight": "2"}, "a criterion, and a weight above 0"),
+        ("rubric", {"criterion": "It says so.", "weight": True}, "a criterion, and a weight above 0"),
+        ("rubric", {"criterion": "It says so.", "weight": float("inf")}, "a criterion, and a weight above 0"),
+        ("rubric", {"weight": 2}, "a criterion, and a weight above 0"),
+        ("questions", {"question": "Which?", "choices": ["a", "b"], "answer": "a"}, ""),
+        ("questions", {"question": "Which?"}, ""),  # it is not asked
+        ("questions", {"choices": ["a", "b"]}, "a question, and a list of choices"),
+        ("questions", {"question": "Which?", "choices": "ab"}, "a question, and a list of choices"),
+        ("mine", {"weight": "any"}, ""),
+        ("rubric", "It says so.", None),
+    ],
+)
+def test_questions_and_rubrics_are_looked_into(name: str, entry: Any, lacking: str | None) -> None:
+    _, problem = Columns([name]).take({name: [entry]}, 0)
+    if lacking is None:
+        assert problem.startswith('column "rubric": expected list of objects, found list of texts')
+    else:
+        assert problem.startswith(f'column "{name}": an object lacks {lacking}') if lacking else problem == ""
+
+
+def test_who_has_no_questions_is_told_who_writes_them() -> None:
+    columns = Columns(["questions"])
+    columns.take({"image": "a.png"}, 0)
+    assert columns.unseen_message().endswith("; python main.py annotate --what questions writes them")

@@ -198,3 +198,14 @@ def test_names_that_may_be_published(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_table_keeps_what_stands_in_its_cells() -> None:
     assert table(["a", "b"], [["x|y", "1\n2"]]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 2 |"
     assert table(["a", "b"], []) == ""
+
+
+def test_a_supervised_run_is_not_called_reinforcement_learning(run: Path) -> None:
+    settings = {**SETTINGS, "model": {**SETTINGS["model"], "supervised": True, "kl_coef": 0.0}}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    text = write_model_card(Run.read(run), run / "export").read_text()
+    assert "sft" in metadata_load(run / "export/README.md")["tags"]
+    assert "| algorithm | supervised, on the references |" in text
+    assert "| images × captions a step | 16 × 1 per rank |" in text
+    assert "trained on reference captions of images" in text
+    assert not any(word in text for word in ("reinforcement", "grpo", "KL coefficient", "| rewards |"))

@@ -14,6 +14,7 @@ from examples.shapes import base_policy
 from examples.shapes.dataset import write_dataset
 from examples.shapes.language import read_facts
 from examples.shapes.oracle import answer
+from examples.shapes.rivals import meets
 from examples.shapes.scene import FILE_SIZE, Scene, Thing, draw_scene, png_bytes, scene_of
 from tests.judge_questions import decompose, match, rate, verify
 from tests.support import ROOT
@@ -55,6 +56,12 @@ def test_a_data_set_is_share_gpt4v_and_depends_on_its_seed_alone(tmp_path: Path)
         data = (tmp_path / "a" / row["image"]).read_bytes()
         assert data == (tmp_path / "b" / row["image"]).read_bytes()
         assert all(f[0] != "meta" for f in read_facts(model["value"]))
+        assert 4 <= len(row["questions"]) <= 8
+        assert all(
+            meets(model["value"], one["criterion"]) for one in row["rubric"]
+        )  # the reference says it all
+        assert {one["weight"] for one in row["rubric"]} <= {1, 2, 3}
+        assert all(question["answer"] in question["choices"] for question in row["questions"])
         assert len(scene_of(data).things) >= 1
 
 

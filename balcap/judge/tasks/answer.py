@@ -5,15 +5,20 @@ Whoever answers does not see the image. The wording is ours; what the benchmarks
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
-from balcap.judge.errors import InvalidAnswer
+from balcap.data.columns import QUESTIONS
+from balcap.judge.errors import InvalidAnswer, JudgeFailure
 from balcap.judge.prompt import chat, fence, in_order, with_ids
-from balcap.judge.task import Message, Schema, StandaloneTask
+from balcap.judge.questions import LETTERS, AskedQuestion, drawn
+from balcap.judge.task import Group, Message, Schema, Task
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+COLUMN = QUESTIONS
+MOST_DRAWN = 8
+"""Questions that are asked about the captions of a row: CapRL's number."""
 
 
 class Choice(TypedDict):
@@ -46,8 +51,14 @@ Answer with one JSON object and nothing else, one entry per question, with the i
 """  # noqa: E501
 
 
-class Answer(StandaloneTask[int]):
-    """The place of the chosen option, from 0, for every question. There is no question without a call."""
+class Answer(Task[int]):
+    """The place of the chosen option, from 0, for every question. There is no question without a call.
+
+    About the captions of a group, the row's own questions are asked (data column ``questions``): at most `MOST_DRAWN` of
+    them, drawn by the row's id, the same and in the same order for all captions. The answer about a caption is then, for
+    each of them, whether it was answered right; None where no answer came. "Cannot answer" is wrong. A row without
+    questions has none to answer.
+    """
 
     name = "answer"
     version = "1"
@@ -56,15 +67,12 @@ class Answer(StandaloneTask[int]):
     per_call = 1
 
     def messages(self, items: Sequence[Choice], *, caption: str) -> list[Message]:  # type: ignore[override]
-        questions = with_ids(
-            {"question": item["question"], "options": dict(zip(LETTERS, item["options"], strict=False))}
-            for item in items
+        return chat(
+            self.name, INSTRUCTIONS, fence("caption", caption) + "\n" + fence("questions", lettered(items))
         )
-        return chat(self.name, INSTRUCTIONS, fence("caption", caption) + "\n" + fence("questions", questions))
 
     def parse(self, answer: ChosenOptions, items: Sequence[Choice], *, caption: str) -> list[int]:  # type: ignore[override]
-        entries = in_order(answer.answers, len(items), "answers")
-        return [_place(entry, item) for entry, item in zip(entries, items, strict=True)]
+        return chosen_places(answer, items)
 
     def encode(self, answers: Sequence[int]) -> dict[str, Any]:
         return {"answers": with_ids({"option": LETTERS[place]} for place in answers)}
@@ -72,6 +80,35 @@ class Answer(StandaloneTask[int]):
     def example(self, items: Sequence[Choice], *, caption: str) -> list[int]:  # type: ignore[override]
         """The first option of every question."""
         return [0] * len(items)
+
+    async def judge_group(self, group: Group) -> list[list[bool | None] | None]:
+        """See the class; None where there are questions and none about a caption was answered."""
+        asked = drawn(group.columns.get(COLUMN), group.sample_id, MOST_DRAWN)
+        items: list[Choice] = [{"question": one.text, "options": one.options} for one in asked]
+        answered = await asyncio.gather(
+            *(group.judge.ask(type(self), items, caption=caption) for caption in group.captions)
+        )
+        group.reasons += [str(one) for of in answered for one in of if isinstance(one, JudgeFailure)][:1]
+        right = [[_is_right(one, place) for one, place in zip(asked, of, strict=True)] for of in answered]
+        return [None if asked and set(of) == {None} else of for of in right]
+
+
+def _is_right(question: AskedQuestion, place: int | JudgeFailure) -> bool | None:
+    return None if isinstance(place, JudgeFailure) else question.order[place] == question.answer
+
+
+def lettered(items: Sequence[Choice]) -> list[dict[str, Any]]:
+    """Questions as a judge is shown them: with ids, their options under letters."""
+    return with_ids(
+        {"question": item["question"], "options": dict(zip(LETTERS, item["options"], strict=False))}
+        for item in items
+    )
+
+
+def chosen_places(answer: ChosenOptions, items: Sequence[Choice]) -> list[int]:
+    """The place of the chosen option of each question; InvalidAnswer where there is none."""
+    entries = in_order(answer.answers, len(items), "answers")
+    return [_place(entry, item) for entry, item in zip(entries, items, strict=True)]
 
 
 def _place(entry: ChosenOption, item: Choice) -> int:

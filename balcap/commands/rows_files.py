@@ -1,7 +1,7 @@
-"""What a recaption run reads and writes beside the judge's cache.
+"""What a command over all rows of a data set reads and writes beside the judge's cache.
 
-``<out>``                    the ShareGPT4V file, written at the end, whole or not at all
-``<out>.quarantine.jsonl``   rows without a caption that can be used, and why
+``<out>``                    the new rows, written at the end, whole or not at all
+``<out>.quarantine.jsonl``   rows without an answer that can be used, and why
 ``<out>.settings.json``      what the answers depend on: a run with other settings is refused
 ``<out>.ledger.sqlite``      what was paid (`balcap.judge`)
 """
@@ -11,20 +11,17 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from balcap.commands.recaption_settings import RecaptionSettings
+from balcap.commands.rows_settings import RowsSettings
 from balcap.config import ConfigError
 from balcap.data.json_files import DataError
-from balcap.data.layouts import LAYOUT_KEYS, PLACEHOLDER, image_paths, normalise
 from balcap.data.order import select_rows
-from balcap.data.reader import prompt_for
 from balcap.data.table import TEXT_ONLY_CAUSES, raw_rows
-from balcap.judge import Decompose, Recaption
 from balcap.utils.files import append_jsonl, atomic_write, read_jsonl
 
 log = logging.getLogger(__name__)
@@ -32,12 +29,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuarantinedRow:
-    """A row without a caption that could be trained on.
+    """A row without an answer that could be trained on.
 
     Attributes:
         row: number in the data set, counted from 0.
         image: as the data set writes it.
-        kind: kind of a `balcap.judge.JudgeFailure`, a cause of `balcap.data`, or ``no_units``.
+        kind: kind of a `balcap.judge.JudgeFailure`, a cause of `balcap.data`, or one of the command's own.
         reason: for a person.
     """
 
@@ -48,7 +45,7 @@ class QuarantinedRow:
 
 
 class Quarantine(dict[int, QuarantinedRow]):
-    """Row -> why it has no caption; on disk as soon as it is added."""
+    """Row -> why it has no answer; on disk as soon as it is added."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -73,12 +70,13 @@ class Quarantine(dict[int, QuarantinedRow]):
 
 
 @contextmanager
-def claim(path: Path, settings: dict[str, Any]) -> Iterator[bool]:
+def claim(path: Path, command: str, settings: dict[str, Any]) -> Iterator[bool]:
     """Hold the settings file of an `out` while a run works on it. Yields whether this is the first run, which
     writes it.
 
     Args:
         path: the file.
+        command: whose run it is.
         settings: key -> value of all that answers depend on.
 
     Raises:
@@ -95,19 +93,19 @@ def claim(path: Path, settings: dict[str, Any]) -> Iterator[bool]:
         file.seek(0)
         text = file.read()
         if not text:
-            json.dump({"recaption": settings}, file, indent=2)
+            json.dump({command: settings}, file, indent=2)
             file.flush()
-        elif problems := _changed(path, text, json.loads(json.dumps(settings))):
+        elif problems := _changed(path, text, command, json.loads(json.dumps(settings))):
             raise ConfigError(problems)
         yield not text
 
 
-def _changed(path: Path, text: str, settings: dict[str, Any]) -> list[str]:
+def _changed(path: Path, text: str, command: str, settings: dict[str, Any]) -> list[str]:
     """What differs between a settings file and `settings`, one message each; empty for nothing."""
     try:
-        saved = dict(json.loads(text)["recaption"])
+        saved = dict(json.loads(text)[command])
     except (ValueError, KeyError, TypeError):
-        return [f"out: {path} was not written by recaption. Name another out, or move that file away"]
+        return [f"out: {path} was not written by {command}. Name another out, or move that file away"]
     problems = [
         f"{key} was {json.dumps(saved.get(key)):.100}, is {json.dumps(settings.get(key)):.100}"
         for key in saved | settings
@@ -121,10 +119,13 @@ def _changed(path: Path, text: str, settings: dict[str, Any]) -> list[str]:
     return problems
 
 
-def plan_rows(settings: RecaptionSettings, table: Any) -> tuple[list[int], dict[int, QuarantinedRow]]:
-    """The rows that can be captioned, in the order of the data set; and those that cannot.
+def plan_rows(
+    settings: RowsSettings, table: Any
+) -> tuple[list[int], dict[int, QuarantinedRow], dict[int, int]]:
+    """The rows that are asked about, in the order of the data set; those that cannot be, with the reason; and of further
+    rows of an image the first one.
 
-    A missing caption or question is no fault here, a second row of an image is.
+    A missing caption or question is no fault here.
 
     Raises:
         DataError: none is left.
@@ -141,52 +142,24 @@ def plan_rows(settings: RecaptionSettings, table: Any) -> tuple[list[int], dict[
         )
     first: dict[str, int] = {}
     bad: dict[int, QuarantinedRow] = {}
+    same: dict[int, int] = {}
     for row in map(int, chosen):
         image, cause = sample_ids[row], causes[row]
         if cause and cause not in TEXT_ONLY_CAUSES:
             bad[row] = QuarantinedRow(row, image, cause, table[row]["detail"])
         elif first.setdefault(image, row) != row:
-            why = f"row {first[image]} has the same image"
-            bad[row] = QuarantinedRow(row, image, "duplicate_image", why)
-    return list(first.values()), bad
+            same[row] = first[image]
+    return list(first.values()), bad, same
 
 
-def output_row(
-    raw: dict[str, Any], caption: str, units: Sequence[str], settings: RecaptionSettings
-) -> dict[str, Any]:
-    """A row of the data set in ShareGPT4V's layout, with its new caption, and the old one as ``original_caption``;
-    other keys stay.
-
-    Args:
-        raw: the row as it was.
-        caption: the new caption.
-        units: what it asserts.
-        settings: which question the row was asked, and who answered.
-    """
-    flat = normalise(raw, 0)
-    paths = image_paths(flat["sample_id"])
-    turns = raw.get("conversations") or ()
-    human = next((turn.get("value") for turn in turns if str(turn.get("from")) == "human"), None)
-    if settings.prompts or not human or PLACEHOLDER not in human:
-        asked = prompt_for(flat["sample_id"], flat["question"], settings.prompts or (), settings.seed)
-        human = asked if PLACEHOLDER in asked else f"{PLACEHOLDER * len(paths)}\n{asked}"
-    return {
-        **{key: value for key, value in raw.items() if key not in LAYOUT_KEYS},
-        "image": paths if len(paths) > 1 else paths[0],
-        "conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": caption}],
-        "original_caption": "\n".join(flat["captions"]),
-        "caption_model": settings.asked_model(Recaption),
-        "reference_units": units,
-        "units_model": settings.asked_model(Decompose),
-    }
-
-
-def write_out(settings: RecaptionSettings, answered: Mapping[int, str], digest: str) -> None:
+def write_out(
+    settings: RowsSettings, new_row: Callable[[int, Any], dict[str, Any] | None], digest: str
+) -> None:
     """Write ``<out>``, whole or not at all.
 
     Args:
         settings: of the run.
-        answered: row -> its caption and what that asserts, as JSON.
+        new_row: a row's number and the row as it was -> what is written of it, None for nothing.
         digest: of the data set as it was when the run began.
 
     Raises:
@@ -195,13 +168,11 @@ def write_out(settings: RecaptionSettings, answered: Mapping[int, str], digest: 
     rows, digest_now = raw_rows(str(settings.data), settings.name, settings.cache_dir)
     if digest_now != digest:
         raise DataError(
-            f"data: {settings.data} has changed while its rows were captioned. Put back what it was and "
+            f"data: {settings.data} has changed while the judge was asked about its rows. Put back what it was and "
             "run the same command: nothing is paid for again"
         )
-    answers = ((raw, json.loads(answered[row])) for row, raw in enumerate(rows) if row in answered)
-    write_rows(
-        settings.out_path, (output_row(raw, caption, units, settings) for raw, (caption, units) in answers)
-    )
+    new = (new_row(row, raw) for row, raw in enumerate(rows))
+    write_rows(settings.out_path, (row for row in new if row is not None))
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
