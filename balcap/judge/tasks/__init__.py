@@ -1,19 +1,20 @@
 """The kinds of judgment, one file each: schema -> prompt -> parser.
 
-============== ========================== ======================================= =========
-task           is given                   answers                                 image
-============== ========================== ======================================= =========
-`Decompose`    captions                   the atomic assertions of each           no
-`Verify`       an image, assertions       true and pointable for each             yes
-`Match`        reference units, captions  for each, which units it covers         no
-`Rate`         captions                   clarity, fluency, coherency of each     no
-`Recaption`    an image, a question       a new reference caption                 yes
-`Answer`       a caption, questions       the chosen option of each               no
-`Compare`      an image, two captions     which is better                         yes
-`ExtractFacts` captions                   DCScore: their facts                    no
-`MatchFacts`   facts, annotated facts     DCScore: what each matches              no
-`VerifyFacts`  an image, facts            DCScore: whether each holds             yes
-============== ========================== ======================================= =========
+================ ========================== ======================================= =========
+task             is given                   answers                                 image
+================ ========================== ======================================= =========
+`Decompose`      captions                   the atomic assertions of each           no
+`DecomposeSpans` captions                   their assertions, and the words of each no
+`Verify`         an image, assertions       true and pointable for each             yes
+`Match`          reference units, captions  for each, which units it covers         no
+`Rate`           captions                   clarity, fluency, coherency of each     no
+`Recaption`      an image, a question       a new reference caption                 yes
+`Answer`         a caption, questions       the chosen option of each               no
+`Compare`        an image, two captions     which is better                         yes
+`ExtractFacts`   captions                   DCScore: their facts                    no
+`MatchFacts`     facts, annotated facts     DCScore: what each matches              no
+`VerifyFacts`    an image, facts            DCScore: whether each holds             yes
+================ ========================== ======================================= =========
 
 To add one, write a file with a subclass of `Task` and name it in the `needs` of a reward. There is nothing to
 register. ``encode`` writes the JSON that ``parse`` reads, and ``example`` gives plausible answers: dry runs, judges
@@ -22,7 +23,7 @@ that run in this process, and tests answer with them.
 
 from balcap.judge.tasks.answer import Answer
 from balcap.judge.tasks.compare import Compare
-from balcap.judge.tasks.decompose import Decompose
+from balcap.judge.tasks.decompose import Assertion, Decompose, DecomposeSpans
 from balcap.judge.tasks.facts import ExtractFacts, Fact, MatchFacts, VerifyFacts
 from balcap.judge.tasks.match import Match
 from balcap.judge.tasks.rate import Rate, Rating
@@ -30,6 +31,6 @@ from balcap.judge.tasks.recaption import Recaption
 from balcap.judge.tasks.verify import Verdict, Verify
 
 __all__ = [
-    "Answer", "Compare", "Decompose", "ExtractFacts", "Fact", "Match", "MatchFacts", "Rate", "Rating", "Recaption",
-    "Verdict", "Verify", "VerifyFacts",
+    "Answer", "Assertion", "Compare", "Decompose", "DecomposeSpans", "ExtractFacts", "Fact", "Match", "MatchFacts",
+    "Rate", "Rating", "Recaption", "Verdict", "Verify", "VerifyFacts",
 ]  # fmt: skip
