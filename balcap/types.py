@@ -15,6 +15,7 @@ its sample, never its prompt text: different images share one instruction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -154,6 +155,11 @@ class AssertionSpans:
     tokens: Bool[Tensor, "B G N T"]
     verdicts: Float[Tensor, "B G N K"]
     completion_mask: Bool[Tensor, "B G T"]
+
+    def located(self) -> Float[Tensor, "B G N"]:
+        """1 where an assertion has tokens, 0 where it has none; NaN where no reward has a verdict on it."""
+        judged = ~self.verdicts.isnan().all(-1)
+        return self.tokens.any(-1).float().masked_fill(~judged, math.nan)
 
 
 @dataclass(frozen=True)
