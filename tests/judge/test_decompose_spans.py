@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balcap.judge import Group, Judge
+from balcap.judge import Group, InvalidAnswer, Judge
 from balcap.judge.images import ImagePolicy
 from balcap.judge.prompt import Question, Route
 from balcap.judge.tasks import Assertion, Decompose, DecomposeSpans, Match, Rate, Verify
@@ -71,11 +71,11 @@ def test_a_span_holds_what_was_quoted(text: str, quotes: list[str], data: st.Dat
 
 def test_words_that_the_caption_does_not_hold_are_dropped() -> None:
     entries = [
-        {"words": "red", "text": "The dog is red. "},
-        {"words": "red dog", "text": "The dog is red."},  # said twice: the first counts
-        {"words": "brown", "text": "The dog is brown."},
-        {"words": "", "text": "There is a dog."},
-        {"words": "A", "text": " "},
+        ["red", "The dog is red. "],
+        ["red dog", "The dog is red."],  # said twice: the first counts
+        ["brown", "The dog is brown."],
+        ["", "There is a dog."],
+        ["A", " "],
     ]
     task = DecomposeSpans()
     answer = task.read({"captions": [{"id": 1, "assertions": entries}]})
@@ -84,6 +84,9 @@ def test_words_that_the_caption_does_not_hold_are_dropped() -> None:
     assert red.span == (2, 5)
     assert [brown, dog] == [Assertion("The dog is brown."), Assertion("There is a dog.")]
     assert brown.span is None
+    answer = task.read({"captions": [{"id": 1, "assertions": [["red", "The dog is red.", "true"]]}]})
+    with pytest.raises(InvalidAnswer, match="is not a pair of words and an assertion"):
+        task.parse(answer, ["A red dog."])
     assert task.load(task.dump([red, brown])) == [red, brown]
 
 

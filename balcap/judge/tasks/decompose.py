@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar
 
+from balcap.judge.errors import InvalidAnswer
 from balcap.judge.prompt import chat, fence, in_order, numbered, with_ids
 from balcap.judge.task import Group, Message, Schema, Task
 
@@ -141,18 +142,11 @@ class Assertion:
         return None if self.start is None else (self.start, self.start + len(self.words or ""))
 
 
-class QuotedAssertion(Schema):
-    """One assertion with its words."""
-
-    words: str
-    text: str
-
-
 class QuotedCaptionItem(Schema):
-    """The assertions of one caption."""
+    """The assertions of one caption, each behind its words: a pair, since keys would cost as many tokens again."""
 
     id: int
-    assertions: list[QuotedAssertion]
+    assertions: list[list[str]]
 
 
 class QuotedAssertions(Schema):
@@ -166,7 +160,7 @@ QUOTING_INSTRUCTIONS = (
     + """9. With every assertion, quote the words of the caption that it comes from: one run of words, copied letter by letter, nothing left out within it, and as short as possible: those that would have to change if the assertion were wrong. In the example of rule 1: "Two small brown dogs", "small", "brown", "run", "on a beach". Where there is no such run, quote nothing: "".
 
 Answer with one JSON object and nothing else, one entry per caption, with the ids as given:
-{"captions": [{"id": <id>, "assertions": [{"words": "<words of the caption>", "text": "<assertion>"}, ...]}, ...]}
+{"captions": [{"id": <id>, "assertions": [["<words of the caption>", "<assertion>"], ...]}, ...]}
 A caption that asserts nothing has an empty list.
 """  # noqa: E501
 )
@@ -198,13 +192,12 @@ class DecomposeSpans(Task[list[Assertion]]):
     def parse(self, answer: QuotedAssertions, items: Sequence[str]) -> list[list[Assertion]]:  # type: ignore[override]
         """The assertions as `Decompose` has them, each with the first words that it was given."""
         entries = in_order(answer.captions, len(items), "captions")
-        return [_quoted(entry.assertions, item) for entry, item in zip(entries, items, strict=True)]
+        return [_quoted(entry, item) for entry, item in zip(entries, items, strict=True)]
 
     def encode(self, answers: Sequence[list[Assertion]]) -> dict[str, Any]:
         return {
             "captions": with_ids(
-                {"assertions": [{"words": one.words or "", "text": one.text} for one in answer]}
-                for answer in answers
+                {"assertions": [[one.words or "", one.text] for one in answer]} for answer in answers
             )
         }
 
@@ -221,11 +214,13 @@ class DecomposeSpans(Task[list[Assertion]]):
         return None if item.strip() else []
 
 
-def _quoted(entries: Sequence[QuotedAssertion], caption: str) -> list[Assertion]:
+def _quoted(entry: QuotedCaptionItem, caption: str) -> list[Assertion]:
     words: dict[str, str] = {}
-    for entry in entries:
-        for text in _clean([entry.text]):
-            words.setdefault(text, entry.words)
+    for pair in entry.assertions:
+        if len(pair) != 2:
+            raise InvalidAnswer(f"caption {entry.id}: {pair} is not a pair of words and an assertion")
+        for text in _clean(pair[1:]):
+            words.setdefault(text, pair[0])
     return _with_spans(list(words), list(words.values()), caption)
 
 
