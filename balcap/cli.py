@@ -286,6 +286,11 @@ class BalCapCLI(LightningCLI):
                         self._test()
                     else:
                         super()._run_subcommand(subcommand)
+                except BaseException as error:
+                    hurry = isinstance(error, SIGTERMException)  # whoever sent it will not wait
+                    if subcommand == "fit" and self.trainer.global_step > 0 and not hurry:
+                        self._get(self.config_init, "report").write(self.trainer)
+                    raise
                 finally:
                     if mine:
                         self._say_results(Path(self.config[subcommand].run_dir))

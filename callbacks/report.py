@@ -17,7 +17,8 @@ from balcap.report.run import Run
 
 class RunReport(Callback):
     """Writes ``report.html`` and ``README.md`` into the run folder, and ``export/README.md`` where there is an export, when
-    a fit ends, also by an exception, and after ``test``.
+    a fit ends, and after ``test``. After an exception the command line writes them, once the checkpoint is on disk:
+    callbacks that save checkpoints come last.
 
     What cannot be written is a warning, never the end of a run. ``python main.py report`` writes the report anew.
 
@@ -30,10 +31,6 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.write(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if trainer.state.fn == "fit" and trainer.global_step > 0:
-            self.write(trainer)
 
     def write(self, trainer: Trainer) -> None:
         """Write them from what is in the trainer's ``default_root_dir`` by now."""

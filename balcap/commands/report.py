@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from balcap.report.page import write_report
-from balcap.report.run import Run
+from balcap.report.run import Run, labelled
 from balcap.utils.arguments import Parser
 from balcap.utils.errors import UserError
 from balcap.utils.run_folder import write_problem
@@ -27,7 +27,7 @@ def report(runs: Sequence[str], out: str | None = None) -> Path:
         raise UserError(f"--out: {path} is a folder; name a file, such as {path / 'report.html'}")
     if why := write_problem(path.parent):
         raise UserError(f"--out: {why}; name another file")
-    return write_report([Run.read(run) for run in dict.fromkeys(runs)], path)
+    return write_report(labelled([Run.read(run) for run in dict.fromkeys(runs)]), path)
 
 
 def main(args: Sequence[str]) -> None:

@@ -343,7 +343,7 @@ def _score(values: Mapping[str, float | None]) -> float | None:
 def _verdicts(
     texts: Sequence[str] | None, true: Sequence[bool] | None, pointable: Sequence[bool] | None = None
 ) -> list[tuple[str, str]]:
-    """Each text with its verdict; those that can be pointed at, or are covered, first to last as they come."""
+    """Each text with its verdict; `pointable` is left out where it was not asked."""
     texts = texts or []
     if true is None or len(true) != len(texts):
         return [(text, "unknown") for text in texts]

@@ -186,7 +186,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         "rewards": ", ".join(f"{name} × {value:g}" for name, value in weights.items()),
         "algorithm": _class(advantage),
         "optimizer steps": f"{run.steps:,}"
-        + (f" of {total:,}" if (total := run.setting("trainer.max_steps")) else ""),
+        + (f" of {total:,}" if (total := run.setting("trainer.max_steps", 0)) > 0 else ""),
         "images × captions a step": f"{run.setting('data.batch_size')} × {run.setting('model.num_captions')} per rank",
         "KL coefficient": run.setting("model.kl_coef"),
         "time in training steps": _duration(run.hours) if run.hours else None,
@@ -221,12 +221,8 @@ def _attention(run: Run, several: bool) -> Iterator[str]:
     for line in [*run.problems, *(f"rollouts/{line}" for line in run.rollouts.unreadable)]:
         yield f"{before}{line}"
     train = run.rollouts.train
-    rewards = (
-        [] if train is None else [name for name in train.table.column_names if name.startswith("reward/")]
-    )
-    missing = (
-        [train.table[name].null_count / max(1, len(train)) for name in rewards] if train is not None else []
-    )
+    columns = () if train is None else (column for column in train.table.column_names if "reward/" in column)
+    missing = [train.table[column].null_count / max(1, len(train)) for column in columns if train is not None]
     if missing and max(missing) > 0.01:
         yield f"{before}up to {max(missing):.0%} of a reward of the logged training captions are missing: the judge failed."
     if run.rollouts.validations and not run.outcomes:

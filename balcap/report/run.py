@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Run:
         benchmarks: of ``benchmarks.json``: name -> score, low, high, n, …; empty where there are none.
         captioners: name -> the same of each captioner that ``test`` compared, the policy among them; empty without others.
         problems: what could not be read, for a person.
+        label: its name among several runs; empty for that of its folder.
     """
 
     folder: Path
@@ -71,6 +72,7 @@ class Run:
     benchmarks: Mapping[str, Any]
     captioners: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    label: str = ""
 
     @classmethod
     def read(cls, folder: str | Path) -> Run:
@@ -105,8 +107,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's."""
-        return self.folder.resolve().name
+        """What it is called in a report."""
+        return self.label or self.folder.resolve().name
 
     @cached_property
     def rollouts(self) -> Rollouts:
@@ -206,6 +208,13 @@ class Run:
         """That repeats the run."""
         anew = "".join(f" --{name} null" for name in ("ckpt_path", "resume") if self.setting(name))
         return f"python main.py fit --config {self.folder}/config.yaml --run_dir runs/again{anew}"
+
+
+def labelled(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with as much of their paths in their names as tells them apart."""
+    parts = [run.folder.resolve().parts for run in runs]
+    depth = next((n for n in range(1, 20) if len({part[-n:] for part in parts}) == len(parts)), 20)
+    return [replace(run, label="/".join(part[-depth:])) for run, part in zip(runs, parts, strict=True)]
 
 
 def read_metrics(metrics_csv: Path) -> dict[str, Series]:

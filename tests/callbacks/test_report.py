@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from balcap.module import BalCapModule
+from balcap.utils.errors import RunStopped
+
 FitArguments = Callable[..., list[str]]
 CLI = Callable[[list[str]], Any]
 
@@ -41,6 +44,28 @@ def test_a_report_that_fails_is_a_warning(
     folder = tmp_path / "run"
     assert (folder / "README.md").is_file()
     assert (folder / "export/config.json").is_file()
+
+
+def test_a_run_that_stops_has_a_report_after_its_checkpoint(
+    fit_arguments: FitArguments, cli: CLI, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shaped, written = BalCapModule.transform_rewards, []
+
+    def stop_at_the_second(module: BalCapModule, *given: Any) -> Any:
+        if module.global_step:
+            raise RunStopped("enough")
+        return shaped(module, *given)
+
+    def write(runs: Any, path: Path) -> Path:
+        written.append((runs[0].steps, (path.parent / "checkpoints/last.ckpt").is_file()))
+        return path
+
+    monkeypatch.setattr(BalCapModule, "transform_rewards", stop_at_the_second)
+    monkeypatch.setattr("callbacks.report.write_report", write)
+    options = {"trainer.max_steps": 3, "report.enabled": True, "checkpoint.every_n_train_steps": 50}
+    with pytest.raises(SystemExit, match="Stopped: enough"):
+        cli(fit_arguments(**options))
+    assert written == [(1, True)]
 
 
 def test_it_can_be_turned_off(fit_arguments: FitArguments, cli: CLI, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from balcap.report.calls import Calls
-from balcap.report.run import Run, leaves
+from balcap.report.run import Run, labelled, leaves
 from balcap.utils.errors import UserError
 from tests.report_runs import write_run
 
@@ -96,6 +96,12 @@ def test_one_validation_has_no_change(tmp_path: Path) -> None:
     run = Run.read(folder)
     assert run.outcomes == []
     assert run.headline is None
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / parent / "run", steps=1) for parent in ("a", "b")]
+    assert [run.name for run in labelled([Run.read(folder) for folder in folders])] == ["a/run", "b/run"]
+    assert [run.name for run in labelled([Run.read(folders[0])])] == ["run"]
 
 
 def test_leaves() -> None:
