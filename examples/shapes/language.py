@@ -82,14 +82,17 @@ class _Reader:
     facts: list[tuple[Fact, str]] = field(default_factory=list)
     last: Obj | None = None
 
-    def sentence(self, text: str) -> None:
+    def sentence(self, said: str) -> None:
+        text = said.lower()
+        said = said if len(said) == len(text) else text  # a few letters are two in lower case
         before, subject, current = len(self.facts), None, None
         place = how = None  # phrases waiting for the thing that they speak of
         landmark: Obj | None = None
         for match in _TOKEN.finditer(text):
             kind, value = str(match.lastgroup), match.group(str(match.lastgroup))
+            words = said[slice(*match.span())]
             if kind in ("thing", "it"):
-                obj = self._thing(value, match[0]) if kind == "thing" else self.last
+                obj = self._thing(value, words) if kind == "thing" else self.last
                 if obj is None:
                     continue
                 if how and subject is None and landmark is None:
@@ -97,31 +100,31 @@ class _Reader:
                     continue
                 if how:
                     first, second = (subject, obj) if subject else (obj, landmark)
-                    self.facts.append((("relation", first, _RELATION_OF[how], second), how))
+                    self.facts.append((("relation", first, _RELATION_OF[how.lower()], second), how))
                 if place:
-                    self.facts.append((("place", obj, _PLACE_OF[place]), place))
+                    self.facts.append((("place", obj, _PLACE_OF[place.lower()]), place))
                 how = place = None
                 subject, current = subject or obj, obj
             elif kind == "relation":
-                how = value
+                how = words
             elif kind == "place" and not current:
-                place = value
+                place = words
             else:
-                self._attribute(kind, value, current, match[0])
+                self._attribute(kind, value, current, words)
         self.last = subject or self.last
         rest = " ".join(_TOKEN.sub(" ", text).split())
         if _META.search(rest):
-            self.facts.append((("meta", " ".join(text.split())), text))
+            self.facts.append((("meta", " ".join(text.split())), said))
         elif len(self.facts) == before and re.search(r"\w", _HOLLOW.sub(" ", rest)):
-            self.facts.append((("unclear", " ".join(text.split())), text))
+            self.facts.append((("unclear", " ".join(text.split())), said))
 
     def _thing(self, text: str, said: str) -> Obj:
         words = text.split()
         obj: Obj = (next((w for w in words if w in world.COLOURS), None), words[-1])
         sized = words[0] in world.SIZES
-        self.facts.append((("exists", obj), said.removeprefix(words[0]).strip() if sized else said))
+        self.facts.append((("exists", obj), said.split(maxsplit=1)[1] if sized else said))
         if sized:
-            self.facts.append((("size", obj, words[0]), words[0]))
+            self.facts.append((("size", obj, words[0]), said.split()[0]))
         return obj
 
     def _attribute(self, kind: str, value: str, obj: Obj | None, said: str) -> None:
@@ -142,9 +145,9 @@ def read_facts(text: str) -> list[Fact]:
 
 
 def quoted_facts(text: str) -> dict[Fact, str]:
-    """The same facts, each with the words that say it first, in lower case."""
+    """The same facts, each with the words that say it first."""
     reader = _Reader()
-    for part in sentences(text.lower()):
+    for part in sentences(text):
         reader.sentence(part)
     quoted: dict[Fact, str] = {}
     for fact, words in reader.facts:
