@@ -123,6 +123,12 @@ def _reward_problems(model: BalCapModule) -> list[str]:
     needing = [reward.name for reward in model.rewards.rewards if reward.needs]
     if model.judge is None and needing:
         problems.append(f"model.judge: {', '.join(map(str, needing))} need judgments; name a judge")
+    trained = [reward for reward in model.rewards.rewards if model.weights.get(str(reward.name))]
+    if model.advantage.needs_spans and not any(reward.judges_assertions for reward in trained):
+        problems.append(
+            f"model.advantage: {type(model.advantage).__name__} gives credit by verdicts on assertions; add "
+            "balcap.rewards.Precision to model.rewards, with a weight, or use CGDPO"
+        )
     for transform in model.reward_transforms:
         problems += transform.problems(names)
     return problems

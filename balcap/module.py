@@ -25,10 +25,11 @@ from balcap.trainer.checkpoint import apply_settings, check_trained, keep_traine
 from balcap.trainer.distributed import gather, gather_objects, sums
 from balcap.trainer.loggers import log_metrics, warn_of_missing
 from balcap.trainer.pipeline import PREDICT, TEST, TRAIN, VALIDATE, InFlightBatch, RolloutPipeline
+from balcap.trainer.spans import assertion_spans
 from balcap.trainer.supervised import supervised_update
 from balcap.trainer.tally import Tally
 from balcap.trainer.update import OptimizerLoop, UpdateSettings, update
-from balcap.types import CaptionBatch, Rollouts, StepRecord
+from balcap.types import AssertionSpans, CaptionBatch, Rollouts, StepRecord
 from balcap.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,13 +89,14 @@ class BalCapModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen rest
-        self.policy_config, self.judge, self.rewards = policy, judge, RewardSuite(rewards)
+        self.advantage, self.advantage_transforms = advantage or CGDPO(), advantage_transforms or []
+        self.policy_config, self.judge = policy, judge
+        self.rewards = RewardSuite(rewards, spans=self.advantage.needs_spans)
         self.weights, self.num_captions, self.val_captions = weights, num_captions, val_captions
         self.supervised = supervised
         self.predict_temperature = predict_temperature
         self.update_settings = UpdateSettings(**update)
         self.reward_transforms = [LengthMask()] if reward_transforms is None else reward_transforms
-        self.advantage, self.advantage_transforms = advantage or CGDPO(), advantage_transforms or []
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.pipeline = RolloutPipeline(self.rewards, judge, engine, sampling, lag, seed)
         self.val_rewards = copy.deepcopy(self.rewards)
@@ -200,10 +202,13 @@ class BalCapModule(L.LightningModule):
             judgments = pipeline.judgments(in_flight)
             rewards = self.rewards(rollouts, judgments).cpu()  # [B, G, K]; lengths and masks are there too
             shaped = self.transform_rewards(rewards, rollouts)  # the length mask
-            advantages = self.advantages(shaped, rollouts)  # [B, G], or [B, G, T]
+            spans = self.spans(rollouts, judgments)  # None unless the estimator needs them
+            advantages = self.advantages(shaped, rollouts, spans)  # [B, G], or [B, G, T]
             staleness = self.global_step - rollouts.weights_version
             tally = self._update(in_flight, advantages)
             tally.add("staleness", staleness, 1)
+            if spans is not None:
+                tally.add_values("assertions_located", spans.located())
             pipeline.sync()
             self._log_step(tally, rollouts, judgments, rewards, before, last=in_flight is ready[-1])
             records.append(
@@ -235,11 +240,21 @@ class BalCapModule(L.LightningModule):
             rewards = transform.transform(rewards, self.rewards.names, rollouts)
         return rewards
 
-    def advantages(self, rewards: Tensor, rollouts: Rollouts) -> Tensor:
-        """``[B, G]``, or ``[B, G, T]`` where a transform gives one per token; statistics are over all ranks."""
+    def spans(self, rollouts: Rollouts, judgments: Judgments) -> AssertionSpans | None:
+        """Which tokens each assertion comes from, where the estimator gives advantages by them."""
+        if not self.advantage.needs_spans:
+            return None
+        return assertion_spans(self.rewards, rollouts, judgments, self.policy.encoder.tokenizer)
+
+    def advantages(self, rewards: Tensor, rollouts: Rollouts, spans: AssertionSpans | None = None) -> Tensor:
+        """``[B, G]``, or ``[B, G, T]`` where the estimator or a transform gives one per token; statistics are over all
+        ranks."""
         names = self.rewards.names
         weights = torch.tensor([self.weights.get(name, 0.0) for name in names])
-        advantages = self.advantage.advantages(rewards, weights, self.gather)
+        if spans is None:
+            advantages = self.advantage.advantages(rewards, weights, self.gather)
+        else:
+            advantages = self.advantage.token_advantages(rewards, weights, spans, self.gather)
         for transform in self.advantage_transforms:
             advantages = transform.transform(advantages, rewards, names, rollouts)
         return advantages

@@ -6,6 +6,7 @@ G      captions (rollouts) sampled per prompt: the group
 K      rewards, in the order of the reward suite
 P      prompt tokens, image tokens included
 T      caption tokens, end-of-sequence token included, right-padded
+N      assertions of a caption, padded
 =====  =============================================================
 
 Rewards stay ``[B, G, K]`` until the advantage; a missing reward is NaN. The identity of a group is
@@ -14,6 +15,7 @@ its sample, never its prompt text: different images share one instruction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -137,6 +139,27 @@ class Rollouts:
             reference_lengths=self.reference_lengths[index],
             weights_version=self.weights_version,
         )
+
+
+@dataclass(frozen=True)
+class AssertionSpans:
+    """Which tokens the assertions of each caption come from, and what they are worth to each reward.
+
+    Attributes:
+        tokens: ``[B, G, N, T]`` True on the tokens of each assertion's words.
+        verdicts: ``[B, G, N, K]`` 1 where an assertion raises a reward, 0 where it lowers it; NaN where the reward does not
+            say, the judgment is missing, or there is no assertion.
+        completion_mask: ``[B, G, T]`` of the rollouts.
+    """
+
+    tokens: Bool[Tensor, "B G N T"]
+    verdicts: Float[Tensor, "B G N K"]
+    completion_mask: Bool[Tensor, "B G T"]
+
+    def located(self) -> Float[Tensor, "B G N"]:
+        """1 where an assertion has tokens, 0 where it has none; NaN where no reward has a verdict on it."""
+        judged = ~self.verdicts.isnan().all(-1)
+        return self.tokens.any(-1).float().masked_fill(~judged, math.nan)
 
 
 @dataclass(frozen=True)

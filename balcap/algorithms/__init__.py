@@ -6,6 +6,7 @@ One step of training reads them from top to bottom::
     cgdpo.py        CGDPO                rewards [B, G, K] -> advantages [B, G]
     grpo.py         GRPO                 the same; the baseline that c-GDPO beats
     corr_grpo.py    CorrGRPO             the same; gr3.py: GR3 on rewards; qglas.py: QGLAS on advantages: rivals
+    span_credit.py  SpanCredit           c-GDPO per token, advantages [B, G, T]; and SpanPenalty, its rival
     loss.py         policy_loss          log-probs [B, G, T], advantages -> scalar; clipped surrogate + KL
     base.py         what a YAML may name in their place; normalize.py: standard scores with missing values
 
@@ -15,7 +16,7 @@ listed in ``docs/papers.md``.
 """
 
 from balcap.algorithms.base import AdvantageEstimator, AdvantageTransform, RewardTransform
-from balcap.algorithms.cgdpo import CGDPO, cgdpo
+from balcap.algorithms.cgdpo import CGDPO, cgdpo, cgdpo_terms
 from balcap.algorithms.corr_grpo import CorrGRPO, corr_grpo
 from balcap.algorithms.gr3 import GR3, gr3
 from balcap.algorithms.grpo import GRPO, grpo
@@ -37,6 +38,7 @@ from balcap.algorithms.loss import (
     truncated_importance,
 )
 from balcap.algorithms.qglas import QGLAS, qglas
+from balcap.algorithms.span_credit import SpanCredit, SpanPenalty, span_credit, span_penalty
 
 __all__ = [
     "CGDPO",
@@ -50,8 +52,11 @@ __all__ = [
     "LinearLengthPenalty",
     "PolicyLoss",
     "RewardTransform",
+    "SpanCredit",
+    "SpanPenalty",
     "aggregate",
     "cgdpo",
+    "cgdpo_terms",
     "clipped_surrogate",
     "corr_grpo",
     "gr3",
@@ -63,6 +68,8 @@ __all__ = [
     "loss_normalizer",
     "policy_loss",
     "qglas",
+    "span_credit",
+    "span_penalty",
     "truncated_importance",
     "within_length_bounds",
 ]

@@ -8,17 +8,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
-from balcap.types import Rollouts
+from balcap.types import AssertionSpans, Rollouts
 
 AllGather = Callable[[Tensor], Tensor]
 """``[...]`` of this rank -> ``[ranks, ...]`` of all, or the same tensor where there is one rank."""
 
 
 class AdvantageEstimator(ABC):
-    """From rewards to advantages, such as `balcap.algorithms.CGDPO`."""
+    """From rewards to advantages, such as `balcap.algorithms.CGDPO`.
+
+    Attributes:
+        needs_spans: whether it gives advantages per token, by `token_advantages`. Captions are then decomposed with the
+            words that each assertion comes from (`balcap.judge.tasks.DecomposeSpans`).
+    """
+
+    needs_spans: ClassVar[bool] = False
 
     @abstractmethod
     def advantages(self, rewards: Tensor, weights: Tensor, all_gather: AllGather | None = None) -> Tensor:
@@ -29,6 +37,17 @@ class AdvantageEstimator(ABC):
             weights: ``[K]`` of the rewards.
             all_gather: for statistics over all ranks; every rank must then call it equally often.
         """
+
+    def token_advantages(
+        self, rewards: Tensor, weights: Tensor, spans: AssertionSpans, all_gather: AllGather | None = None
+    ) -> Tensor:
+        """``[B, G, T]`` advantages of the tokens of this rank's rollouts, asked for where it `needs_spans`.
+
+        Args:
+            rewards, weights, all_gather: see `advantages`.
+            spans: of the same rollouts.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no token_advantages()")
 
     def problems(self) -> list[str]:
         """What is wrong with the settings, each with the key to change."""

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from balcap.algorithms.base import AdvantageEstimator, AllGather
-from balcap.algorithms.normalize import check_rewards, eps_problems, standardize
+from balcap.algorithms.normalize import check_rewards, eps_problems, standardize, statistics
 
 
 class CGDPO(AdvantageEstimator):
@@ -73,14 +73,40 @@ def cgdpo(
     group add up to 0, missing rewards or not, so the mean that whitening takes off is 0 up to rounding: it
     scales the step and moves nobody.
     """
+    return cgdpo_terms(rewards, weights, eps, whiten, all_gather)[0]
+
+
+def cgdpo_terms(
+    rewards: Float[Tensor, "B G K"],
+    weights: Float[Tensor, " K"],
+    eps: float = 1e-4,
+    whiten: bool = True,
+    all_gather: AllGather | None = None,
+) -> tuple[Float[Tensor, "B G"], Float[Tensor, "B G K"]]:
+    """Advantages of `cgdpo`, and what each reward contributes to them.
+
+    Args:
+        rewards, weights, eps, whiten, all_gather: see `cgdpo`.
+
+    Returns:
+        The advantages; and ``w_k A_ijk``, divided by ``std A + eps`` when `whiten`, 0 where the reward is missing or
+        weighs 0. Over K the terms add up to the advantages, up to the rounding of the batch's mean.
+
+    Raises:
+        ValueError: see `cgdpo`.
+    """
     rewards, weights = check_rewards(rewards, weights)
     used = weights != 0  # [K]
     scored = (~rewards.isnan() & used).any(dim=-1)  # [B, G]
-    terms = standardize(rewards, dim=1, eps=eps)  # [B, G, K], 0 where missing
-    advantages = torch.where(used, terms * weights, 0.0).sum(dim=-1)  # [B, G]
+    terms = torch.where(
+        used, standardize(rewards, dim=1, eps=eps) * weights, 0.0
+    )  # [B, G, K], 0 where missing
+    advantages = terms.sum(dim=-1)  # [B, G]
     if not whiten:
-        return advantages
+        return advantages, terms
 
     local = torch.where(scored, advantages, torch.nan)
-    everyone = local if all_gather is None else all_gather(local)  # [ranks, B, G] or [B, G]
-    return standardize(local.flatten(), dim=0, eps=eps, population=everyone.flatten()).view_as(advantages)
+    everyone = (local if all_gather is None else all_gather(local)).flatten()  # of all ranks
+    _, std, varies = statistics(everyone, dim=0)
+    whitened = standardize(local.flatten(), dim=0, eps=eps, population=everyone).view_as(advantages)
+    return whitened, torch.where(varies, terms / (std + eps), 0.0)

@@ -23,7 +23,13 @@ def standardize(values: Tensor, dim: int, eps: float, population: Tensor | None 
         The shape of `values`; 0 where the value is missing, and exactly 0 everywhere where the population
         along `dim` has fewer than two values or is constant.
     """
-    population = values if population is None else population
+    mean, std, varies = statistics(values if population is None else population, dim)
+    return torch.where(varies & ~values.isnan(), (values - mean) / (std + eps), 0.0)
+
+
+def statistics(population: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, std (ddof = 1) and whether there are two different values, along `dim`, which stays as a dimension of 1; of
+    what is there (NaN = missing)."""
     there = ~population.isnan()
     count = there.sum(dim, keepdim=True)
     mean = torch.where(there, population, 0.0).sum(dim, keepdim=True) / count.clamp(min=1)
@@ -34,7 +40,7 @@ def standardize(values: Tensor, dim: int, eps: float, population: Tensor | None 
     # alone would pass the miss on, divided by eps. The comparison is also False for one value or none.
     highest = torch.where(there, population, -torch.inf).amax(dim, keepdim=True)
     lowest = torch.where(there, population, torch.inf).amin(dim, keepdim=True)
-    return torch.where((highest > lowest) & ~values.isnan(), (values - mean) / (std + eps), 0.0)
+    return mean, std, highest > lowest
 
 
 def check_rewards(rewards: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

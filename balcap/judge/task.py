@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
@@ -176,6 +176,9 @@ class Group:
         captions: ``[G]`` captions of the rollouts.
         reference_units: what the reference asserts, where the data already hold it.
         columns: values of the row's further columns (``data.columns``).
+
+    Attributes:
+        tasks: that `judgments` were asked for; tasks may ask others.
     """
 
     judge: Judge
@@ -188,6 +191,7 @@ class Group:
 
     def __post_init__(self) -> None:
         self.reasons: list[str] = []
+        self.tasks: Collection[type[Task[Any]]] = ()
         self._rollouts, self.captions = self.captions, list(dict.fromkeys(self.captions))
         self._answers: dict[type[Task[Any]], asyncio.Future[Any]] = {}
         self._units: asyncio.Future[Any] | None = None
@@ -230,7 +234,8 @@ class Group:
 
     async def judgments(self, tasks: Iterable[type[Task[Any]]]) -> Judgments:
         """The answers to these tasks, and to those that they asked on their part, as a batch of B = 1."""
-        await asyncio.gather(*map(self.get, tasks))
+        self.tasks = tuple(tasks)
+        await asyncio.gather(*map(self.get, self.tasks))
         answers = {}
         for task, future in self._answers.items():
             by_caption = dict(zip(self.captions, await future, strict=True))
@@ -247,7 +252,8 @@ class Judgments:
     Attributes:
         answers: task name -> ``[B][G]`` answers, None where the judge failed. For the four tasks:
             ``decompose``: list[str]; ``verify``: list[Verdict], one per assertion of the same caption;
-            ``match``: list[bool], one per unit of the same reference; ``rate``: Rating.
+            ``match``: list[bool], one per unit of the same reference; ``rate``: Rating. Where it was asked,
+            ``decompose_spans``: list[Assertion], those of ``decompose`` with their words.
         units: ``[B]`` units of the references, None where decomposing the reference failed or was not needed.
         failures: task name -> number of answers that are missing.
         reasons: a few distinct reasons of failure, worded for a person.

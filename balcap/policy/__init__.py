@@ -5,6 +5,7 @@
 - ``identity.py`` which captioner it is, for files of captions
 - ``families/`` what each model family does in its own way, one file per family
 - ``prompts.py`` the one place that builds prompts
+- ``offsets.py`` where the tokens of a caption stand in its text
 - ``policy.py`` `Policy`: log-probs of captions under the policy and its reference
 - ``logps.py`` those of one padded sequence per caption: any model, and what the shared prefix is tested against
 - ``shared_prefix.py`` those of one packed sequence for all captions of some images; ``layout.py`` where

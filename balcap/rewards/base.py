@@ -54,6 +54,18 @@ class Reward(Metric):
     def score(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         """Scores in [0, 1], NaN where a judgment is missing."""
 
+    def verdicts(self, judgments: Judgments) -> Sequence[Sequence[Sequence[bool] | None]] | None:
+        """``[B][G]``: whether each assertion of a caption, in the order of `Decompose`, raises this reward or lowers it.
+
+        None for a caption whose judgment is missing; None at all, as here, for a reward that does not judge assertions.
+        """
+        return None
+
+    @property
+    def judges_assertions(self) -> bool:
+        """Whether it has `verdicts`."""
+        return type(self).verdicts is not Reward.verdicts
+
     def update(self, rollouts: Rollouts, judgments: Judgments, scores: Tensor | None = None) -> None:
         """Accumulate; `scores` of these rollouts are not computed again if they are given."""
         scores = (self.score(rollouts, judgments) if scores is None else scores).to(self.device)

@@ -24,7 +24,12 @@ def score_precision(verdicts: Sequence[Verdict], pointable: bool = True) -> floa
     """
     if not verdicts:
         return 0.0
-    return sum(verdict.true and (verdict.pointable or not pointable) for verdict in verdicts) / len(verdicts)
+    return sum(counts(verdict, pointable) for verdict in verdicts) / len(verdicts)
+
+
+def counts(verdict: Verdict, pointable: bool = True) -> bool:
+    """Whether an assertion counts for precision: it is true and, unless that is left out, pointable."""
+    return verdict.true and (verdict.pointable or not pointable)
 
 
 class Precision(Reward):
@@ -43,3 +48,9 @@ class Precision(Reward):
 
     def score(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         return per_rollout(judgments[Verify.name], lambda verdicts: score_precision(verdicts, self.pointable))
+
+    def verdicts(self, judgments: Judgments) -> Sequence[Sequence[Sequence[bool] | None]]:
+        return [
+            [None if one is None else [counts(verdict, self.pointable) for verdict in one] for one in row]
+            for row in judgments[Verify.name]
+        ]

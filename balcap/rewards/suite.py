@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from balcap.judge import Group, Judge, Judgments, Task
+from balcap.judge.tasks import DecomposeSpans
 from balcap.rewards.base import Reward
 from balcap.types import CaptionBatch, Rollouts
 
@@ -23,12 +24,13 @@ class RewardSuite(nn.Module):
 
     Args:
         rewards: at least one; their names must differ.
+        spans: also gather the words that each assertion comes from, which costs the judge some more tokens.
 
     Raises:
         ValueError: if there is none or two share a name.
     """
 
-    def __init__(self, rewards: Sequence[Reward]):
+    def __init__(self, rewards: Sequence[Reward], spans: bool = False):
         super().__init__()
         names = [reward.name for reward in rewards]
         twice = sorted(name for name, count in Counter(names).items() if count > 1)
@@ -37,9 +39,8 @@ class RewardSuite(nn.Module):
             raise ValueError(f"model.rewards: {wrong}; name at least one, each under its own name")
         self.rewards = nn.ModuleList(rewards)
         self.names = tuple(names)
-        self.needs: tuple[type[Task[Any]], ...] = tuple(
-            dict.fromkeys(task for reward in rewards for task in reward.needs)
-        )
+        needed = [task for reward in rewards for task in reward.needs] + [DecomposeSpans] * spans
+        self.needs: tuple[type[Task[Any]], ...] = tuple(dict.fromkeys(needed))
 
     def __len__(self) -> int:
         return len(self.names)

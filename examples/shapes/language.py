@@ -77,70 +77,82 @@ def sentences(text: str) -> list[str]:
 
 @dataclass
 class _Reader:
-    """Reads one text; `last` is what "it" refers to, across sentences."""
+    """Reads one text; `last` is what "it" refers to, across sentences. Beside each fact stand the words that say it."""
 
-    facts: list[Fact] = field(default_factory=list)
+    facts: list[tuple[Fact, str]] = field(default_factory=list)
     last: Obj | None = None
 
-    def sentence(self, text: str) -> None:
+    def sentence(self, said: str) -> None:
+        text = said.lower()
+        said = said if len(said) == len(text) else text  # a few letters are two in lower case
         before, subject, current = len(self.facts), None, None
-        place = how = None  # waiting for the thing that they speak of
+        place = how = None  # phrases waiting for the thing that they speak of
         landmark: Obj | None = None
         for match in _TOKEN.finditer(text):
             kind, value = str(match.lastgroup), match.group(str(match.lastgroup))
+            words = said[slice(*match.span())]
             if kind in ("thing", "it"):
-                obj = self._thing(value) if kind == "thing" else self.last
+                obj = self._thing(value, words) if kind == "thing" else self.last
                 if obj is None:
                     continue
                 if how and subject is None and landmark is None:
                     landmark = obj  # "Below the circle is a star": the circle, named first, is the landmark
                     continue
                 if how:
-                    pair = (subject, how, obj) if subject else (obj, how, landmark)
-                    self.facts.append(("relation", *pair))
+                    first, second = (subject, obj) if subject else (obj, landmark)
+                    self.facts.append((("relation", first, _RELATION_OF[how.lower()], second), how))
                 if place:
-                    self.facts.append(("place", obj, place))
+                    self.facts.append((("place", obj, _PLACE_OF[place.lower()]), place))
                 how = place = None
                 subject, current = subject or obj, obj
             elif kind == "relation":
-                how = _RELATION_OF[value]
+                how = words
             elif kind == "place" and not current:
-                place = _PLACE_OF[value]
+                place = words
             else:
-                self._attribute(kind, value, current)
+                self._attribute(kind, value, current, words)
         self.last = subject or self.last
         rest = " ".join(_TOKEN.sub(" ", text).split())
         if _META.search(rest):
-            self.facts.append(("meta", " ".join(text.split())))
+            self.facts.append((("meta", " ".join(text.split())), said))
         elif len(self.facts) == before and re.search(r"\w", _HOLLOW.sub(" ", rest)):
-            self.facts.append(("unclear", " ".join(text.split())))
+            self.facts.append((("unclear", " ".join(text.split())), said))
 
-    def _thing(self, text: str) -> Obj:
+    def _thing(self, text: str, said: str) -> Obj:
         words = text.split()
         obj: Obj = (next((w for w in words if w in world.COLOURS), None), words[-1])
-        self.facts.append(("exists", obj))
-        if words[0] in world.SIZES:
-            self.facts.append(("size", obj, words[0]))
+        sized = words[0] in world.SIZES
+        self.facts.append((("exists", obj), said.split(maxsplit=1)[1] if sized else said))
+        if sized:
+            self.facts.append((("size", obj, words[0]), said.split()[0]))
         return obj
 
-    def _attribute(self, kind: str, value: str, obj: Obj | None) -> None:
+    def _attribute(self, kind: str, value: str, obj: Obj | None, said: str) -> None:
         """What is said of the picture, or of `obj`; nothing where there is none."""
         if kind.startswith("background"):
-            self.facts.append(("background", value))
+            self.facts.append((("background", value), said))
         elif kind == "count":
-            self.facts.append(("count", COUNTS.index(value)))
+            self.facts.append((("count", COUNTS.index(value)), said))
         elif obj and kind == "place":
-            self.facts.append(("place", obj, _PLACE_OF[value]))
+            self.facts.append((("place", obj, _PLACE_OF[value]), said))
         elif obj:  # a mark or a size
-            self.facts.append((kind, obj, *value.split()))
+            self.facts.append(((kind, obj, *value.split()), said))
 
 
 def read_facts(text: str) -> list[Fact]:
     """All facts that a text states, in order, repeated ones once."""
+    return list(quoted_facts(text))
+
+
+def quoted_facts(text: str) -> dict[Fact, str]:
+    """The same facts, each with the words that say it first."""
     reader = _Reader()
-    for part in sentences(text.lower()):
+    for part in sentences(text):
         reader.sentence(part)
-    return list(dict.fromkeys(reader.facts))
+    quoted: dict[Fact, str] = {}
+    for fact, words in reader.facts:
+        quoted.setdefault(fact, words)
+    return quoted
 
 
 def _name(obj: Obj) -> str:

@@ -20,10 +20,12 @@ from litellm.types.utils import Usage
 
 from balcap.judge.tasks import (
     Answer,
+    Assertion,
     CheckRubric,
     Compare,
     Criterion,
     Decompose,
+    DecomposeSpans,
     Differences,
     ExtractFacts,
     Fact,
@@ -43,7 +45,16 @@ from balcap.judge.tasks import (
 )
 from examples.shapes.captions import reference
 from examples.shapes.fluency import rate
-from examples.shapes.language import covered, is_pointable, is_true, main_facts, read_fact, read_facts, say
+from examples.shapes.language import (
+    covered,
+    is_pointable,
+    is_true,
+    main_facts,
+    quoted_facts,
+    read_fact,
+    read_facts,
+    say,
+)
 from examples.shapes.questions import choose, questions
 from examples.shapes.rivals import differences, grades, meets, rubric
 from examples.shapes.scene import Scene, scene_of
@@ -72,6 +83,9 @@ def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
     images = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
     if task == "decompose":
         return Decompose().encode([list(map(say, read_facts(c["text"]))) for c in data["captions"]])
+    if task == "decompose_spans":
+        quoted = (quoted_facts(caption["text"]).items() for caption in data["captions"])
+        return DecomposeSpans().encode([[Assertion(say(fact), words) for fact, words in of] for of in quoted])
     if task == "verify":
         scene, facts = _scene(images[0]), [_fact(item["text"]) for item in data["assertions"]]
         return Verify().encode([Verdict(is_true(fact, scene), is_pointable(fact)) for fact in facts])

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from balcap.judge import Decompose, Match, Rate, Rating, Recaption, Task, Verdict, Verify
+from balcap.judge.tasks import Assertion, DecomposeSpans
 
 CAPTION = (
     "Two small brown dogs run on a wide beach. The sky is grey and the sea behind them is calm. " * 3
 ).strip()
 ITEMS: list[tuple[type[Task[Any]], list[Any], dict[str, Any]]] = [
     (Decompose, [CAPTION, "A cat."], {}),
+    (DecomposeSpans, [CAPTION, "A cat."], {}),
     (Verify, ["There is a cat.", "The cat is black."], {"image": b"image"}),
     (Match, [("There is a cat.",), ("There is a dog.", "It is old.")], {"units": ("a", "b", "c")}),
     (Rate, [CAPTION, "A cat."], {}),
@@ -21,6 +23,7 @@ ITEMS: list[tuple[type[Task[Any]], list[Any], dict[str, Any]]] = [
 ]
 ANSWERS: dict[type[Task[Any]], list[Any]] = {
     Decompose: [["There is a cat.", 'A "sign".'], []],
+    DecomposeSpans: [[Assertion("The dogs are small.", "small", 4), Assertion('There is "a".')], []],
     Verify: [Verdict(True, False), Verdict(False, True)],
     Match: [[True, False, True], [False] * 3],
     Rate: [Rating(1.0, 0.5, 0.0), Rating(0.123, 0.65, 0.7)],

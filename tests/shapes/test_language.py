@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from examples.shapes.captions import clean, flawed, reference
 from examples.shapes.fluency import rate
-from examples.shapes.language import covered, is_pointable, is_true, read_fact, read_facts, say
+from examples.shapes.language import covered, is_pointable, is_true, quoted_facts, read_fact, read_facts, say
 from examples.shapes.scene import (
     BACKGROUNDS,
     COLOURS,
@@ -58,6 +58,21 @@ R, B = ("red", "circle"), ("blue", "square")
 )
 def test_facts_are_read_from_text(text: str, facts: list) -> None:
     assert read_facts(text) == facts
+
+
+def test_facts_come_with_their_words() -> None:
+    text = (
+        "On the left is a Large red circle. It has a tiny white dot. Above the red circle is a star. So calm."
+    )
+    assert quoted_facts(text) == {
+        ("exists", R): "red circle",
+        ("size", R, "large"): "Large",
+        ("place", R, "middle left"): "On the left",
+        ("mark", R, "white", "dot"): "tiny white dot",
+        ("exists", (None, "star")): "star",
+        ("relation", (None, "star"), "above", R): "Above",
+        ("meta", "so calm"): "So calm",
+    }
 
 
 @pytest.mark.parametrize("write", [reference, clean, flawed])

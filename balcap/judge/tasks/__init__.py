@@ -1,25 +1,26 @@
 """The kinds of judgment, one file each: schema -> prompt -> parser.
 
-============== ========================== ======================================= =========
-task           is given                   answers                                 image
-============== ========================== ======================================= =========
-`Decompose`    captions                   the atomic assertions of each           no
-`Verify`       an image, assertions       true and pointable for each             yes
-`Match`        reference units, captions  for each, which units it covers         no
-`Rate`         captions                   clarity, fluency, coherency of each     no
-`Recaption`    an image, a question       a new reference caption                 yes
-`Answer`       a caption, questions       the chosen option of each (CapRL)       no
-`Compare`      an image, two captions     which is better                         yes
-`ExtractFacts` captions                   DCScore: their facts                    no
-`MatchFacts`   facts, annotated facts     DCScore: what each matches              no
-`VerifyFacts`  an image, facts            DCScore: whether each holds             yes
-`Grade`        image, reference, captions correctness, completeness, text (VCap)  yes
-`Differences`  image, reference, captions who errs where they differ (ClaimDiff)  yes
-`CheckRubric`  criteria, captions         for each, which criteria it meets       no
-`WriteQuestions` an image, its reference  questions for `Answer`                  yes
-`Quiz`         questions, an image or ()  the chosen option of each               yes, no
-`WriteRubric`  an image, its reference    criteria for `CheckRubric`              yes
-============== ========================== ======================================= =========
+================ ========================== ======================================= =========
+task             is given                   answers                                 image
+================ ========================== ======================================= =========
+`Decompose`      captions                   the atomic assertions of each           no
+`DecomposeSpans` captions                   their assertions, and the words of each no
+`Verify`         an image, assertions       true and pointable for each             yes
+`Match`          reference units, captions  for each, which units it covers         no
+`Rate`           captions                   clarity, fluency, coherency of each     no
+`Recaption`      an image, a question       a new reference caption                 yes
+`Answer`         a caption, questions       the chosen option of each (CapRL)       no
+`Compare`        an image, two captions     which is better                         yes
+`ExtractFacts`   captions                   DCScore: their facts                    no
+`MatchFacts`     facts, annotated facts     DCScore: what each matches              no
+`VerifyFacts`    an image, facts            DCScore: whether each holds             yes
+`Grade`          image, reference, captions correctness, completeness, text (VCap)  yes
+`Differences`    image, reference, captions who errs where they differ (ClaimDiff)  yes
+`CheckRubric`    criteria, captions         for each, which criteria it meets       no
+`WriteQuestions` an image, its reference    questions for `Answer`                  yes
+`Quiz`           questions, an image or ()  the chosen option of each               yes, no
+`WriteRubric`    an image, its reference    criteria for `CheckRubric`              yes
+================ ========================== ======================================= =========
 
 To add one, write a file with a subclass of `Task` and name it in the `needs` of a reward. There is nothing to
 register. ``encode`` writes the JSON that ``parse`` reads, and ``example`` gives plausible answers: dry runs, judges
@@ -28,7 +29,7 @@ that run in this process, and tests answer with them.
 
 from balcap.judge.tasks.answer import Answer
 from balcap.judge.tasks.compare import Compare
-from balcap.judge.tasks.decompose import Decompose
+from balcap.judge.tasks.decompose import Assertion, Decompose, DecomposeSpans
 from balcap.judge.tasks.differences import Difference, Differences
 from balcap.judge.tasks.facts import ExtractFacts, Fact, MatchFacts, VerifyFacts
 from balcap.judge.tasks.grade import Grade, Grades
@@ -42,7 +43,7 @@ from balcap.judge.tasks.write_questions import WriteQuestions, WrittenQuestion
 from balcap.judge.tasks.write_rubric import WriteRubric
 
 __all__ = [
-    "Answer", "CheckRubric", "Compare", "Criterion", "Decompose", "Difference", "Differences", "ExtractFacts", "Fact",
-    "Grade", "Grades", "Match", "MatchFacts", "Quiz", "Rate", "Rating", "Recaption", "Verdict", "Verify", "VerifyFacts",
-    "WriteQuestions", "WriteRubric", "WrittenQuestion",
+    "Answer", "Assertion", "CheckRubric", "Compare", "Criterion", "Decompose", "DecomposeSpans", "Difference", "Differences",
+    "ExtractFacts", "Fact", "Grade", "Grades", "Match", "MatchFacts", "Quiz", "Rate", "Rating", "Recaption", "Verdict",
+    "Verify", "VerifyFacts", "WriteQuestions", "WriteRubric", "WrittenQuestion",
 ]  # fmt: skip
