@@ -55,6 +55,14 @@ def model_problems(model: BalCapModule, judges: bool = True) -> list[str]:
     return problems
 
 
+def reference_problems(model: BalCapModule, require_captions: bool) -> list[str]:
+    """Rewards that need references in a run whose data may have none."""
+    rewards: Any = model.rewards.rewards
+    needing = [] if require_captions else [reward.name for reward in rewards if reward.needs_reference]
+    way_out = "keep it true, or take rewards without (configs/methods/reference_free.yaml)"
+    return [f"data.require_captions: the reward {name} needs references; {way_out}" for name in needing]
+
+
 def _optimizer_problems(model: BalCapModule) -> list[str]:
     """Of optimizer and schedule, which are tried on one number."""
     import torch

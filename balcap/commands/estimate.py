@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Trainer
 
 from balcap.commands.estimate_assumptions import Assumptions
-from balcap.config import model_problems
+from balcap.config import model_problems, reference_problems
 
 if TYPE_CHECKING:
     from balcap.data import CaptionDataModule
@@ -116,4 +116,5 @@ def estimate_problems(module: BalCapModule, data: CaptionDataModule) -> list[str
     if module.judge is None:
         return ["model.judge: there is none, so there is nothing to estimate"]
     problems = [*model_problems(module), *data.problems("fit")]
+    problems += reference_problems(module, data.settings.require_captions)
     return [text for text in problems if " in the environment" not in text]

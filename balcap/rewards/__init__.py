@@ -2,6 +2,7 @@
 
 `precision.py`   true and pointable assertions / all assertions of the caption
 `recall.py`      covered units / all units of the reference
+`pooled_recall.py`  covered units / all units that the captions of the group have told: without references
 `linguistic.py`  mean of clarity, fluency and coherency
 `b_capscore.py`  the harmonic mean of the three
 `clip_score.py`  CLIPScore, which needs no judge
@@ -13,6 +14,7 @@ from balcap.rewards.b_capscore import BCapScore, b_capscore
 from balcap.rewards.base import Reward
 from balcap.rewards.clip_score import CLIPScore
 from balcap.rewards.linguistic import Linguistic, score_linguistic
+from balcap.rewards.pooled_recall import PooledRecall
 from balcap.rewards.precision import Precision, score_precision
 from balcap.rewards.recall import Recall, score_recall
 from balcap.rewards.suite import RewardSuite, merge
@@ -21,6 +23,7 @@ __all__ = [
     "BCapScore",
     "CLIPScore",
     "Linguistic",
+    "PooledRecall",
     "Precision",
     "Recall",
     "Reward",

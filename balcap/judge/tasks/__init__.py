@@ -6,6 +6,7 @@ task           is given                   answers                               
 `Decompose`    captions                   the atomic assertions of each           no
 `Verify`       an image, assertions       true and pointable for each             yes
 `Match`        reference units, captions  for each, which units it covers         no
+`PooledMatch`  all of a group         what others have told that it covers    no
 `Rate`         captions                   clarity, fluency, coherency of each     no
 `Recaption`    an image, a question       a new reference caption                 yes
 `Answer`       a caption, questions       the chosen option of each               no
@@ -25,11 +26,12 @@ from balcap.judge.tasks.compare import Compare
 from balcap.judge.tasks.decompose import Decompose
 from balcap.judge.tasks.facts import ExtractFacts, Fact, MatchFacts, VerifyFacts
 from balcap.judge.tasks.match import Match
+from balcap.judge.tasks.pooled_match import PooledMatch
 from balcap.judge.tasks.rate import Rate, Rating
 from balcap.judge.tasks.recaption import Recaption
 from balcap.judge.tasks.verify import Verdict, Verify
 
 __all__ = [
-    "Answer", "Compare", "Decompose", "ExtractFacts", "Fact", "Match", "MatchFacts", "Rate", "Rating", "Recaption",
-    "Verdict", "Verify", "VerifyFacts",
+    "Answer", "Compare", "Decompose", "ExtractFacts", "Fact", "Match", "MatchFacts", "PooledMatch", "Rate", "Rating",
+    "Recaption", "Verdict", "Verify", "VerifyFacts",
 ]  # fmt: skip
