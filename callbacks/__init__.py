@@ -1,7 +1,8 @@
 """Lightning callbacks: what happens around the algorithm and is no part of it.
 
 ============================  ==================================================================
-`length_mask`                 `LengthMaskSchedule`: τ as a function of the optimizer step; `TargetBand`: of the captions' lengths
+`length_mask`                 `LengthMaskSchedule`: τ as a function of the optimizer step
+                              `TargetBand`: τ as a function of the captions' lengths
 `balance_weights`             `BalanceWeights`: weights that move towards the reward that lags
 `rollout_log`                 `RolloutLog`: every rollout with its judgments, to Parquet and loggers
 `logger_media`                its images and captions in TensorBoard, W&B, MLflow, Trackio
