@@ -163,6 +163,17 @@ class CaptionDataModule(lightning.LightningDataModule):
         if self._stream is not None and batch.cursor is not None:
             self._stream.consumed(batch.cursor)
 
+    def skip_mastered(self, sample_ids: frozenset[str], share: float) -> None:
+        """Pass over these images in the passes over the training data that begin from now on.
+
+        Args:
+            sample_ids: the same on all ranks. Whoever gives them keeps them for a resumed run: they are no part of the
+                state here.
+            share: probability that such an image is skipped at a visit, below 1; seed, visit and image decide.
+        """
+        if self._stream is not None:
+            self._stream.mastered, self._stream.skip_share = sample_ids, share
+
     def state_dict(self) -> dict[str, Any]:
         """Where the training streams of all ranks stand. A collective: Lightning calls it on every rank."""
         if self._stream is None:
