@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from balcap.judge.task import Group
+from balcap.judge.task import Group, Items
 from balcap.judge.tasks.decompose import Decompose
 from balcap.judge.tasks.match import Match
 from balcap.judge.tasks.verify import Verdict, Verify, normalise
@@ -32,12 +32,12 @@ class PooledMatch(Match):
         said, verdicts = await group.get(Decompose), await group.get(Verify)
         units = pooled_units(said, verdicts)
         answers: list[list[bool] | None] = [
-            None if one is None else _stated(units, assertions)
+            None if one is None else _stated(units, assertions or ())
             for assertions, one in zip(said, verdicts, strict=True)
         ]
-        asked = [place for place, answer in enumerate(answers) if answer is not None and not all(answer)]
-        matched = await group.answers(Match, [[tuple(said[place])] for place in asked], units=units)
-        for place, match in zip(asked, matched, strict=True):
+        lacking = [place for place, answer in enumerate(answers) if answer is not None and not all(answer)]
+        items: Items = [[tuple(said[place] or ())] for place in lacking]
+        for place, match in zip(lacking, await group.answers(Match, items, units=units), strict=True):
             stated = answers[place] or ()
             either = None if match is None else [any(pair) for pair in zip(stated, match[0], strict=True)]
             answers[place] = either
