@@ -25,7 +25,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from balcap.commands.benchmark import config_of, run_test  # noqa: E402
 from balcap.commands.estimate import HERE, ONE_DEVICE, BalCapTrainer, estimate_problems  # noqa: E402
-from balcap.config import ConfigError, column_problems, model_problems, trainer_problems  # noqa: E402
+from balcap.config import (  # noqa: E402
+    ConfigError,
+    column_problems,
+    model_problems,
+    reference_problems,
+    trainer_problems,
+)
 from balcap.data import CaptionDataModule  # noqa: E402
 from balcap.judge import BudgetSpent  # noqa: E402
 from balcap.module import BalCapModule  # noqa: E402
@@ -251,6 +257,7 @@ class BalCapCLI(LightningCLI):
         problems = [*model_problems(self.model, judges), *self.datamodule.problems(str(self.subcommand))]
         if judges:
             problems += column_problems(self.model, self.datamodule.settings.columns)
+            problems += reference_problems(self.model, self.datamodule.settings.require_captions)
         if self.subcommand == "fit":
             monitor, evaluation = (
                 self._get(self.config_init, part) for part in ("checkpoint", "benchmark_eval")

@@ -70,6 +70,18 @@ def column_problems(model: BalCapModule, columns: Sequence[str] | None) -> list[
     ]
 
 
+def reference_problems(model: BalCapModule, require_captions: bool) -> list[str]:
+    """Rewards that need references in a run whose data may have none."""
+    rewards: Any = model.rewards.rewards
+    if require_captions:
+        return []
+    if model.supervised:
+        return ["data.require_captions: model.supervised learns the captions of the data; keep it true"]
+    needing = [reward.name for reward in rewards if reward.needs_reference]
+    way_out = "keep it true, or take rewards without (configs/methods/reference_free.yaml)"
+    return [f"data.require_captions: the reward {name} needs references; {way_out}" for name in needing]
+
+
 def _optimizer_problems(model: BalCapModule) -> list[str]:
     """Of optimizer and schedule, which are tried on one number."""
     import torch

@@ -37,11 +37,13 @@ class Cursor:
         shard: logical shard, ``0 .. num_workers - 1`` within the rank.
         position: rows that the shard has read, bad ones included, all epochs counted.
         batches: batches that the rank's stream has yielded so far, over all shards.
+        skipped: rows of mastered images that were passed over on the way to this batch.
     """
 
     shard: int
     position: int
     batches: int
+    skipped: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 ============================  ==================================================================
 `length_mask`                 `LengthMaskSchedule`: τ as a function of the optimizer step
+                              `TargetBand`: τ as a function of the captions' lengths
+`balance_weights`             `BalanceWeights`: weights that move towards the reward that lags
+`mastery`                     `Mastery`: images that the policy has mastered come less often
 `rollout_log`                 `RolloutLog`: every rollout with its judgments, to Parquet and loggers
 `logger_media`                its images and captions in TensorBoard, W&B, MLflow, Trackio
 `progress`                    `CaptionProgressBar`: the rewards, live or as plain lines

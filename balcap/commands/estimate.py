@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Trainer
 
 from balcap.commands.estimate_assumptions import Assumptions
-from balcap.config import column_problems, model_problems
+from balcap.config import column_problems, model_problems, reference_problems
 
 if TYPE_CHECKING:
     from balcap.data import CaptionDataModule
@@ -115,9 +115,7 @@ def estimate_problems(module: BalCapModule, data: CaptionDataModule) -> list[str
     """What contradicts itself in the config of a fit, but for keys, which only paying needs."""
     if module.judge is None:
         return ["model.judge: there is none, so there is nothing to estimate"]
-    problems = [
-        *model_problems(module),
-        *data.problems("fit"),
-        *column_problems(module, data.settings.columns),
-    ]
+    problems = [*model_problems(module), *data.problems("fit")]
+    problems += column_problems(module, data.settings.columns)
+    problems += reference_problems(module, data.settings.require_captions)
     return [text for text in problems if " in the environment" not in text]

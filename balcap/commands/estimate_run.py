@@ -174,10 +174,21 @@ def read_rows(data: CaptionDataModule, rows: np.ndarray, count: int) -> CaptionB
 
 
 def _captions(rows: CaptionBatch, count: int, max_tokens: int, assume: Assumptions) -> list[list[str]]:
-    """`count` stand-ins for the captions of each row."""
+    """`count` stand-ins for the captions of each row; as long as others' are where it has no reference.
+
+    Raises:
+        ValueError: no row has a reference.
+    """
     most, captions = max(1, int(max_tokens / TOKENS_PER_WORD)), []
-    for row, reference in enumerate(rows.references):
-        length = assume.caption_words or min(most, len(reference.split()))
+    words = [len(reference.split()) for reference in rows.references]
+    if not any(words):
+        raise ValueError(
+            "data.data: no row that was drawn has a caption, whose words stand for the policy's; estimate on rows with "
+            "captions of the kind that is to be learned"
+        )
+    usual = round(fmean(filter(None, words)))
+    for row, length in enumerate(words):
+        length = assume.caption_words or min(most, length or usual)
         captions.append(stand_ins(rows.references, row, count, length, assume.overlap))
     return captions
 

@@ -22,8 +22,8 @@ from balcap.data.bad_rows import BadRowLog
 from balcap.data.columns import MALFORMED_COLUMN
 from balcap.data.images import BadImage
 from balcap.data.json_files import DataError
-from balcap.data.layouts import image_paths
-from balcap.data.order import Split, select_rows, split_rows
+from balcap.data.layouts import NO_CAPTION, image_paths
+from balcap.data.order import Split, select_rows, split_rows, uncaptioned_once
 from balcap.data.reader import ImageFolder, RowReader, folder_rows
 from balcap.data.settings import DataSettings
 from balcap.data.stream import CaptionStream, PlannedBatches, StreamLoader, even_chunks
@@ -88,6 +88,9 @@ class CaptionDataModule(lightning.LightningDataModule):
                 f"found under {root} (data.folders={settings.folders})"
             )
         rows = rows[table.data.column("first").to_numpy()[rows] == rows]  # one for each image
+        if not settings.require_captions:
+            rows = uncaptioned_once(rows, sample_ids, causes)
+            causes = ["" if cause == NO_CAPTION else cause for cause in causes]
         bad = Counter(cause for r in rows if (cause := causes[r]))
         good = len(rows) - bad.total() + bad[MALFORMED_COLUMN]
         val_size = settings.val_size
@@ -159,6 +162,17 @@ class CaptionDataModule(lightning.LightningDataModule):
         """
         if self._stream is not None and batch.cursor is not None:
             self._stream.consumed(batch.cursor)
+
+    def skip_mastered(self, sample_ids: frozenset[str], share: float) -> None:
+        """Pass over these images in the passes over the training data that begin from now on.
+
+        Args:
+            sample_ids: the same on all ranks. Whoever gives them keeps them for a resumed run: they are no part of the
+                state here.
+            share: probability that such an image is skipped at a visit, below 1; seed, visit and image decide.
+        """
+        if self._stream is not None:
+            self._stream.mastered, self._stream.skip_share = sample_ids, share
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training streams of all ranks stand. A collective: Lightning calls it on every rank."""
@@ -295,6 +309,8 @@ class CaptionDataModule(lightning.LightningDataModule):
     def reader(self, table: Table, root: Path, ignored_causes: frozenset[str] = frozenset()) -> RowReader:
         """Reads single rows of `table`, with their images below `root`."""
         settings = self.settings
+        if not settings.require_captions:
+            ignored_causes |= {NO_CAPTION}
         images = ImageFolder(root, settings.max_pixels_in_file, settings.link_targets or ())
         return RowReader(table, images, settings, BadRowLog(settings.run_dir), ignored_causes)
 

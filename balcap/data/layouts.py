@@ -37,6 +37,9 @@ LAYOUT_KEYS = (*IMAGE_KEYS, *TURN_KEYS, *QUESTION_KEYS, *CAPTION_KEYS)
 LONGEST_QUESTION, LONGEST_CAPTION = 10_000, 100_000
 """Characters. What is longer is no question about a picture, and would fill the memory of a whole batch."""
 
+NO_CAPTION = "no_caption"
+"""Cause of a bad row: it has an image and no caption."""
+
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -172,6 +175,4 @@ def _check(flat: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
         if len(text) > longest:
             raise BadImage("text_too_long", f"{field} has {len(text):,} characters, more than {longest:,}")
     if not flat["captions"]:
-        raise BadImage(
-            "no_caption", f"no caption in the answer of a conversation; keys are {list(raw)!r:.100}"
-        )
+        raise BadImage(NO_CAPTION, f"no caption in the answer of a conversation; keys are {list(raw)!r:.100}")

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from balcap.data.columns import MALFORMED_COLUMN
-from balcap.data.layouts import image_paths
+from balcap.data.layouts import NO_CAPTION, image_paths
 
 
 def image_hash(seed: int, sample_id: str) -> int:
@@ -61,6 +61,25 @@ def select_rows(
         else:
             kept.append(index)
     return np.asarray(kept[:max_rows], dtype=np.int64), dict(missing.most_common())
+
+
+def uncaptioned_once(rows: np.ndarray, sample_ids: Sequence[str], causes: Sequence[str]) -> np.ndarray:
+    """The rows, without those of cause ``no_caption`` whose image another row has: one with a caption, or an earlier one.
+
+    Args:
+        rows: row indices.
+        sample_ids: of every row of the file.
+        causes: likewise, why it is bad, or "".
+    """
+    seen = {sample_ids[row] for row in rows if not causes[row]}
+    kept = []
+    for row in rows:
+        if causes[row] == NO_CAPTION:
+            if sample_ids[row] in seen:
+                continue
+            seen.add(sample_ids[row])
+        kept.append(row)
+    return np.asarray(kept, dtype=np.int64)
 
 
 @dataclass(frozen=True)

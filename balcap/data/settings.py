@@ -40,6 +40,8 @@ class DataSettings:
             ``questions``. The values of one column are of one JSON kind; rows without it get None.
         references: where an image has several captions: ``union`` makes one reference of all, ``one`` takes
             them in turn, one at each visit (validation always sees the same).
+        require_captions: whether a row without a caption is bad. False trains on such rows, with rewards that need no
+            reference.
         prompts: instructions, of which every image keeps the one that its path and `seed` pick; null for the
             row's own question.
         num_workers: processes per rank that read images for training and prediction; 0 reads in the main
@@ -66,6 +68,7 @@ class DataSettings:
     folders: list[str] | None = None
     columns: list[str] | None = None
     references: Literal["union", "one"] = "union"
+    require_captions: bool = True
     prompts: list[str] | None = None
     num_workers: int = 2
     seed: int = 0

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from balcap.data.bad_rows import TooManyBadRows
 from balcap.data.json_files import DataError
-from balcap.data.order import common_position, positions_from, read_order, rows_per_epoch
+from balcap.data.order import common_position, image_hash, positions_from, read_order, rows_per_epoch
 from balcap.data.reader import RowReader, Sample, to_batch
 from balcap.data.settings import DataSettings
 from balcap.types import CaptionBatch, Cursor
@@ -56,6 +56,8 @@ class CaptionStream(IterableDataset[CaptionBatch]):
         self.workers = max(1, settings.num_workers)
         self.positions = [0] * self.workers  # rows that each of this rank's shards has read
         self.batches = 0
+        self.mastered: frozenset[str] = frozenset()
+        self.skip_share = 0.0
         # (worker, [rows read, bad ones]): each worker writes its own line, everybody reads.
         self._counts = torch.zeros(self.workers, 2, dtype=torch.int64).share_memory_()
 
@@ -74,10 +76,14 @@ class CaptionStream(IterableDataset[CaptionBatch]):
         per_epoch = rows_per_epoch(len(self.rows), shards, first + shard)
         for number in range(self.batches + worker, self.batches + len(self), self.workers):
             samples: list[Sample] = []
-            bad_in_a_row = 0
+            bad_in_a_row = skipped = 0
             while len(samples) < self.settings.batch_size:
-                sample = self.reader.read(int(self.rows[next(order)]), position // per_epoch)
+                row, visit = int(self.rows[next(order)]), position // per_epoch
                 position += 1
+                if self._skips(row, visit):
+                    skipped += 1
+                    continue
+                sample = self.reader.read(row, visit)
                 self._counts[worker, 0] += 1
                 if sample is None:
                     bad_in_a_row += 1
@@ -86,7 +92,15 @@ class CaptionStream(IterableDataset[CaptionBatch]):
                 else:
                     bad_in_a_row = 0
                     samples.append(sample)
-            yield to_batch(samples, Cursor(shard=shard, position=position, batches=number + 1))
+            yield to_batch(samples, Cursor(shard, position, number + 1, skipped))
+
+    def _skips(self, row: int, visit: int) -> bool:
+        """Whether a row of a mastered image is passed over at this visit: see `CaptionDataModule.skip_mastered`."""
+        if not self.mastered:
+            return False
+        sample_id = self.reader.table[row]["sample_id"]
+        drawn = image_hash(self.settings.seed, f"{visit}\0{sample_id}") / 2**64
+        return sample_id in self.mastered and drawn < self.skip_share
 
     def consumed(self, cursor: Cursor) -> None:
         """Training on the batch with this cursor is done: the stream goes on behind it."""

@@ -20,10 +20,10 @@ from filelock import FileLock
 
 from balcap.data.columns import MALFORMED_COLUMN, Columns
 from balcap.data.json_files import DataError, parse_rows
-from balcap.data.layouts import flat_row, normalise
+from balcap.data.layouts import NO_CAPTION, flat_row, normalise
 from balcap.utils.files import atomic_write
 
-TEXT_ONLY_CAUSES = frozenset(("no_caption", MALFORMED_COLUMN))
+TEXT_ONLY_CAUSES = frozenset((NO_CAPTION, MALFORMED_COLUMN))
 """Causes that do not matter to who only needs the image."""
 
 _FORMAT = 5

@@ -2,6 +2,7 @@
 
 `precision.py`   true and pointable assertions / all assertions of the caption
 `recall.py`      covered units / all units of the reference
+`pooled_recall.py`  covered units / all units that the captions of the group have told: without references
 `linguistic.py`  mean of clarity, fluency and coherency
 `b_capscore.py`  the harmonic mean of the three
 `clip_score.py`  CLIPScore, which needs no judge
@@ -19,6 +20,7 @@ from balcap.rewards.caprl import CapRL, CapRLLength, caprl_length, score_answers
 from balcap.rewards.claim_diff import ClaimDiff, score_differences
 from balcap.rewards.clip_score import CLIPScore
 from balcap.rewards.linguistic import Linguistic, score_linguistic
+from balcap.rewards.pooled_recall import PooledRecall
 from balcap.rewards.precision import Precision, score_precision
 from balcap.rewards.recall import Recall, score_recall
 from balcap.rewards.rubicap import RubiCap, score_rubric
@@ -34,6 +36,7 @@ __all__ = [
     "Completeness",
     "Correctness",
     "Linguistic",
+    "PooledRecall",
     "Precision",
     "Recall",
     "Reward",

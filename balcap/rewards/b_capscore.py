@@ -47,6 +47,7 @@ class BCapScore(Reward):
 
     name = "b_capscore"
     needs = (Verify, Match, Rate)
+    needs_reference = True
 
     def score(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         if any(task.name not in judgments for task in self.needs):

@@ -33,11 +33,13 @@ class Reward(Metric):
         name: how the reward is called in logs; distinct within a suite.
         needs: kinds of judgment that it reads; none for a reward without a judge.
         columns: further columns of the data that it reads, by itself or in its judgments.
+        needs_reference: whether it is missing for an image without a reference caption.
     """
 
     name: ClassVar[str]
     needs: ClassVar[tuple[type[Task[Any]], ...]] = ()
     columns: ClassVar[tuple[str, ...]] = ()
+    needs_reference: ClassVar[bool] = False
     higher_is_better = True
     is_differentiable = False
     full_state_update = False

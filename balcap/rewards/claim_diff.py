@@ -34,6 +34,7 @@ class ClaimDiff(Reward):
 
     name = "claim_diff"
     needs = (Differences,)
+    needs_reference = True
 
     def score(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         return per_rollout(judgments[Differences.name], score_differences)

@@ -30,6 +30,7 @@ class Recall(Reward):
 
     name = "recall"
     needs = (Match,)
+    needs_reference = True
 
     def score(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         return per_rollout(judgments[Match.name], score_recall)

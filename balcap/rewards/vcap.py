@@ -17,6 +17,7 @@ from balcap.types import Rollouts
 
 class _OneGrade(Reward):
     needs = (Grade,)
+    needs_reference = True
 
     def score(self, rollouts: Rollouts, judgments: Judgments) -> Float[Tensor, "B G"]:
         def grade(grades: Grades) -> float:

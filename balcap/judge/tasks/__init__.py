@@ -7,6 +7,7 @@ task             is given                   answers                             
 `DecomposeSpans` captions                   their assertions, and the words of each no
 `Verify`         an image, assertions       true and pointable for each             yes
 `Match`          reference units, captions  for each, which units it covers         no
+`PooledMatch`    all of a group             what others have told that it covers    no
 `Rate`           captions                   clarity, fluency, coherency of each     no
 `Recaption`      an image, a question       a new reference caption                 yes
 `Answer`         a caption, questions       the chosen option of each (CapRL)       no
@@ -34,6 +35,7 @@ from balcap.judge.tasks.differences import Difference, Differences
 from balcap.judge.tasks.facts import ExtractFacts, Fact, MatchFacts, VerifyFacts
 from balcap.judge.tasks.grade import Grade, Grades
 from balcap.judge.tasks.match import Match
+from balcap.judge.tasks.pooled_match import PooledMatch
 from balcap.judge.tasks.quiz import Quiz
 from balcap.judge.tasks.rate import Rate, Rating
 from balcap.judge.tasks.recaption import Recaption
@@ -44,6 +46,6 @@ from balcap.judge.tasks.write_rubric import WriteRubric
 
 __all__ = [
     "Answer", "Assertion", "CheckRubric", "Compare", "Criterion", "Decompose", "DecomposeSpans", "Difference", "Differences",
-    "ExtractFacts", "Fact", "Grade", "Grades", "Match", "MatchFacts", "Quiz", "Rate", "Rating", "Recaption", "Verdict",
-    "Verify", "VerifyFacts", "WriteQuestions", "WriteRubric", "WrittenQuestion",
+    "ExtractFacts", "Fact", "Grade", "Grades", "Match", "MatchFacts", "PooledMatch", "Quiz", "Rate", "Rating", "Recaption",
+    "Verdict", "Verify", "VerifyFacts", "WriteQuestions", "WriteRubric", "WrittenQuestion",
 ]  # fmt: skip
