@@ -154,6 +154,12 @@ class CaptionDataModule(lightning.LightningDataModule):
                     files.add(images.locate(path))
         return frozenset(files)
 
+    def taken(self, batch: CaptionBatch) -> None:
+        """Say that this batch waits to be trained on, so that no pass of this process reads it again. After a resume it is
+        read again, unless it was `consumed`."""
+        if self._stream is not None and batch.cursor is not None:
+            self._stream.taken(batch.cursor)
+
     def consumed(self, batch: CaptionBatch) -> None:
         """Say that training on this batch is done: what comes next, and after a resume, is what follows it.
 

@@ -5,7 +5,8 @@ places filled from the rows behind them, so that every batch of every rank has `
 batch number b comes from its shard ``b % workers``, the order in which `DataLoader` asks its workers.
 
 The stream's position counts the batches that were *consumed*, not what workers have prefetched: each batch
-carries a `Cursor`, and whoever has trained on it hands the cursor back.
+carries a `Cursor`, and whoever has trained on it hands the cursor back. A pass begins behind the batches that were *taken*,
+of which one may still wait for its judgments.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ class CaptionStream(IterableDataset[CaptionBatch]):
         self.workers = max(1, settings.num_workers)
         self.positions = [0] * self.workers  # rows that each of this rank's shards has read
         self.batches = 0
+        self._taken: tuple[list[int], int] | None = (
+            None  # positions and batches, of what is not consumed yet too
+        )
         self.mastered: frozenset[str] = frozenset()
         self.skip_share = 0.0
         # (worker, [rows read, bad ones]): each worker writes its own line, everybody reads.
@@ -68,13 +72,14 @@ class CaptionStream(IterableDataset[CaptionBatch]):
     def __iter__(self) -> Iterator[CaptionBatch]:
         info = get_worker_info()
         worker = info.id if info else 0
+        positions, batches = self._taken or (self.positions, self.batches)
         # Workers are asked in the order 0, 1, …: after b batches, worker 0 must play shard b % workers.
-        shard = (self.batches + worker) % self.workers
-        position = self.positions[shard]
+        shard = (batches + worker) % self.workers
+        position = positions[shard]
         shards, first = self.world_size * self.workers, self.rank * self.workers
         order = read_order(len(self.rows), self.settings.seed, shards, first + shard, position)
         per_epoch = rows_per_epoch(len(self.rows), shards, first + shard)
-        for number in range(self.batches + worker, self.batches + len(self), self.workers):
+        for number in range(batches + worker, batches + len(self), self.workers):
             samples: list[Sample] = []
             bad_in_a_row = skipped = 0
             while len(samples) < self.settings.batch_size:
@@ -102,10 +107,20 @@ class CaptionStream(IterableDataset[CaptionBatch]):
         drawn = image_hash(self.settings.seed, f"{visit}\0{sample_id}") / 2**64
         return sample_id in self.mastered and drawn < self.skip_share
 
+    def taken(self, cursor: Cursor) -> None:
+        """Whoever trains has the batch with this cursor: further passes of this process begin behind it."""
+        positions, _ = self._taken or (self.positions, 0)
+        self._taken = (
+            [*positions[: cursor.shard], cursor.position, *positions[cursor.shard + 1 :]],
+            cursor.batches,
+        )
+
     def consumed(self, cursor: Cursor) -> None:
         """Training on the batch with this cursor is done: the stream goes on behind it."""
         self.positions[cursor.shard] = cursor.position
         self.batches = cursor.batches
+        if self._taken and self._taken[1] <= self.batches:
+            self._taken = None
 
     def state(self) -> dict[str, Any]:
         """Where the streams of all ranks stand, plain numbers. A collective: call it on every rank."""
@@ -127,7 +142,7 @@ class CaptionStream(IterableDataset[CaptionBatch]):
         from the last place that all shards had reached: no row is left out, some rows of that epoch come
         again.
         """
-        self.batches = state["batches"]
+        self.batches, self._taken = state["batches"], None
         if (state["world_size"], state["num_workers"]) == (self.world_size, self.workers):
             self.positions = list(state["positions"][self.rank])
             return

@@ -163,6 +163,8 @@ class RolloutPipeline:
                 batch, in_flight.prompts, num_captions, in_flight.start, resumed
             )
         self.in_flight.append(in_flight)
+        if (data := getattr(self.trainer, "datamodule", None)) is not None:
+            data.taken(batch)
         self.sampled = in_flight if resumed is None and self.engine.own_device else None
         return True
 

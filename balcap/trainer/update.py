@@ -241,10 +241,13 @@ def prepare_passes(
 
 
 def rows_with_nonzero_advantage(advantages: Tensor, kl_coef: float) -> list[int]:
-    """Images with something to learn from; at least one, so that every rank takes part in the reduction."""
+    """Images with something to learn from; at least one, so that every rank takes part in the reduction.
+
+    Of a group without spread whitening leaves the mean over the batch, which is 0 up to rounding.
+    """
     if kl_coef:
         return list(range(len(advantages)))
-    rows = advantages.flatten(1).ne(0).any(-1).nonzero()[:, 0].tolist()
+    rows = (advantages.flatten(1).abs() > 1e-5).any(-1).nonzero()[:, 0].tolist()
     return rows or [0]
 
 

@@ -217,6 +217,27 @@ def in_turns(stream: CaptionStream) -> list[CaptionBatch]:
     return [parts[b % stream.workers][b // stream.workers] for b in range(len(stream))]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_that_waits_is_read_once_in_this_process_and_again_after_a_resume(
+    tmp_path: Path, workers: int
+) -> None:
+    """As with a lag: at the end of each pass one batch has been taken and not been consumed."""
+    new = {"rows": 12, "bad": set(), "batch_size": 3, "num_workers": workers}
+    stream = make_stream(tmp_path, **new)
+    read: list[CaptionBatch] = []
+    for _ in range(3):
+        for batch in StreamLoader(stream, batch_size=None, num_workers=workers):
+            assert batch.cursor is not None
+            stream.taken(batch.cursor)
+            if read and read[-1].cursor is not None:
+                stream.consumed(read[-1].cursor)
+            read.append(batch)
+    assert ids(read) == ids(train(make_stream(tmp_path, **new), 12, workers))
+    resumed = make_stream(tmp_path, **new)
+    resumed.restore(stream.state())
+    assert ids(train(resumed, 1, workers)) == ids(read[-1:])
+
+
 @pytest.mark.parametrize(("workers", "stop"), [(0, 4), (1, 7), (2, 1), (2, 4), (3, 7)])
 def test_batches_that_workers_prefetched_are_not_lost(tmp_path: Path, workers: int, stop: int) -> None:
     bad = {2, 9, 10}

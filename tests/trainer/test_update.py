@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from balcap.algorithms import cgdpo
 from balcap.trainer.update import UpdateSettings, micro_batches, rows_with_nonzero_advantage
 from tests.support import metrics
 from tests.tiny_models import mixed_batch, rollouts_of
@@ -57,6 +58,13 @@ def test_groups_without_an_advantage_are_left_out_unless_kl_needs_them():
     per_token[1, 0, 3] = 0.5
     assert rows_with_nonzero_advantage(per_token, kl_coef=0.0) == [1]
     assert rows_with_nonzero_advantage(torch.zeros(2, 2), kl_coef=0.0) == [0]  # every rank takes part
+
+
+def test_groups_without_spread_have_no_advantage_whatever_whitening_rounds():
+    rewards = torch.rand(8, 6, 3, generator=torch.Generator().manual_seed(0))
+    rewards[[1, 4, 6]] = torch.tensor([0.3, 0.7, 0.9])
+    advantages = cgdpo(rewards, torch.tensor([1.0, 2.0, 0.5]))
+    assert rows_with_nonzero_advantage(advantages, kl_coef=0.0) == [0, 2, 3, 5, 7]
 
 
 @pytest.mark.parametrize("tokens", [None, 60])
