@@ -20,7 +20,8 @@ _SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # tor
 @functools.cache
 def has_varlen(device: torch.device) -> bool:
     """Whether flash attention runs there: CUDA from Ampere on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return there and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def varlen_attention(
