@@ -86,6 +86,11 @@ def layers_to_checkpoint(costs: UpdateCosts, forwards: Sequence[Forward], room: 
     return next(fitting, costs.layers)
 
 
+def forward_fits(costs: UpdateCosts, forward: Forward, room: float, always: bool) -> bool:
+    """Whether a forward and its backward fit into so many bytes: without checkpointing, unless all layers `always` are."""
+    return costs.estimate(forward, costs.layers if always else 0).forward <= room
+
+
 def room_for_forward(
     costs: UpdateCosts, free: int, total: int, gradients_there: int, optimizer_is_there: bool
 ) -> float:
@@ -131,7 +136,8 @@ class DeviceFit:
         if self._memory is None:
             return
         device = policy.device
-        self._costs = update_costs(policy.model, device.type, torch.is_autocast_enabled(device.type))
+        autocast = torch.is_autocast_enabled(device.type)
+        self._costs = update_costs(policy.model, device.type, autocast, compiled=policy.is_compiled)
         if self._costs is not None:
             there = sum(p.grad.nbytes for p in policy.model.parameters() if p.grad is not None)
             state = getattr(getattr(optimizer, "optimizer", optimizer), "state", None)  # Lightning wraps it
@@ -146,8 +152,7 @@ class DeviceFit:
             return False
         base = base_of(self._policy.model)
         always = not hasattr(base, _DECIDED) and any(layer.gradient_checkpointing for layer in _layers(base))
-        estimate = self._costs.estimate(self._forward(rows), self._costs.layers if always else 0)
-        return estimate.forward <= self._room
+        return forward_fits(self._costs, self._forward(rows), self._room, always)
 
     def checkpoint(self, micro_batches: Sequence[Sequence[int]]) -> None:
         """Checkpoint as few layers as it takes to fit these forwards, where the config leaves it open."""

@@ -36,13 +36,13 @@ class Compiled:
         self.function, self.wanted, self.needs = function, wanted, needs
         self._compiled = torch.compile(function, dynamic=True)
 
+    def works_on(self, device: str) -> bool:
+        """Whether it is compiled on this type of device, as far as is known before its first call."""
+        return not Compiled.failed and is_compiled(self.wanted, device)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         device = next(one for one in args if isinstance(one, Tensor)).device.type
-        if (
-            Compiled.failed
-            or (self.needs and self.needs not in kwargs)
-            or not is_compiled(self.wanted, device)
-        ):
+        if (self.needs and self.needs not in kwargs) or not self.works_on(device):
             return self.function(*args, **kwargs)
         try:
             return self._compiled(*args, **kwargs)

@@ -17,6 +17,13 @@ K the widths of all query heads and of all key heads; e is the size of a number 
       adapter trained  l width            once for each where l is not e, or with dropout; else once for all
                        b or l times rank  between its two matrices, for each
 
+Where layers are compiled, torch's partitioner keeps what matrix products and attention read in backward, or leave, and
+makes what lies between again::
+
+    each RMSNorm       e H + 4            input as it is (b of queries, keys), and the inverse of its root mean square
+    MLP                2 b I              gate and up
+    inputs             as above, but once for all that read it, unless there is dropout
+
 A checkpointed layer keeps e H per token, its input, and makes the rest again in backward, one layer at a time.
 
 Checkpointed layers are the first ones: when backward comes to them, what the others kept is free again.
@@ -31,6 +38,7 @@ from typing import Any
 import torch
 
 from balcap.policy.families import base_of, family_of
+from balcap.policy.families.base import num_weights
 from balcap.policy.head import CELLS
 
 _READERS = (
@@ -66,24 +74,53 @@ class Forward:
     image_tokens: int = 0
     shared_prefix: bool = True
 
+    @classmethod
+    def of_images(
+        cls,
+        images: int,
+        prompt: int,
+        image_tokens: int,
+        captions: int,
+        longest: int,
+        shared_prefix: bool = True,
+    ) -> Forward:
+        """Of images that are all alike.
+
+        Args:
+            images: that are forwarded together.
+            prompt: tokens of each prompt, those of its image included.
+            image_tokens: of them.
+            captions: of each image.
+            longest: tokens of each caption, its end included; with a shared prefix the last one is not forwarded.
+            shared_prefix: see `Forward`.
+        """
+        count = images * captions
+        if not shared_prefix:
+            return cls(count * (prompt + longest), count * longest, 0, count * image_tokens, False)
+        tokens = images * prompt + count * (longest - 1)
+        return cls(tokens, count * longest, count * (prompt + longest), images * image_tokens)
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the device, by what they are for; `total` says what of it is there at once.
+    """Bytes on the device, by what they are for; `peak` says what of it is there at once.
 
     Attributes:
         weights: all, 4-bit ones as they lie.
         reference: a frozen copy for the KL term of full tuning.
         gradients: of what is trained.
-        optimizer: its state, two numbers per trained weight (Adam).
-        casts: float32 matrices once more in the dtype of autocast, which keeps them during an update.
+        optimizer: its state.
+        casts: float32 matrices once more in the dtype of autocast, which keeps them during an update; of those in 4 bits
+            the largest one, unpacked for its product.
         activations: kept for backward, of all layers.
-        recomputed: what a checkpointed layer makes again in its backward.
+        layer: of them those of one layer; where it is checkpointed it makes them again in its backward.
         backward: gradients of activations within a layer.
         head: logits of a chunk, or of all captions without a shared prefix; the gradient of its matrix.
+        head_sum: what chunks before have added to that gradient, which stands apart until all have.
         vision: of a pass of the tower; with a trained tower it is kept.
         optimizer_step: temporaries of the optimizer, one number per trained weight (AdamW on CUDA).
         checkpoints: of `activations` the inputs of checkpointed layers.
+        checkpointed: share of the layers, in [0, 1].
         vision_is_kept: whether the tower is trained.
     """
 
@@ -93,12 +130,14 @@ class MemoryEstimate:
     optimizer: int
     casts: int
     activations: int
-    recomputed: int
+    layer: int
     backward: int
     head: int
+    head_sum: int
     vision: int
     optimizer_step: int
     checkpoints: int
+    checkpointed: float
     vision_is_kept: bool
 
     @property
@@ -109,15 +148,45 @@ class MemoryEstimate:
     @property
     def forward(self) -> int:
         """The most that a forward and its backward hold beyond `resident`."""
-        peak = self.activations + max(self.head, self.backward)
-        if self.recomputed:  # what the layers behind kept is free then
-            peak = max(peak, self.checkpoints + self.recomputed + self.backward)
-        return self.casts + (peak + self.vision if self.vision_is_kept else max(peak, self.vision))
+        return max(sum(parts.values()) for _, parts in self._moments())
 
     @property
     def total(self) -> int:
         """At the worst moment of an update."""
-        return self.resident + max(self.forward, self.optimizer_step)
+        return sum(self.peak().values())
+
+    def peak(self, first: bool = False) -> dict[str, int]:
+        """What is there at the worst moment of an update, by the attribute's name; its sum is the peak.
+
+        Args:
+            first: whether the update has one forward. There are no gradients before its backward: those of a layer come
+                when its activations go. Else all are there from the beginning.
+        """
+        resident = {"weights": self.weights, "reference": self.reference, "optimizer": self.optimizer}
+        moments = [
+            {**resident, "gradients": int(self.gradients * (share if first else 1)), **parts}
+            for share, parts in self._moments(first)
+        ]
+        step = {**resident, "gradients": self.gradients, "optimizer_step": self.optimizer_step}
+        return max([*moments, step], key=lambda parts: sum(parts.values()))
+
+    def _moments(self, first: bool = False) -> list[tuple[float, dict[str, int]]]:
+        """The worst moments of a forward and its backward, in order: the share of the gradients that has come by then, and
+        what there is beyond `resident`."""
+        kept, again = {"activations": self.activations}, {"layer": self.layer, "backward": self.backward}
+        moments: list[tuple[float, dict[str, int]]] = [
+            (0.0, kept | {"head": self.head + (self.head_sum if first else 0)}),
+            (0.0, kept | {"backward": self.backward}),
+        ]
+        if self.checkpointed:  # what the layers behind kept is free then
+            moments.append((1 - self.checkpointed, again | {"activations": self.checkpoints}))
+        moments.append((1.0, again))
+        vision = {"vision": self.vision}
+        if self.vision_is_kept:
+            moments = [(share, parts | vision) for share, parts in moments]
+        else:
+            moments.append((0.0, vision))
+        return [(share, parts | {"casts": self.casts}) for share, parts in moments]
 
 
 @dataclass(frozen=True)
@@ -131,6 +200,7 @@ class UpdateCosts:
         apart: per token, that it keeps beyond that without a shared prefix.
         checkpointed: per token, of a layer that is checkpointed.
         gradient: per token, that a layer's backward holds at once.
+        inference: per token, that a layer's forward without gradient holds at once.
         outside: per token, that the last norm keeps.
         vocabulary: V.
         head_gradient: of the head's matrix, made for each chunk; 0 where it is frozen.
@@ -149,6 +219,7 @@ class UpdateCosts:
     apart: float
     checkpointed: float
     gradient: float
+    inference: float
     outside: float
     vocabulary: int
     head_gradient: int
@@ -178,12 +249,14 @@ class UpdateCosts:
             optimizer=self.optimizer,
             casts=self.casts,
             activations=math.ceil(kept),
-            recomputed=math.ceil(layer) if checkpointed else 0,
+            layer=math.ceil(layer),
             backward=math.ceil(self.gradient * forward.tokens),
             head=_LOGIT * logits + self.head_gradient,
+            head_sum=self.head_gradient if logits < forward.captions * self.vocabulary else 0,
             vision=math.ceil((tower or self.vision_pass) * forward.image_tokens),
             optimizer_step=self.gradients,
             checkpoints=math.ceil(checkpoints),
+            checkpointed=checkpointed / self.layers,
             vision_is_kept=self.vision_kept > 0,
         )
 
@@ -194,6 +267,8 @@ def update_costs(
     autocast: bool = False,
     with_reference: bool = False,
     load_in_4bit: bool = False,
+    compiled: bool = False,
+    optimizer_state: float = 2.0,
 ) -> UpdateCosts | None:
     """Of a model as `balcap.policy.loading.prepare` returns it, on any device.
 
@@ -203,6 +278,8 @@ def update_costs(
         autocast: whether in 16 bits under ``bf16-mixed``.
         with_reference: whether a frozen copy is kept for the KL term; beside an adapter none is.
         load_in_4bit: count matrices as if they were in 4 bits, where they are not yet.
+        compiled: whether its layers are, see `balcap.policy.compiled`.
+        optimizer_state: bytes that the optimizer keeps for each byte of what is trained; Adam two numbers per weight.
 
     Returns:
         None for a language model whose layers are not those of a dense decoder (`_READERS`), or do not all attend to all
@@ -228,31 +305,40 @@ def update_costs(
     queries, keys, merged = heads * size, text.num_key_value_heads * size, device_type == "cpu"
     widths = {"q_norm": queries, "k_norm": keys}
     named = ((name.rsplit(".", 1)[-1], module) for name, module in layers[0].named_modules())
-    norms = [_norm(module, widths.get(name, hidden), stream) for name, module in named if "norm" in name]
+    norms = [
+        (name, module) for name, module in named if "norm" in name
+    ]  # those of the layer itself come last
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
     wide = (
         any(first.weight.element_size() > product for first in _adapters(linears[0]).values())
         and not autocast
     )
+    packed = [
+        (p, hasattr(p, "quant_state") or (load_in_4bit and _would_be_4bit(p, embedding, head)))
+        for p in model.parameters()
+    ]
+    casts = sum(2 * p.numel() for p in trained if p.dim() > 1 and p.element_size() == 4) if autocast else 0
     return UpdateCosts(
-        weights=sum(
-            _nbytes(p, load_in_4bit and _would_be_4bit(p, embedding, head)) for p in model.parameters()
-        ),
+        weights=sum(_nbytes(p, in_4bit) for p, in_4bit in packed),
         reference=sum(p.nbytes for p in model.parameters()) if with_reference and base is model else 0,
         gradients=gradients,
-        optimizer=2 * gradients,
-        casts=sum(2 * p.numel() for p in trained if p.dim() > 1 and p.element_size() == 4) if autocast else 0,
+        optimizer=math.ceil(optimizer_state * gradients),
+        casts=casts + max((2 * num_weights(p) for p, in_4bit in packed if in_4bit), default=0),
         layers=len(layers),
-        per_token=sum(norms)
-        + product * (2 * queries + 2 * keys + 3 * middle)
+        per_token=sum(
+            _norm(module, widths.get(name, hidden), product if name in widths else stream, compiled)
+            for name, module in norms
+        )
+        + product * (2 * queries + 2 * keys + (2 if compiled else 3) * middle)
         + 4 * heads
-        + max(_kept_inputs(found, stream, product, autocast) for found in linears),
+        + max(_kept_inputs(found, stream, product, autocast, compiled) for found in linears),
         per_seen_key=0 if merged else product * 2 * keys,
         apart=product * 2 * (queries - keys),
         checkpointed=stream * hidden,
         gradient=middle * (4 * product + (4 if wide else 0)),
-        outside=norms[-1],  # those of the layer itself come last
+        inference=3 * product * middle + (4 + 2 * stream) * hidden,
+        outside=_norm(norms[-1][1], hidden, stream, False),
         vocabulary=text.vocab_size,
         head_gradient=head.nbytes if head.requires_grad else 0,
         **_vision(
@@ -261,10 +347,13 @@ def update_costs(
     )
 
 
-def _norm(module: Any, width: int, stream: int) -> int:
-    """Bytes per token that an RMSNorm keeps, of a token's `width` numbers; those of queries and keys work on each head."""
-    trained = stream * width if module.weight.requires_grad else 0
-    return 4 * width + 4 * (width // len(module.weight)) + trained
+def _norm(module: Any, width: int, size: int, compiled: bool) -> int:
+    """Bytes per token that an RMSNorm keeps, of a token's `width` numbers of `size` bytes; those of queries and keys work on
+    each head."""
+    root = 4 * (width // len(module.weight))
+    if compiled:
+        return size * width + root
+    return 4 * width + root + (size * width if module.weight.requires_grad else 0)
 
 
 def _linears(layer: Any) -> dict[str, Any]:
@@ -288,24 +377,29 @@ def _adapters(linears: dict[str, Any]) -> dict[str, Any]:
     return {name: first for name, first in firsts if first.weight.requires_grad}
 
 
-def _kept_inputs(linears: dict[str, Any], stream: int, product: int, autocast: bool) -> float:
+def _kept_inputs(linears: dict[str, Any], stream: int, product: int, autocast: bool, compiled: bool) -> float:
     """Bytes per token that a layer keeps of the inputs of its linear layers, and between the matrices of adapters."""
     total, adapters = 0, _adapters(linears)
     for group in _READERS:
-        shared = False
+        kept: set[int] = set()  # sizes of the numbers of what the readers of this input keep of it
         for name in group:
             if (linear := linears.get(name)) is None:
                 continue
             width = linear.in_features
-            if getattr(linear, "base_layer", linear).weight.requires_grad and (autocast or not shared):
-                total, shared = total + product * width, True
+            cast_each = autocast and not compiled
+            if getattr(linear, "base_layer", linear).weight.requires_grad and (
+                cast_each or product not in kept
+            ):
+                total += product * width
+                kept.add(product)
             if (first := adapters.get(name)) is None:
                 continue
             own = product if autocast else first.weight.element_size()
             dropout = any(getattr(part, "p", 0) for part in linear.lora_dropout.values())
-            if autocast or dropout or own != stream or not shared:
+            cast_each = (autocast or own != stream) and not compiled
+            if cast_each or dropout or own not in kept:
                 total += own * width
-                shared = shared or own == stream
+                kept.add(own)
             total += own * first.out_features
     return total
 

@@ -135,6 +135,11 @@ class Policy(nn.Module):
         return next(self.model.parameters()).device
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether its updates run compiled layers."""
+        return self._chunk is not None and self._chunk.works_on(self.device.type)
+
+    @property
     def has_adapter(self) -> bool:
         return hasattr(self.model, "disable_adapter")
 
