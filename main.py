@@ -1,5 +1,5 @@
-"""Train, measure and use a captioner: ``python main.py {fit,validate,test,predict} --config configs/shapes.yaml``; ``check``
-and ``estimate`` take the same and look at a run before it starts.
+"""Train, measure and use a captioner: ``python main.py {fit,validate,test,predict} --config configs/shapes.yaml``; ``check``,
+``plan`` and ``estimate`` take the same and look at a run before it starts.
 
 ``recaption --config configs/recaption.yaml`` writes the references that it is trained on, ``annotate`` questions or rubrics;
 ``serve`` starts a vLLM
@@ -31,6 +31,7 @@ COMMANDS = {
 RUNS = {
     "fit": "train a captioner",
     "check": "whether model and engine do what training relies on, on a few of your images",
+    "plan": "whether a fit has enough memory on its GPUs; nothing is loaded",
     "estimate": "what the judge of a fit will cost; nothing is paid",
     "validate": "rewards of captions of held-out images",
     "predict": "captions of your images",

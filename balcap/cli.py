@@ -24,7 +24,13 @@ from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException  # noqa: E402
 
 from balcap.commands.benchmark import config_of, run_test  # noqa: E402
-from balcap.commands.estimate import HERE, ONE_DEVICE, BalCapTrainer, estimate_problems  # noqa: E402
+from balcap.commands.estimate import (  # noqa: E402
+    HERE,
+    ONE_DEVICE,
+    BalCapTrainer,
+    estimate_problems,
+    plan_problems,
+)
 from balcap.config import (  # noqa: E402
     ConfigError,
     column_problems,
@@ -62,7 +68,7 @@ class ConfigFile(SettingsFile):
             namespace.pop("model.judge", None)
 
 
-NO_RUN = {"estimate": HERE, "check": ONE_DEVICE}
+NO_RUN = {"estimate": HERE, "plan": HERE, "check": ONE_DEVICE}
 """Subcommands that leave the run folder alone, and settings of their trainer."""
 
 RESULTS = (
@@ -77,7 +83,8 @@ class RunParser(Parser, LightningArgumentParser):
 
 
 class BalCapCLI(LightningCLI):
-    """``fit``, ``check``, ``estimate``, ``validate``, ``predict`` and ``test``, with all outputs of a run in ``run_dir``."""
+    """``fit``, ``check``, ``plan``, ``estimate``, ``validate``, ``predict`` and ``test``, with all outputs of a run in
+    ``run_dir``."""
 
     def __init__(self, args: Any = None) -> None:
         self.given = sys.argv[1:] if args is None else list(args)
@@ -108,6 +115,7 @@ class BalCapCLI(LightningCLI):
         return {
             "fit": {*skip, "train_dataloaders", "val_dataloaders"},
             "check": skip,
+            "plan": {*skip, "launch"},
             "estimate": {*skip, "launch"},
             "validate": skip,
             "predict": {*skip, "return_predictions"},
@@ -241,6 +249,8 @@ class BalCapCLI(LightningCLI):
         assert isinstance(self.datamodule, CaptionDataModule)
         if self.subcommand == "estimate":
             return estimate_problems(self.model, self.datamodule)
+        if self.subcommand == "plan":
+            return plan_problems(self.model)
         if self.subcommand == "test":
             return self._run_problems + self._test_problems(self.model)
         if self.subcommand == "check":
@@ -346,7 +356,8 @@ class BalCapCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand in NO_RUN:
-            return kwargs | ({"launch": self.config[subcommand].trainer} if subcommand == "estimate" else {})
+            launched = subcommand in ("estimate", "plan")
+            return kwargs | ({"launch": self.config[subcommand].trainer} if launched else {})
         kwargs["ckpt_path"] = self.checkpoint and str(self.checkpoint)
         kwargs["weights_only"] = True  # a checkpoint is data: it must not run code when it is read
         if subcommand == "predict":

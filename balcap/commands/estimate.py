@@ -41,7 +41,7 @@ ONE_DEVICE: dict[str, Any] = {
 
 
 class BalCapTrainer(Trainer):
-    """`Trainer`, which can also say what the judge of a ``fit`` will cost, and check its model."""
+    """`Trainer`, which can also say what a ``fit`` will need: of its GPUs and of its judge; and check its model."""
 
     def check(
         self,
@@ -67,6 +67,32 @@ class BalCapTrainer(Trainer):
             check_run(self, model, datamodule, images)
         except ValueError as error:  # DataError is one
             raise SystemExit(f"Cannot check: {error}") from None
+
+    def plan(
+        self,
+        model: BalCapModule,
+        datamodule: CaptionDataModule,
+        launch: Any,
+        gpu_gb: float | None = None,
+        pixels: int | None = None,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Print whether a fit has enough memory on its GPUs, and what to change where it has not; nothing is loaded.
+
+        Takes the config and flags of ``fit``. Needs no GPU, no data and no key: of the model its config and processor
+        alone are read. Exits with an error where the run does not fit.
+
+        Args:
+            model: with the policy and the engine.
+            datamodule: its settings.
+            launch: settings of the trainer that would run the fit.
+            gpu_gb: memory of each GPU as it is sold, such as 80, 48, 40, 24 or 16; null for that of the GPU that is here.
+            pixels: area of the images in pixels; null for the largest that the model's processor makes.
+            ckpt_path: taken as ``fit`` takes it; a run that goes on needs as much.
+        """
+        from balcap.commands.plan import plan_run
+
+        plan_run(model, datamodule, launch, gpu_gb, pixels)
 
     def estimate(
         self,
@@ -119,3 +145,8 @@ def estimate_problems(module: BalCapModule, data: CaptionDataModule) -> list[str
     problems += column_problems(module, data.settings.columns)
     problems += reference_problems(module, data.settings.require_captions)
     return [text for text in problems if " in the environment" not in text]
+
+
+def plan_problems(module: BalCapModule) -> list[str]:
+    """What contradicts itself in the settings of policy, update and engine; vLLM need not be here."""
+    return [text for text in model_problems(module, judges=False) if "vLLM is not installed" not in text]

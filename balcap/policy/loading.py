@@ -100,12 +100,34 @@ def load_model(config: PolicyConfig) -> Any:
                 f"it is an adapter on the hub; download it (hf download {config.model} --local-dir FOLDER) "
                 "and set model.policy.model: FOLDER"
             )
+    _check_family(model, own, config)
+    return model
+
+
+def empty_model(config: PolicyConfig) -> Any:
+    """As `load_model` on the meta device, where weights have a size and no numbers: ``config.json`` alone is read. None of
+    them is in 4 bits.
+
+    Raises:
+        PolicyError: there is no such model, or the hub cannot be reached and nothing of it is here.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    own = None if config.family is None else load_family(config.family)
+    with _explained(config), torch.device("meta"):
+        settings = AutoConfig.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_config(settings, dtype=getattr(torch, config.dtype))
+    _check_family(model, own, config)
+    return model
+
+
+def _check_family(model: Any, own: Any, config: PolicyConfig) -> None:
+    """PolicyError where the class that the config names is for other models."""
     if own is not None and family_of(model) is not own:
         raise PolicyError(
             f"model.policy.family: {config.family} is for {', '.join(own.model_types)}, {config.model} is a "
             f"{model.config.model_type}; leave it null, or add that to its model_types"
         )
-    return model
 
 
 def load_adapter(model: Any, config: PolicyConfig, with_reference: bool = False) -> Any:
