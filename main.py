@@ -1,5 +1,5 @@
-"""Train, measure and use a captioner: ``python main.py {fit,validate,test,predict} --config configs/shapes.yaml``; ``check``,
-``plan`` and ``estimate`` take the same and look at a run before it starts.
+"""Train, measure and use a captioner: ``python main.py {fit,validate,test,predict} --config configs/shapes.yaml``;
+``check``, ``plan`` and ``estimate`` take the same and look at a run before it starts.
 
 ``recaption --config configs/recaption.yaml`` writes the references that it is trained on, ``annotate`` questions or rubrics;
 ``serve`` starts a vLLM

@@ -83,7 +83,7 @@ def test_what_changed_is_the_same_config(configs: tuple[Path, ...], parser: Any,
     assert content["model"]["rewards"][0] == {"class_path": "balcap.rewards.Precision"}
 
 
-@pytest.mark.parametrize("command", ["fit", "check", "estimate", "validate", "predict", "test"])
+@pytest.mark.parametrize("command", ["fit", "check", "plan", "estimate", "validate", "predict", "test"])
 def test_changed_prints_it_for_every_subcommand(command: str, printed) -> None:
     text = printed([command, "--config", SHAPES, "--changed", "--data.batch_size", "3"])
     assert yaml.safe_load(text)["data"]["batch_size"] == 3

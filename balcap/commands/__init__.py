@@ -6,6 +6,8 @@
                  reasoning), `estimate_run.py` (all of it together)
 `check.py`       whether model and engine do what training relies on: a subcommand of the trainer, too;
                  `check_policy.py`, `check_engine.py` (the checks), `check_state.py` (what they share)
+`plan.py`        whether a run has enough memory on its GPUs: a subcommand of the trainer, too; `plan_setup.py` (what decides
+                 about it, from the config), `plan_fit.py` (the stages, and what to change)
 `init.py`        a config by five questions; `init_config.py` has the hardware and writes it
 `recaption.py`   new references for a data set; `recaption_settings.py`, `recaption_run.py` (the run),
                  `recaption_files.py` (what it writes)

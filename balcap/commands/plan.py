@@ -23,6 +23,7 @@ from balcap.commands.plan_fit import (
     combined,
     engine_problem,
     excess,
+    longest_forward,
     stages,
     update_of,
 )
@@ -75,7 +76,7 @@ def plan_run(module: BalCapModule, data: Any, launch: Any, gpu_gb: float | None,
 def stage_table(setup: Setup) -> Table:
     """One row for each part, one column for each stage."""
     found = stages(setup)
-    table = Table("GB on each GPU", title="Memory at the worst moment of each stage (estimate, nothing was loaded)")
+    table = Table("GB on each GPU", title="Each stage at its worst moment (estimate)")
     for stage in found:
         table.add_column(stage, justify="right")
     for part, name in NAMES.items():
@@ -93,21 +94,25 @@ def lines(setup: Setup) -> Iterator[str]:
         f"A GPU of {setup.device / 2**30:g} GB has {_gb(setup.device)} GB of 10^9 bytes; {_gb(setup.limit)} are counted on, "
         f"{MARGIN:.0%} are left alone: it {'does not fit' if excess(setup) else 'fits'}."
     )
-    largest = setup.forward(update.images)
     yield (
-        f"update: {update.forwards:,} forwards of {update.images:,} images with {setup.captions:,} captions each, "
-        f"{largest.tokens:,} tokens; {update.checkpointed} of {costs.layers} layers are checkpointed."
+        f"update: {update.forwards:,} x {update.images:,} images with {setup.captions:,} captions each in a forward of "
+        f"{setup.forward(update.images).tokens:,} tokens; {update.checkpointed} of {costs.layers} layers are checkpointed."
     )
-    if setup.engine == "vllm":
-        room, needed = cache_tokens(setup), setup.parallel * setup.images * (
-            setup.prompt + setup.captions * setup.longest
-        )  # fmt: skip
-        yield (
-            f"vLLM: its weights {_gb(setup.weights.engine / setup.parallel)} GB, room for {max(0, room):,} tokens; a step "
-            f"needs {needed:,}" + (", so captions wait for each other." if room < needed else ".")
-        )
+    for checkpointed, how in ((0, "without checkpointing"), (costs.layers, "with all layers checkpointed")):
+        images = longest_forward(setup, checkpointed)
+        if images:
+            tokens = setup.forward(images).tokens
+            yield f"A forward may have {tokens:,} tokens, {images:,} images with their captions, {how}."
+        else:
+            yield f"No image with its captions fits into a forward {how}."
     if problem := engine_problem(setup):
         yield problem
+    elif setup.engine == "vllm":
+        room, needed = cache_tokens(setup), setup.parallel * setup.work.tokens
+        yield (
+            f"vLLM: its weights {_gb(setup.weights.engine / setup.parallel)} GB, room for {room:,} tokens; a step needs "
+            f"{needed:,}" + (", so captions wait for each other." if room < needed else ".")
+        )
 
 
 def show_changes(planned: Planned, console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -84,6 +85,11 @@ class Setup:
         """Bytes that a run may hold: what `auto` allows itself, too."""
         return (1 - MARGIN) * self.device
 
+    @property
+    def work(self) -> Work:
+        """What training samples in a step."""
+        return Work(self.images, self.captions, self.prompt, self.image_tokens, self.longest)
+
     def forward(self, images: int) -> Forward:
         """The largest forward of so many images with all their captions."""
         return Forward.of_images(
@@ -108,11 +114,16 @@ class Update:
     parts: Parts
 
 
+def room_of(setup: Setup) -> float:
+    """Bytes for a forward and its backward, beside all gradients and the optimizer's state."""
+    costs = setup.weights.costs
+    there = costs.weights + costs.reference + sum((_asleep(setup) | _buckets(setup)).values())
+    return room_for_forward(costs, setup.device - there, setup.device, 0, False)
+
+
 def update_of(setup: Setup) -> Update:
     """As `balcap.policy.checkpointing` decides where the config leaves it open."""
-    costs, asleep = setup.weights.costs, _asleep(setup)
-    there = costs.weights + costs.reference + sum(asleep.values()) + _buckets(setup).get("buckets", 0)
-    room = room_for_forward(costs, setup.device - there, setup.device, 0, False)
+    costs, room = setup.weights.costs, room_of(setup)
     always = setup.checkpointing is True
 
     def fits(images: int) -> bool:
@@ -129,20 +140,27 @@ def update_of(setup: Setup) -> Update:
         checkpointed = costs.layers if always else 0
     forwards = math.ceil(setup.images / images)
     parts = costs.estimate(forward, checkpointed).peak(first=forwards == 1)
-    return Update(images, forwards, checkpointed, parts | asleep | _buckets(setup))
+    return Update(images, forwards, checkpointed, parts | _asleep(setup) | _buckets(setup))
+
+
+def longest_forward(setup: Setup, checkpointed: int) -> int:
+    """Most images that fit into one forward with so many layers checkpointed; 0 where none does."""
+    costs, room = setup.weights.costs, room_of(setup)
+
+    def too_many(images: int) -> bool:
+        return costs.estimate(setup.forward(images), checkpointed).forward > room
+
+    return bisect_left(range(1, 10**6), True, key=too_many)
 
 
 def stages(setup: Setup) -> dict[str, Parts]:
     """Stage -> what lies on the GPU at its worst moment."""
     found = {}
-    sampled = {
-        "rollout": (setup.images, setup.captions),
-        "validation": (setup.val_images, setup.val_captions),
-    }
-    for stage, (images, captions) in sampled.items():
-        if images and (stage == "validation" or captions > 1):
-            work = Work(images, captions, setup.prompt, setup.image_tokens, setup.longest)
-            found[stage] = _between_updates(setup) | _sampling(setup, work)
+    if setup.captions > 1:  # else it learns references
+        found["rollout"] = _between_updates(setup) | _sampling(setup, setup.work)
+    if setup.val_images:
+        work = replace(setup.work, images=setup.val_images, captions=setup.val_captions)
+        found["validation"] = _between_updates(setup) | _sampling(setup, work)
     found["update"] = update_of(setup).parts
     return found
 
@@ -221,6 +239,9 @@ class Change:
 Other = Callable[[bool], Weights | None]
 """The policy with an adapter, its base in 4 bits or not; None where it is that already."""
 
+WaysOf = Callable[[Setup, Other], list[Change]]
+"""The ways to change one setting, the mildest first."""
+
 
 def changes(setup: Setup, other: Other) -> list[Change]:
     """Each setting that saves memory where it is missing, changed alone: by as little as saves most of it. First what
@@ -229,13 +250,29 @@ def changes(setup: Setup, other: Other) -> list[Change]:
 
 
 def combined(setup: Setup, other: Other) -> list[Change]:
-    """Changes one on the other, until the run fits."""
+    """Changes one on the other until the run fits, none of them in vain; all where it does not fit then."""
+    made, ways = _one_on_the_other(setup, other, WAYS), list(WAYS)
+    if not _fits(made):
+        return made
+    for way in reversed(WAYS):  # what changes most is left out first
+        fewer = [one for one in ways if one is not way]
+        if _fits(_one_on_the_other(setup, other, fewer)):
+            ways = fewer
+    milder = _one_on_the_other(setup, other, ways[::-1])  # what the others leave to save may be little
+    return milder if _fits(milder) else _one_on_the_other(setup, other, ways)
+
+
+def _one_on_the_other(setup: Setup, other: Other, all_ways: Sequence[WaysOf]) -> list[Change]:
     made: list[Change] = []
-    for ways in WAYS:
+    for ways in all_ways:
         if excess(setup) and (found := _best(setup, ways(setup, other))):
             made.append(found)
             setup = found.setup
     return made
+
+
+def _fits(made: Sequence[Change]) -> bool:
+    return bool(made) and not excess(made[-1].setup)
 
 
 def _best(setup: Setup, ways: Sequence[Change]) -> Change | None:
@@ -272,15 +309,14 @@ def _share(setup: Setup, other: Other) -> list[Change]:
     if setup.engine != "vllm":
         return []
     shares = sorted((n / 20 for n in range(2, 19)), key=lambda share: abs(share - setup.share))
-    return [Change(f"--{ENGINE}.gpu_memory_utilization {n:g}", replace(setup, share=n)) for n in shares]
+    ways = [Change(f"--{ENGINE}.gpu_memory_utilization {n:g}", replace(setup, share=n)) for n in shares]
+    return [way for way in ways if not engine_problem(way.setup)]
 
 
 def _max_sequences(setup: Setup, other: Other) -> list[Change]:
     if setup.engine != "policy":
         return []
-    most = min(
-        setup.max_sequences, max(setup.images * setup.captions, setup.val_images * setup.val_captions)
-    )
+    most = min(setup.max_sequences, max(setup.images * setup.captions, setup.val_images * setup.val_captions))
     least = max(setup.captions, setup.val_captions)
     counts = range(most - most % least, least - 1, -least)
     return [Change(f"--{ENGINE}.max_sequences {n}", replace(setup, max_sequences=n)) for n in counts]
@@ -321,4 +357,4 @@ WAYS = (
     _checkpointing, _max_tokens, _sleep, _max_model_len, _share, _max_sequences,
     _num_captions, _max_pixels, _lora, _four_bits,
 )  # fmt: skip
-"""Each makes the ways to change one setting, the mildest first."""
+"""By how much they change: first those that change nothing that is learned."""

@@ -18,7 +18,7 @@ from balcap.module import BalCapModule
 from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.families import base_of, family_of
 from balcap.policy.loading import empty_model, load_processor, prepare
-from balcap.policy.memory import update_costs
+from balcap.policy.memory import OptimizerCosts, update_costs
 from balcap.policy.prompts import PromptEncoder
 from balcap.rollout import HFGenerate, VLLMInProcess
 from balcap.rollout.memory import VLLM_REST, kv_bytes, vllm_weights
@@ -101,11 +101,11 @@ def read_setup(
         **_engine(module, model),
     )
     compiled = _is_compiled(config, model)
-    name, state = optimizer_state(module.optimizer_factory, model)
+    name, optimizer = optimizer_costs(module.optimizer_factory, model)
     assumed = [
         f"a prompt of {prompt:,} tokens, {image_tokens:,} of them the largest image's that the processor makes  [--pixels]",
         f"captions of {setup.longest:,} tokens  [--model.sampling.max_tokens]",
-        f"{name} keeps {state:.2f} bytes for each byte that is trained  [--model.optimizer]",
+        f"{name} keeps {optimizer.state:.2f} bytes for each byte that is trained  [--model.optimizer]",
         f"updates are {'compiled' if compiled else 'not compiled'}  [--model.policy.compile]",
         "not counted: CUDA itself (about 0.5 GB), which is part of what is left alone",
     ]
@@ -134,15 +134,19 @@ def device_bytes(gpu_gb: float | None) -> int:
     return int(gpu_gb * 2**30)
 
 
-def optimizer_state(factory: Callable[..., Any], model: Any) -> tuple[str, float]:
-    """Class of an optimizer, and bytes that it keeps for each byte of what is trained: a step of it on one matrix tells."""
+def optimizer_costs(factory: Callable[..., Any], model: Any) -> tuple[str, OptimizerCosts]:
+    """Class of an optimizer, and what it costs: a step on one matrix in the dtype of what is trained tells what it keeps."""
     dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
     weight = torch.nn.Parameter(torch.zeros(512, 512, dtype=dtype))
     weight.grad = torch.zeros_like(weight)
     optimizer = factory([weight])
     optimizer.step()
     state = (value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor))
-    return type(optimizer).__name__, sum(value.nbytes for value in state) / weight.nbytes
+    many_at_once = optimizer.defaults.get("foreach", False) is not False and not optimizer.defaults.get(
+        "fused"
+    )
+    kept = sum(value.nbytes for value in state) / weight.nbytes
+    return type(optimizer).__name__, OptimizerCosts(kept, 1.0 if many_at_once else 0.0)
 
 
 def largest_prompt(
@@ -163,8 +167,10 @@ def largest_prompt(
     area = pixels or limit or 2**22
     text = max(prompts or [QUESTION], key=len)
     found = []
-    for shape in SHAPES:
-        picture = Image.new("RGB", (max(1, round(math.sqrt(area * shape))), max(1, round(math.sqrt(area / shape)))))
+    for shape in SHAPES if area <= 2**22 else SHAPES[:1]:  # a large picture takes seconds
+        picture = Image.new(
+            "RGB", (max(1, round(math.sqrt(area * shape))), max(1, round(math.sqrt(area / shape))))
+        )
         item = encoder.encode(CaptionBatch(["plan"], [(picture,)], [(b"",)], [text], [""])).items[0]
         found.append((item["input_ids"].shape[1], int((item["input_ids"] == encoder.image_token_id).sum())))
     return *max(found), min(limit, area)
@@ -181,12 +187,13 @@ def _weights(module: BalCapModule, config: PolicyConfig, autocast: bool) -> tupl
         with_reference,
         config.load_in_4bit,
         _is_compiled(config, model),
-        optimizer_state(module.optimizer_factory, model)[1],
+        optimizer_costs(module.optimizer_factory, model)[1],
     )
     if costs is None:
         raise UserError(
-            f"model.policy.model: how much memory an update of {config.model} takes is not known (experts, layers that do not "
-            "attend to all tokens before, an unusual tower). A short fit says it: trainer.max_steps: 3, time/peak_memory_gb"
+            f"model.policy.model: how much memory an update of {config.model} takes is not known (experts, layers that do "
+            "not attend to all tokens before, an unusual tower). A short fit says it: trainer.max_steps: 3, "
+            "time/peak_memory_gb"
         )
     engine, size = module.pipeline.engine, 4 if config.dtype == "float32" else 2
     if not isinstance(engine, VLLMInProcess):

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -118,7 +118,7 @@ class MemoryEstimate:
         head: logits of a chunk, or of all captions without a shared prefix; the gradient of its matrix.
         head_sum: what chunks before have added to that gradient, which stands apart until all have.
         vision: of a pass of the tower; with a trained tower it is kept.
-        optimizer_step: temporaries of the optimizer, one number per trained weight (AdamW on CUDA).
+        optimizer_step: temporaries of the optimizer.
         checkpoints: of `activations` the inputs of checkpointed layers.
         checkpointed: share of the layers, in [0, 1].
         vision_is_kept: whether the tower is trained.
@@ -189,6 +189,18 @@ class MemoryEstimate:
         return [(share, parts | {"casts": self.casts}) for share, parts in moments]
 
 
+class OptimizerCosts(NamedTuple):
+    """Bytes for each byte of what is trained.
+
+    Attributes:
+        state: kept from step to step; torch's Adam and AdamW keep two numbers per weight.
+        temporaries: during a step; of those of torch that work on many tensors at once, as on CUDA, one number per weight.
+    """
+
+    state: float = 2.0
+    temporaries: float = 1.0
+
+
 @dataclass(frozen=True)
 class UpdateCosts:
     """Bytes of an update of one model: fixed ones, and those that grow with what is forwarded; see the module.
@@ -212,6 +224,7 @@ class UpdateCosts:
     reference: int
     gradients: int
     optimizer: int
+    optimizer_step: int
     casts: int
     layers: int
     per_token: float
@@ -254,7 +267,7 @@ class UpdateCosts:
             head=_LOGIT * logits + self.head_gradient,
             head_sum=self.head_gradient if logits < forward.captions * self.vocabulary else 0,
             vision=math.ceil((tower or self.vision_pass) * forward.image_tokens),
-            optimizer_step=self.gradients,
+            optimizer_step=self.optimizer_step,
             checkpoints=math.ceil(checkpoints),
             checkpointed=checkpointed / self.layers,
             vision_is_kept=self.vision_kept > 0,
@@ -268,7 +281,7 @@ def update_costs(
     with_reference: bool = False,
     load_in_4bit: bool = False,
     compiled: bool = False,
-    optimizer_state: float = 2.0,
+    optimizer: OptimizerCosts = OptimizerCosts(),  # noqa: B008  immutable
 ) -> UpdateCosts | None:
     """Of a model as `balcap.policy.loading.prepare` returns it, on any device.
 
@@ -279,7 +292,7 @@ def update_costs(
         with_reference: whether a frozen copy is kept for the KL term; beside an adapter none is.
         load_in_4bit: count matrices as if they were in 4 bits, where they are not yet.
         compiled: whether its layers are, see `balcap.policy.compiled`.
-        optimizer_state: bytes that the optimizer keeps for each byte of what is trained; Adam two numbers per weight.
+        optimizer: of the optimizer.
 
     Returns:
         None for a language model whose layers are not those of a dense decoder (`_READERS`), or do not all attend to all
@@ -323,7 +336,8 @@ def update_costs(
         weights=sum(_nbytes(p, in_4bit) for p, in_4bit in packed),
         reference=sum(p.nbytes for p in model.parameters()) if with_reference and base is model else 0,
         gradients=gradients,
-        optimizer=math.ceil(optimizer_state * gradients),
+        optimizer=math.ceil(optimizer.state * gradients),
+        optimizer_step=math.ceil(optimizer.temporaries * gradients),
         casts=casts + max((2 * num_weights(p) for p, in_4bit in packed if in_4bit), default=0),
         layers=len(layers),
         per_token=sum(

@@ -4,6 +4,7 @@
 ``hf.py``    on the policy itself: needs nothing else; ``decode.py`` reads each prompt once for its captions
 ``vllm/``    vLLM in the trainer's process, or as servers on other GPUs and hosts
 ``auto.py``  vLLM in process where it is installed, else the policy itself
+``memory.py``  what sampling holds on the device, by arithmetic
 ``references.py``  the references in place of sampled captions, for supervised fine-tuning
 """
 

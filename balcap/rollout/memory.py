@@ -13,7 +13,8 @@ LOGIT = 18
 """Bytes of a logit while a token is drawn: itself in 16 bits, and four times float32 (`balcap.rollout.decode._draw`)."""
 
 VLLM_REST = 1.5e9
-"""Bytes that vLLM holds beside weights and KV cache: CUDA graphs, buffers, activations. Assumed, not measured; asleep too."""
+"""Bytes that vLLM holds beside weights and KV cache, asleep too: CUDA graphs, buffers, activations. Assumed, not measured:
+asleep it may be less."""
 
 _QUANTISED = {"fp8": 1.0, "bitsandbytes": 0.5 + 4 / 64}
 """vLLM's ``quantization`` -> bytes of a weight of a linear layer; of NF4 it unpacks the scales, one float32 for 64."""

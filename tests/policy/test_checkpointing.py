@@ -30,8 +30,8 @@ LENGTHS = [[3, 1, 5], [7, 2, 2], [4, 6, 1]]
 ROWS = [0, 1, 2]
 # 16 layers keep 100 bytes per token, 1 when checkpointed; nothing else costs anything.
 COSTS = UpdateCosts(
-    weights=0, reference=0, gradients=0, optimizer=0, casts=0, layers=16, per_token=100, per_seen_key=0, apart=0,
-    checkpointed=1, gradient=0, inference=0, outside=0, vocabulary=1, head_gradient=0, vision_pass=0, vision_kept=0,
+    weights=0, reference=0, gradients=0, optimizer=0, optimizer_step=0, casts=0, layers=16, per_token=100, per_seen_key=0,
+    apart=0, checkpointed=1, gradient=0, inference=0, outside=0, vocabulary=1, head_gradient=0, vision_pass=0, vision_kept=0,
     vision_checkpointed=0,
 )  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from balcap.policy import LoraSettings, PolicyConfig, attention, layout, varlen
 from balcap.policy.compiled import Compiled
 from balcap.policy.families import base_of, family_of
 from balcap.policy.loading import prepare
-from balcap.policy.memory import Forward, update_costs
+from balcap.policy.memory import Forward, OptimizerCosts, update_costs
 from balcap.policy.policy import Policy
 from tests import varlen_reference
 from tests.support import ROOT
@@ -178,8 +177,8 @@ def test_an_update_takes_what_an_h100_measured(
 ) -> None:
     """Weights in bfloat16, adapters in float32; no optimizer. GB of one H100 80GB, docs/performance.md, 2026-11-27; the day
     before, checkpointed and not compiled, 14.7 and 19.6."""
-    costs = update_costs(of_size(*model), compiled=compiled, optimizer_state=0)
-    estimate = replace(costs.estimate(H100, costs.layers if checkpointed else 0), optimizer_step=0)
+    costs = update_costs(of_size(*model), compiled=compiled, optimizer=OptimizerCosts(0, 0))
+    estimate = costs.estimate(H100, costs.layers if checkpointed else 0)
     peak = sum(estimate.peak(first=True).values()) / 1e9
     assert peak == pytest.approx(measured, rel=0.05)
     # All of an update but its first forward finds the gradients there; `auto` reckons with that.
