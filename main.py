@@ -21,6 +21,7 @@ COMMANDS = {
     "cache": ("balcap.commands.ledger", "run_cache"),
     "ledger": ("balcap.commands.ledger", "run_ledger"),
     "report": ("balcap.commands.report", "main"),
+    "study": ("balcap.commands.study", "main"),
     "export": ("balcap.commands.export", "main"),
     "push": ("balcap.commands.push", "main"),
     "general": ("balcap.commands.general", "main"),
