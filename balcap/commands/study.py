@@ -15,7 +15,8 @@ from balcap.utils.files import atomic_write
 from balcap.utils.run_folder import write_problem
 
 if TYPE_CHECKING:
-    from balcap.commands.study_runs import StudyRun, Work
+    from balcap.commands.study_runs import StudyRun
+    from balcap.commands.study_work import Work
     from balcap.report.study import Study
 
 
@@ -50,7 +51,8 @@ def main(args: Sequence[str], work: Work | None = None) -> None:
         problems.append(f"out: {why}")
     _refuse(problems)
 
-    from balcap.commands.study_runs import Work, run_problems, runs_of
+    from balcap.commands.study_runs import run_problems, runs_of
+    from balcap.commands.study_work import Work
 
     runs = runs_of(settings)
     _refuse(run_problems(runs))
@@ -73,7 +75,9 @@ def main(args: Sequence[str], work: Work | None = None) -> None:
         print(f"Results: {', '.join(map(str, written))}")
     if work.failures:
         lines = "\n".join(f"  - {failure}" for failure in work.failures)
-        raise UserError(f"{len(work.failures)} of {len(chosen)} runs failed; the same command tries again:\n{lines}")
+        raise UserError(
+            f"{len(work.failures)} of {len(chosen)} runs failed; the same command tries again:\n{lines}"
+        )
 
 
 def study_of(settings: StudySettings, runs: Sequence[StudyRun]) -> Study:
@@ -85,7 +89,9 @@ def study_of(settings: StudySettings, runs: Sequence[StudyRun]) -> Study:
     left = dict(unfinished(runs))
     arms = []
     for name, own in settings.runs.items():
-        found = {run.seed: None if run.name in left else Run.read(run.folder) for run in runs if run.arm == name}
+        found = {
+            run.seed: None if run.name in left else Run.read(run.folder) for run in runs if run.arm == name
+        }
         arms.append(Arm(name, (own.title if own else None) or name, found))
     return Study(
         title=settings.title or settings.folder.name,
@@ -124,6 +130,7 @@ def write_slurm(folder: Path, words: Sequence[str], total: int, jobs: int) -> No
 #SBATCH --open-mode=append
 #SBATCH --requeue
 # Keys come from the environment: sbatch --export=ALL takes yours.
+export SLURM_JOB_NAME=bash  # so that Lightning starts the processes of a run itself
 cd {shlex.quote(str(Path.cwd()))}
 exec {command} --only "$SLURM_ARRAY_TASK_ID"
 """
@@ -158,7 +165,9 @@ def _parser() -> Parser:
         prog="main.py study",
         description="Runs x seeds of one question. What is done is not run again: the same command goes on.",
     )
-    parser.add_argument("--config", action=SettingsFile, help="The study's YAML; the first word may be its path.")
+    parser.add_argument(
+        "--config", action=SettingsFile, help="The study's YAML; the first word may be its path."
+    )
     parser.add_class_arguments(StudySettings)
     parser.add_argument("--dry_run", action="store_true", help="List what is done and what is left, and end.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at once, on the same devices.")

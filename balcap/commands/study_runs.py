@@ -1,36 +1,26 @@
-"""The runs of a study: what each is made with, how far its folder says it is, and the processes that take it on."""
+"""The runs of a study: what each is made with, and how far its folder says it is."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
 from balcap.cli import BalCapCLI
 from balcap.commands.study_settings import StudySettings
-from balcap.report.run import Run
+from balcap.report.run import read_metrics
 from balcap.trainer.checkpoint import CheckpointError, find_checkpoint, read_checkpoint
-from balcap.utils.errors import UserError
-from balcap.utils.run_folder import holds_fit, in_use
+from balcap.utils.run_folder import holds_fit
 from callbacks.benchmark_eval import POLICY
 from callbacks.run_config import changed_settings
 
 MAIN = Path(__file__).parents[2] / "main.py"
-LOG = "study.log"
-"""In a run's folder: what its processes print."""
-PATIENCE_S = 60.0
-"""How long a run may be held by a process that a killed study has left, and which writes its checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +47,7 @@ class StudyRun:
 
     def left(self) -> list[str]:
         """Commands that it still needs, of ``fit`` and ``test``, by its folder."""
-        if not fit_ended(self.folder):
+        if not fit_ended(self.folder, self.config):
             return ["fit", "test"] if self.evaluate else ["fit"]
         return ["test"] if self.evaluate and not self._tested() else []
 
@@ -82,7 +72,9 @@ class StudyRun:
         path = self.folder / "config.yaml"
         if not path.is_file():
             if holds_fit(self.folder):
-                return [f"{self.folder} holds a run without config.yaml; move it away, or choose another `out`"]
+                return [
+                    f"{self.folder} holds a run without config.yaml; move it away, or choose another `out`"
+                ]
             return []
         changes = [
             change
@@ -105,29 +97,29 @@ class StudyRun:
         except FileNotFoundError:
             return False
         wanted = [POLICY, *(self.config["benchmark_eval"]["models"] or {})]
-        own = [
-            score for name in wanted for key, score in found.get(name, {}).items() if "/" not in key
-        ]
+        own = [score for name in wanted for key, score in found.get(name, {}).items() if "/" not in key]
         return all(name in found for name in wanted) and all(score["score"] is not None for score in own)
 
 
-def fit_ended(folder: Path) -> bool:
+def fit_ended(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether a run folder is that of a fit that came to its own end: at its last step, its time or its budget.
+
+    Args:
+        folder: of the run.
+        config: of the fit, resolved.
 
     The export is written then, whole or not at all. Without one it is the last checkpoint that tells, and a validation
     of its weights where the run validates.
     """
-    if not (folder / "config.yaml").is_file():
-        return False
-    run = Run.read(folder)
-    if run.setting("export.enabled", True):
+    if config["export"]["enabled"]:
         return (folder / "export").is_dir()
     checkpoint = find_checkpoint("last", folder)
     if checkpoint is None:
         return False
-    step = read_checkpoint(checkpoint)["global_step"]
-    validated = [steps[-1] for name, (steps, _) in run.metrics.items() if name.startswith("val/")]
-    return step >= run.setting("trainer.max_steps", 0) > 0 and (not validated or max(validated) >= step)
+    step, total = read_checkpoint(checkpoint)["global_step"], config["trainer"]["max_steps"]
+    metrics = read_metrics(folder / "metrics.csv") if (folder / "metrics.csv").is_file() else {}
+    validated = [steps[-1] for name, (steps, _) in metrics.items() if name.startswith("val/")]
+    return step >= total > 0 and (not validated or max(validated) >= step)
 
 
 class _ParsedCLI(BalCapCLI):
@@ -170,7 +162,7 @@ def runs_of(settings: StudySettings) -> list[StudyRun]:
         try:
             config = resolved([*arguments, "--resume=auto"])
         except SystemExit:
-            print(f"This is of the run {name} of the study.", file=sys.stderr)
+            print(f"The config is that of the run {name} of the study.", file=sys.stderr)
             raise
         for seed in settings.seeds:
             folder = settings.folder / f"{name}-{seed}"
@@ -189,141 +181,6 @@ def run_problems(runs: Sequence[StudyRun]) -> list[str]:
                 "evaluate: false"
             )
     return problems
-
-
-class Process(Protocol):
-    """What of `subprocess.Popen` is used."""
-
-    def poll(self) -> int | None: ...
-
-    def send_signal(self, sig: int, /) -> None: ...
-
-
-@dataclass
-class Work:
-    """Takes runs to their ends in processes, some at a time.
-
-    A run that fails is reported and ends no other. Ctrl-C and SIGTERM are passed on once to each process, which ends with
-    a checkpoint; then `stopped` is the signal. A process dies with this one, however that ends (on Linux).
-
-    Attributes:
-        at_once: processes at a time.
-        start: makes one of a command, which prints into a file.
-        failures: a line for each run that failed.
-        stopped: signal that has ended the work; None while there is none.
-    """
-
-    at_once: int = 1
-    start: Callable[[list[str], Path], Process] = field(default_factory=lambda: start)
-    failures: list[str] = field(default_factory=list)
-    stopped: int | None = None
-    _working: list[_Working] = field(default_factory=list)
-
-    def run(self, runs: Sequence[StudyRun]) -> None:
-        """Everything that is left of these runs."""
-        waiting = [one for one in map(_Working, runs) if one.left]
-        ends = (signal.SIGINT, signal.SIGTERM)
-        before = {sign: signal.signal(sign, self._stop) for sign in ends}
-        try:
-            while self._working or (waiting and not self.stopped):
-                while waiting and not self.stopped and len(self._working) < self.at_once:
-                    one = waiting.pop(0)
-                    self._working.append(one)
-                    self._next(one)
-                for one in [one for one in self._working if one.process and one.process.poll() is not None]:
-                    self._ended(one)
-                time.sleep(0.05)
-        finally:
-            for sign, handler in before.items():
-                signal.signal(sign, handler)
-
-    def _next(self, one: _Working) -> None:
-        wait_until_free(one.run.folder)
-        print(f"{one.run.name}: {one.left[0]} …", flush=True)
-        one.process = self.start(one.run.command(one.left[0]), one.run.folder / LOG)
-
-    def _ended(self, one: _Working) -> None:
-        assert one.process is not None
-        status, name = one.process.poll(), one.left.pop(0)
-        if status == 0 and one.left and not self.stopped:
-            self._next(one)
-            return
-        self._working.remove(one)
-        if status == 0:
-            print(f"{one.run.name}: {'done' if not one.left else 'stopped'}", flush=True)
-        elif self.stopped:
-            print(f"{one.run.name}: stopped", flush=True)
-        else:
-            log = one.run.folder / LOG
-            self.failures.append(f"{one.run.name}: {name} ended with status {status}: {_last_line(log)} ({log})")
-            print(self.failures[-1], flush=True)
-
-    def _stop(self, sign: int, _: Any) -> None:
-        self.stopped = sign
-        print("stopping: the runs write their checkpoints", flush=True)
-        for one in self._working:
-            if one.process is not None and one.process.poll() is None:
-                one.process.send_signal(sign)
-
-
-@dataclass
-class _Working:
-    """A run with what it needs, and its process."""
-
-    run: StudyRun
-    left: list[str] = field(init=False)
-    process: Process | None = None
-
-    def __post_init__(self) -> None:
-        self.left = self.run.left()
-
-
-def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """A process in a session of its own, so that Ctrl-C reaches it through us alone; it gets SIGTERM when we die."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as out:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_die_with(os.getpid()) if sys.platform == "linux" else None,
-        )
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    """A function that makes the process that calls it get SIGTERM when `parent` ends."""
-    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1  # PR_SET_PDEATHSIG
-
-    def tie() -> None:
-        prctl(set_death_signal, signal.SIGTERM)
-        if os.getppid() != parent:  # it has ended in between
-            os._exit(1)
-
-    return tie
-
-
-def wait_until_free(folder: Path) -> None:
-    """Wait for a process that still holds a run folder.
-
-    Raises:
-        UserError: it holds it for more than `PATIENCE_S`.
-    """
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            with in_use(folder):
-                return
-        except UserError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it printed nothing"
 
 
 def unfinished(runs: Sequence[StudyRun]) -> Iterator[tuple[str, str]]:

@@ -80,17 +80,21 @@ class StudySettings:
             problems.append(f"trade_off: {self.trade_off} must be two or three measures, or [] for no figure")
         for name, run in self.runs.items():
             if not re.fullmatch(r"\w[\w.-]*", name):
-                problems.append(f"runs: {name!r} cannot be a name: letters, digits, dots, dashes and underscores")
+                problems.append(
+                    f"runs: {name!r} cannot be a name: letters, digits, dots, dashes and underscores"
+                )
             problems += _of_ours(f"runs.{name}.settings", run.settings if run else {})
         problems += _of_ours("settings", self.settings)
         there = ", ".join(self.runs)
-        for key, name in self._named():
-            if name is not None and name not in self.runs:
-                problems.append(f"{key}: there is no run {name}; there are {there}")
+        for key, named in self._named():
+            if named is not None and named not in self.runs:
+                problems.append(f"{key}: there is no run {named}; there are {there}")
         for number, claim in enumerate(self.claims):
             key = f"claims[{number}].within"
             if (claim.expect == "equal") != (claim.within is not None):
-                problems.append(f"{key}: it belongs to `expect: equal`, and only there: the largest difference of no account")
+                problems.append(
+                    f"{key}: `expect: equal` needs it, and nothing else takes it: the largest difference that counts as none"
+                )
             elif claim.within is not None and claim.within <= 0:
                 problems.append(f"{key}: {claim.within} must be above 0")
         return problems
@@ -121,5 +125,6 @@ def _of_ours(key: str, settings: dict[str, Any]) -> Iterator[str]:
 
 def _flags(settings: dict[str, Any]) -> Sequence[str]:
     return [
-        f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()
+        f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in settings.items()
     ]

@@ -15,8 +15,8 @@ from balcap.benchmarks.scores import Score
 from balcap.report import breakdown, figures
 from balcap.report.curves import Setting, curves, settings_of, trade_off
 from balcap.report.gallery import Card, add_images, groups, held_out
-from balcap.report.rollouts import Captions
 from balcap.report.html import Charts, rendered
+from balcap.report.rollouts import Captions
 from balcap.report.run import Outcome, Run, leaves, short_model
 from balcap.utils.files import atomic_write
 

@@ -143,8 +143,11 @@ class Study:
         return found
 
     def missing(self, measure: str) -> dict[str, int]:
-        """Title of a setting -> its seeds without this figure, where there are any."""
-        gaps = {arm.title: len(arm.runs) - len(arm.values(measure)) for arm in self.arms}
+        """Title of a setting -> its finished runs without this figure, where there are any."""
+        gaps = {
+            arm.title: sum(run is not None for run in arm.runs.values()) - len(arm.values(measure))
+            for arm in self.arms
+        }
         return {title: gap for title, gap in gaps.items() if gap}
 
     @cached_property
@@ -222,10 +225,11 @@ def dominated(points: Mapping[str, Sequence[float]]) -> set[str]:
 def measure_title(measure: str) -> str:
     """As people write it."""
     names = {"dcscore": "DCScore", "captionqa": "CaptionQA", "caparena": "CapArena", "prism": "Prism"}
-    stage, _, name = measure.rpartition("/")
-    if stage == "val":
+    first, _, name = measure.partition("/")
+    if first == "val":
         return f"{TITLES.get(name, name)} (held out)"
-    return names.get(measure, TITLES.get(measure, measure))
+    title = names.get(first, TITLES.get(first, first))
+    return f"{title}, {name}" if name else title
 
 
 def digits(scores: Sequence[Score]) -> int:

@@ -50,12 +50,9 @@ def attention(study: Study) -> Iterator[str]:
     for name, why in (study.unfinished or {}).items():
         yield f"{name}: {why}; its figures are missing."
     for measure in study.measures:
-        gaps = study.missing(measure)
-        if gaps and not all(gap == len(study.seeds) for gap in gaps.values()):
-            of = ", ".join(f"{title} {gap} of {len(study.seeds)}" for title, gap in gaps.items())
-            yield f"{measure_title(measure)} is missing for some seeds: {of}."
-        elif len(gaps) == len(study.arms):
-            yield f"{measure_title(measure)} is missing everywhere: no finished run has it."
+        if gaps := study.missing(measure):
+            of = ", ".join(f"{title} {gap}" for title, gap in gaps.items())
+            yield f"{measure_title(measure)} is missing for finished runs: {of}."
     if not study.measures:
         yield "No finished run has a figure yet."
 
@@ -70,7 +67,7 @@ def rows(study: Study) -> Iterator[list[Any]]:
     for arm in study.arms:
         for measure in study.measures:
             values, mean = arm.values(measure), arm.mean(measure)
-            gap = [""] * 4
+            gap: list[Any] = [""] * 4
             if arm.name != study.reference:
                 one = study.difference(arm.name, measure)
                 gap = [_cell(one.value), _cell(one.low), _cell(one.high), one.n]
@@ -148,7 +145,7 @@ def html(study: Study, out: Path) -> str:
     drawn = [*([_trade_off(study)] if study.trade_off else []), *(_dots(study, m) for m in study.measures)]
     content = {
         "title": study.title,
-        "sections": [("figures", "Figures"), ("claims", "Claims"), ("runs", "Runs")],
+        "sections": [("charts", "Figures"), ("claims", "Claims"), ("runs", "Runs")],
         "attention": list(attention(study)),
         "note": INTERVALS,
         "means": means,
@@ -230,7 +227,9 @@ def draw(study: Study, file: Any) -> None:
 
     columns = 2 if study.trade_off else 1
     height = 1.6 + 0.45 * len(study.arms)
-    picture = Picture(figsize=(7 * columns, max(height, 4.5 if columns == 2 else 0)), dpi=110, layout="constrained")
+    picture = Picture(
+        figsize=(7 * columns, max(height, 4.5 if columns == 2 else 0)), dpi=110, layout="constrained"
+    )
     axes = picture.subplots(1, columns, squeeze=False)[0]
     _draw_dots(axes[0], study)
     if study.trade_off:

@@ -12,7 +12,7 @@ import pytest
 
 from balcap.benchmarks.scores import Score
 from balcap.report.run import Run
-from balcap.report.study import Arm, Claim, Study, dominated, t_interval, verdict
+from balcap.report.study import Arm, Claim, Study, dominated, measure_title, t_interval, verdict
 from balcap.report.study_page import attention, write_study
 from tests.report_runs import write_run
 
@@ -84,7 +84,7 @@ def test_what_is_missing_is_counted_and_is_no_zero(tmp_path: Path) -> None:
     assert study.missing("captionqa") == {"New": 1}
     assert study.arm("new").mean("captionqa").value == 57.5  # of 58 and 57
     assert study.difference("new", "captionqa").n == 2
-    assert any("CaptionQA is missing for some seeds: New 1 of 3" in line for line in attention(study))
+    assert any("CaptionQA is missing for finished runs: New 1." in line for line in attention(study))
     arms = [study.arms[0], Arm("gone", "Gone", {0: None, 1: None, 2: None})]
     gone = Study("t", arms, "base", [Claim("c", "gone", "dcscore")], unfinished={"gone-0": "to do"})
     assert gone.verdicts[0].word == "does not show"
@@ -114,7 +114,9 @@ def test_the_files_tell_the_same(tmp_path: Path) -> None:
     text, page = paths[0].read_text(), paths[3].read_text()
     said = "DCScore, New − Base: +3.0 [+0.5, +5.5] (expected higher; 3 seeds)"
     assert f"| New is better | **holds** | {said} | Table 3 |" in text
-    assert "| New is better at questions | **does not show** |" in text  # -2 and -3: two seeds, a wide interval
+    assert (
+        "| New is better at questions | **does not show** |" in text
+    )  # -2 and -3: two seeds, a wide interval
     assert "| New is worse | **contradicted** |" in text
     assert said in page
     assert 'href="new-1/report.html"' in page
@@ -135,7 +137,9 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
     one = Study("t", arms, "base", study.claims, axes=study.axes)
     text = write_study(one, tmp_path / "out")[0].read_text()
     assert "One seed: there is no interval" in text
-    assert "| New is better | **does not show** | DCScore, New − Base: +2.0 (expected higher; 1 seed) |" in text
+    assert (
+        "| New is better | **does not show** | DCScore, New − Base: +2.0 (expected higher; 1 seed) |" in text
+    )
 
 
 def test_images_of_a_validation_are_counted(tmp_path: Path) -> None:
@@ -143,3 +147,9 @@ def test_images_of_a_validation_are_counted(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "a/rollouts/_images")
     assert Arm("a", "a", {0: run}).images("val/recall") == [7]
     assert Arm("a", "a", {0: run}).images("train/recall") == []
+
+
+def test_measures_are_named_as_people_write_them() -> None:
+    names = ("dcscore", "b_capscore/linguistic", "val/b_capscore", "train/kl", "mine")
+    titles = ["DCScore", "b-CapScore, linguistic", "b-CapScore (held out)", "train, kl", "mine"]
+    assert [measure_title(name) for name in names] == titles
