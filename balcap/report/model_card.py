@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from balcap.report.markdown import base_of, benchmarks, how_to_load, hub_id, public_name, results, table
-from balcap.report.page import facts
+from balcap.report.page import facts, method
 from balcap.report.run import Run
 from balcap.report.text import text_filter
 from balcap.utils.files import atomic_write
@@ -122,11 +122,6 @@ def _text(run: Run, export: Path) -> str:
         "Benchmarks": benchmarks(run),
         "Limits": "Rewards and scores are judgments of models. Captions can be wrong all the same.",
     }
-    supervised = run.setting("model.supervised", False)
-    how = "on reference captions" if supervised else "with reinforcement learning to write better captions"
-    about = (
-        f"{public_name(base)}, trained {how} of images "
-        "([BalCapRL, arXiv 2605.07394](https://arxiv.org/abs/2605.07394))."
-    )
+    about = f"{public_name(base)}, trained {method(run)}."
     shown = [f"## {title}\n\n{text}" if title else text for title, text in parts.items() if text]
     return "\n\n".join([f"# {_name(run, export)}", about, *shown]) + "\n"

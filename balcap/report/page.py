@@ -196,6 +196,17 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
 
 
+def method(run: Run) -> str:
+    """How the captioner was trained, to follow "trained"."""
+    if run.setting("model.supervised", False):
+        return "on reference captions, supervised"
+    weights = run.setting("model.weights", {})
+    algorithm = _class(run.setting("model.advantage", {"class_path": "CGDPO"}))
+    of_paper = set(weights) == {"precision", "recall", "linguistic"} and algorithm == "c-GDPO"
+    source = " (BalCapRL, arXiv 2605.07394)" if of_paper else ""
+    return f"by reinforcement learning on {', '.join(weights)} with {algorithm}{source}"
+
+
 def _duration(hours: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from balcap.report.markdown import base_of, benchmarks, how_to_load, results, table
-from balcap.report.page import facts
+from balcap.report.page import facts, method
 from balcap.report.run import Run, leaves
 from balcap.report.text import text_filter
 from balcap.utils.files import atomic_write
@@ -64,7 +64,7 @@ def readme(run: Run) -> str:
         "Repeat and continue": _repeat(run) if run.command else "",
         "Files": table(["file", "what"], [[f"`{name}`", text] for name, text in there.items()]),
     }
-    lines = [f"# {run.name}", "A captioner trained with BalCapRL (arXiv 2605.07394)."]
+    lines = [f"# {run.name}", f"A captioner trained {method(run)}."]
     lines += [f"## {title}\n\n{text}" if title else text for title, text in parts.items() if text]
     return "\n\n".join(lines) + "\n"
 

@@ -2,7 +2,8 @@
 
 It receives exactly the messages that any judge receives, reads the scene from the image's bytes, and
 answers in the JSON that the task asks for. There is no other input: which task it is stands in the
-first line of the system message, the data stands in the fences of the user message.
+first line of the system message, the data stands in the fences of the user message. Commentary it confirms more often
+than not, as a judge does who cannot refute it, and says that nobody could point at it. `noise.py` makes it err.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -55,6 +57,7 @@ from examples.shapes.language import (
     read_facts,
     say,
 )
+from examples.shapes.noise import Noise, drawn
 from examples.shapes.questions import choose, questions
 from examples.shapes.rivals import differences, grades, meets, rubric
 from examples.shapes.scene import Scene, scene_of
@@ -74,7 +77,7 @@ def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
+def answer(messages: list[dict[str, Any]], noise: Noise = Noise()) -> dict[str, Any]:  # noqa: B008  frozen
     """The oracle's answer to a judge's messages; ValueError where they hold no known task."""
     task = messages[0]["content"].split("\n", 1)[0].removeprefix("Task: ").strip()
     parts = parts_of(messages[1])  # rounds of repair may follow
@@ -87,14 +90,16 @@ def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
         quoted = (quoted_facts(caption["text"]).items() for caption in data["captions"])
         return DecomposeSpans().encode([[Assertion(say(fact), words) for fact, words in of] for of in quoted])
     if task == "verify":
-        scene, facts = _scene(images[0]), [_fact(item["text"]) for item in data["assertions"]]
-        return Verify().encode([Verdict(is_true(fact, scene), is_pointable(fact)) for fact in facts])
+        facts = [_fact(item["text"]) for item in data["assertions"]]
+        confirmed = zip(facts, _confirmed(facts, images[0], noise), strict=True)
+        return Verify().encode([Verdict(one, is_pointable(fact)) for fact, one in confirmed])
     if task == "match":
         units = [_fact(item["text"]) for item in data["reference_units"]]
         stated = [set(map(_fact, caption["assertions"])) for caption in data["captions"]]
-        return Match().encode([[covered(unit, facts) for unit in units] for facts in stated])
+        return Match().encode([_covered(units, facts, noise) for facts in stated])
     if task == "rate":
-        return Rate().encode([Rating(*rate(caption["text"])) for caption in data["captions"]])
+        texts = [caption["text"] for caption in data["captions"]]
+        return Rate().encode([Rating(*(noise.rated(one, text) for one in rate(text))) for text in texts])
     if task == "recaption":
         return Recaption().encode([_description(_scene(images[0]), q["text"]) for q in data["questions"]])
     if task == "answer":
@@ -115,7 +120,8 @@ def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
         criteria = rubric(_scene(images[0]), _draw(images[0]), data["number"])
         return WriteRubric().encode([[Criterion(**one) for one in criteria]])
     if task == "compare":
-        return Compare().encode([_better(_scene(images[0]), p["first"], p["second"]) for p in data["pairs"]])
+        pairs = [(pair["first"], pair["second"]) for pair in data["pairs"]]
+        return Compare().encode([_better(images[0], *pair, noise) for pair in pairs])
     if task == "grade":
         return Grade().encode([grades(_scene(images[0]), caption["text"]) for caption in data["captions"]])
     if task == "differences":
@@ -160,7 +166,35 @@ def _matched(fact: Any, annotated: list[Any]) -> int | None:
     )
 
 
-def _better(scene: Scene, first: str, second: str) -> str:
+CONFIRMED = 0.85
+"""Share of commentary, such as an inviting atmosphere, that who sees the picture confirms: it cannot be refuted."""
+
+
+def _confirmed(facts: Sequence[Any], image: str, noise: Noise) -> list[bool]:
+    """Whether each fact is said to be true of a picture."""
+    scene = _scene(image)
+    right = [
+        drawn(image, say(fact)) < CONFIRMED if fact[0] == "meta" else is_true(fact, scene) for fact in facts
+    ]
+    return [
+        noise.said(one, place, len(facts), "true", image, say(fact))
+        for place, (fact, one) in enumerate(zip(facts, right, strict=True))
+    ]
+
+
+def _covered(units: Sequence[Any], stated: set[Any], noise: Noise) -> list[bool]:
+    """Whether each unit is said to be covered by what a caption states."""
+    texts = sorted(map(say, stated))
+    return [
+        noise.said(covered(unit, stated), place, len(units), "covered", say(unit), *texts)
+        for place, unit in enumerate(units)
+    ]
+
+
+def _better(image: str, first: str, second: str, noise: Noise) -> str:
+    if noise.first_wins(image, first, second):
+        return "first"
+    scene = _scene(image)
     gap = quality(scene, first) - quality(scene, second)
     return "tie" if abs(gap) < 0.02 else "first" if gap > 0 else "second"
 
@@ -181,7 +215,8 @@ class Oracle(CustomLLM):
     async def acompletion(self, *args: Any, **kwargs: Any) -> ModelResponse:
         """See `litellm.acompletion`."""
         response, messages = kwargs["model_response"], kwargs["messages"]
-        content = json.dumps(answer(messages))
+        noise = Noise(**kwargs["optional_params"].get("noise", {}))
+        content = json.dumps(answer(messages, noise))
         response.choices[0].message.content = content
         response.choices[0].finish_reason = "stop"
         response.usage = self.usage(kwargs["model"], messages, content)

@@ -207,5 +207,24 @@ def test_a_supervised_run_is_not_called_reinforcement_learning(run: Path) -> Non
     assert "sft" in metadata_load(run / "export/README.md")["tags"]
     assert "| algorithm | supervised, on the references |" in text
     assert "| images × captions a step | 16 × 1 per rank |" in text
-    assert "trained on reference captions of images" in text
+    assert "trained on reference captions, supervised." in text
     assert not any(word in text for word in ("reinforcement", "grpo", "KL coefficient", "| rewards |"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "advantage", "says"),
+    [
+        (["precision", "recall", "linguistic"], None, "with c-GDPO (BalCapRL, arXiv 2605.07394)."),
+        (["precision", "recall", "linguistic"], "balcap.algorithms.GRPO", "recall with GRPO."),
+        (["caprl"], None, "by reinforcement learning on caprl with c-GDPO."),
+    ],
+)
+def test_a_method_is_called_by_its_name(
+    run: Path, weights: list[str], advantage: str | None, says: str
+) -> None:
+    model = {**SETTINGS["model"], "weights": dict.fromkeys(weights, 1.0)}
+    if advantage:
+        model["advantage"] = {"class_path": advantage}
+    (run / "config.yaml").write_text(yaml.safe_dump({**SETTINGS, "model": model}))
+    assert says in write_readme(Run.read(run)).read_text()
+    assert says in write_model_card(Run.read(run), run / "export").read_text()

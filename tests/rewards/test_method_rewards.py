@@ -20,6 +20,10 @@ from balcap.rewards import (
     ClaimDiff,
     Completeness,
     Correctness,
+    Linguistic,
+    PooledRecall,
+    Precision,
+    Recall,
     Reward,
     RewardSuite,
     RubiCap,
@@ -38,6 +42,7 @@ from tests.judge_server import JudgeServer
 SCENE = Scene((Thing("red", "circle", "large", "top left"), Thing("blue", "star", "small", "center")), "grey")
 GOOD = "There is a large red circle in the top left corner. A small blue star sits in the center."
 POOR = "There is a green circle."
+SIZES, COLOURS = ("large", "small", "tiny"), ("red", "green", "blue", "pink")
 QUESTIONS = [
     {"question": "What colour is the circle?", "choices": ["red", "green", "blue"], "answer": "red"},
     {"question": "How large is the blue star?", "choices": ["small", "large"], "answer": "A"},
@@ -207,6 +212,53 @@ def test_a_judgment_that_fails_is_nan_and_no_other_is(
     assert not any(math.isnan(score) for (score,) in right)
     server.script = [fault, None]  # and no second attempt
     close(scores(judge, rollouts, reward()), [[math.nan], right[1]])
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        (Precision, Recall, Linguistic),
+        (Precision, PooledRecall),
+        (CapRL, CapRLLength),
+        (Correctness, Completeness, VisibleText),
+        (ClaimDiff,),
+        (RubiCap,),
+    ],
+    ids=["BalCapRL, GRPO, FEEDQUILL", "without references", "CapRL", "VCap", "ClaimDiff", "RubiCap"],
+)
+def test_where_three_calls_in_ten_fail_a_reward_is_right_or_missing(
+    rewards: tuple[type[Reward], ...], server: JudgeServer, image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    captions = [f"There is a {size} {colour} circle. It is here." for size in SIZES for colour in COLOURS]
+    criteria = [{"criterion": f"The caption says: {GOOD.split('.')[0]}.", "weight": 2}]
+    rollouts = rollouts_of(captions, image, reference=GOOD, questions=QUESTIONS, rubric=criteria)
+    suite, found = RewardSuite([reward() for reward in rewards]), []
+    for share in (0.0, 0.3):
+        server.fault_share, server.faults = share, ("500", "refusal", "short")
+        judge = Judge(
+            "openai/gpt-4o-mini",
+            params={"api_base": server.url},
+            cache=None,
+            retries=0,
+            max_failed_share=1.0,
+            grouping="per_rollout",
+        )
+        judgments = suite.gather(judge, rollouts)
+        found.append((suite(rollouts, judgments)[0], judgments))
+        judge.close()
+    (right, _), (scores, judgments) = found
+    missing = scores.isnan()
+    assert not right.isnan().any()
+    assert missing.any()
+    assert not missing.all()
+    if CapRL in rewards:  # what is answered of a caption counts
+        answered = judgments["answer"][0]
+        missing |= torch.tensor([[one is None or None in one] for one in answered])
+    if PooledRecall in rewards:  # a pool of fewer captions holds less
+        missing[:, 1] = True
+    torch.testing.assert_close(scores[~missing], right[~missing])
+    assert sum(judgments.failures.values()) > 0
 
 
 # ---- VCap

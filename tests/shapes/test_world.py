@@ -84,7 +84,7 @@ def test_the_oracle_answers_the_judges_own_messages() -> None:
         "The red circle is in the top left corner.": (True, True),
         "There is a green star.": (False, True),
         "The green star is in the center.": (False, True),
-        "The mood is calm.": (False, False),
+        "The mood is calm.": (True, False),
     }
     assert matched == [True, False, False]
     assert 0.3 < rating.mean < 1
