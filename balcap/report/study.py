@@ -68,9 +68,16 @@ class Arm:
         return t_interval(list(self.values(measure).values()))
 
     def images(self, measure: str) -> list[int]:
-        """Images behind the figure of each seed, as far as the runs say."""
-        counts = [images(run, measure) for run in self.runs.values() if run is not None]
-        return [count for count in counts if count is not None]
+        """Images behind the figure of each seed, as far as the runs say: of the benchmark, or of the last validation."""
+        if measure.startswith("val/"):
+            return self._held_out
+        runs = [run for run in self.runs.values() if run is not None]
+        return [run.benchmarks[measure]["n"] for run in runs if measure in run.benchmarks]
+
+    @cached_property
+    def _held_out(self) -> list[int]:
+        counts = [held_out_images(run) for run in self.runs.values() if run is not None]
+        return [count for count in counts if count]
 
 
 @dataclass(frozen=True)
@@ -169,12 +176,19 @@ def figure(run: Run, measure: str) -> float:
     return values[-1] if values else math.nan
 
 
-def images(run: Run, measure: str) -> int | None:
-    """How many images a figure is of: those of the benchmark, or of the last validation; None where nothing says so."""
-    if measure in run.benchmarks:
-        return run.benchmarks[measure].get("n")
-    last = run.rollouts.ends[1] if measure.startswith("val/") else None
-    return None if last is None else len(set(last.texts("sample_id")))
+def held_out_images(run: Run) -> int:
+    """How many images the last validation of a run was of, by its rollout log; 0 where that says nothing."""
+    import pyarrow.parquet as pq
+
+    files = sorted((run.folder / "rollouts").glob("val-*.parquet"))  # val-<step>-…
+    last = [path for path in files if path.name.split("-")[1] == files[-1].name.split("-")[1]]
+    return len(
+        {
+            image
+            for path in last
+            for image in pq.read_table(path, columns=["sample_id"])["sample_id"].to_pylist()
+        }
+    )
 
 
 def t_interval(values: Sequence[float]) -> Score:

@@ -143,7 +143,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(study_file, cli, tmp_p
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     study([file, f"--out={whole}"], Work(start=_Here(cli)))
 
-    command = [sys.executable, str(ROOT / "main.py"), "study", file, "--jobs=2", f"--out={killed}"]
+    command = [sys.executable, str(ROOT / "main.py"), "study", file, f"--out={killed}"]
     process = subprocess.Popen(command, cwd=ROOT)
     deadline = time.monotonic() + 240
     while not list(killed.glob("*/metrics.csv")) and time.monotonic() < deadline and process.poll() is None:
