@@ -2,9 +2,8 @@
 ``check``, ``plan`` and ``estimate`` take the same and look at a run before it starts.
 
 ``recaption --config configs/recaption.yaml`` writes the references that it is trained on, ``annotate`` questions or rubrics;
-``serve`` starts a vLLM
-server that samples for a run; ``push`` uploads an export; ``general`` runs lmms-eval; ``cache`` and ``ledger`` show
-what judges have answered and cost.
+``study`` makes many runs of one question; ``serve`` starts a vLLM server that samples for a run; ``push`` uploads an export;
+``general`` runs lmms-eval; ``cache`` and ``ledger`` show what judges have answered and cost.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ COMMANDS = {
     "cache": ("balcap.commands.ledger", "run_cache"),
     "ledger": ("balcap.commands.ledger", "run_ledger"),
     "report": ("balcap.commands.report", "main"),
+    "study": ("balcap.commands.study", "main"),
     "export": ("balcap.commands.export", "main"),
     "push": ("balcap.commands.push", "main"),
     "general": ("balcap.commands.general", "main"),

@@ -16,6 +16,8 @@
 `benchmark.py`   benchmarks of captioners (`test`)
 `general.py`     ten general vision benchmarks, by lmms-eval in an environment of its own
 `serve.py`       a vLLM server that samples for a run
+`study.py`       runs x seeds of one question; `study_settings.py` (its YAML), `study_runs.py` (its runs),
+                 `study_work.py` (their processes)
 `listing.py`     all commands, for who typed none or a wrong one
 `ledger.py`      what a cache and a ledger of judgments hold (`ledger`, `cache`)
 """

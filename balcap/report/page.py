@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -16,14 +15,13 @@ from balcap.benchmarks.scores import Score
 from balcap.report import breakdown, figures
 from balcap.report.curves import Setting, curves, settings_of, trade_off
 from balcap.report.gallery import Card, add_images, groups, held_out
+from balcap.report.html import Charts, rendered
 from balcap.report.rollouts import Captions
 from balcap.report.run import Outcome, Run, leaves, short_model
-from balcap.report.text import text_filter
 from balcap.utils.files import atomic_write
 
 HELD_OUT, GROUPS = 200, 40
 """Cards of a report, over all runs."""
-TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = (
     ("curves", "Curves"),
     ("captions", "Captions"),
@@ -64,37 +62,12 @@ def write_report(runs: Sequence[Run], out: str | Path) -> Path:
 
 def render(runs: Sequence[Run]) -> str:
     """The HTML text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    visible = text_filter()
-
-    def finalize(value: Any) -> Any:
-        return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        finalize=finalize,
-    )
-    content, drawn = _content(runs)
-    assets = {name: Markup((TEMPLATES / f"report.{name}").read_text()) for name in ("css", "js")}
-    charts = {key: _texts({"data": f["data"], "layout": f["layout"]}, visible) for key, f in drawn.items()}
-    template = environment.get_template("report.html.jinja")
-    return template.render(**content, **assets, figures=charts, plotly=Markup(get_plotlyjs()))
+    content, charts = _content(runs)
+    return rendered("report.html.jinja", content, charts)
 
 
-def _content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, figures.Figure]]:
-    drawn: dict[str, figures.Figure] = {}
-
-    def chart(figure: figures.Figure) -> dict[str, Any]:
-        key = f"f{len(drawn)}"
-        drawn[key] = figure
-        return {"id": key, "title": figure["title"], "note": figure.get("note")}
-
+def _content(runs: Sequence[Run]) -> tuple[dict[str, Any], Charts]:
+    page = Charts()
     settings = settings_of(runs)
     cards = _cards(runs)
     before, after = runs[0].rollouts.ends
@@ -110,7 +83,7 @@ def _content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, figures.Fig
         "sections": SECTIONS,
         "runs": [_run_part(run) for run in runs],
         "table": _table(settings) if several else None,
-        "curves": [chart(figure) for figure in curves(settings)],
+        "curves": [page.add(figure) for figure in curves(settings)],
         "curves_lead": _curves_lead(settings),
         "cards": cards,
         "kinds": [
@@ -119,20 +92,18 @@ def _content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, figures.Fig
             if (n := sum(card.kind == kind for card in cards))
         ],
         "captions_lead": _captions_lead(runs, cards),
-        "breakdown": [chart(figure) for figure in charts],
+        "breakdown": [page.add(figure) for figure in charts],
         "breakdown_lead": _breakdown_lead(runs),
         "mask_lead": _mask_lead(runs[0]),
         "folders": breakdown.by_folder(runs[0]),
         "judges": [_judge(run) for run in runs if run.calls is not None],
-        "judge_figures": [chart(judge_charts)] if judge_charts else [],
+        "judge_figures": [page.add(judge_charts)] if judge_charts else [],
         "contradictions": found,
         "consistent": "None: every statement about an image that was judged more than once got the same answer."
         if any(part.judged for part in judged)
         else "No verdicts were logged.",
-        "version": _version(),
-        "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
     }
-    return content, drawn
+    return content, page
 
 
 def _cards(runs: Sequence[Run]) -> list[Card]:
@@ -401,18 +372,3 @@ def _merged(parts: Any) -> dict[str, list[float]]:
 def _mean(values: Any) -> float:
     values = values[values == values]
     return float(values.mean()) if len(values) else math.nan
-
-
-def _texts(value: Any, visible: Callable[[str], str]) -> Any:
-    """A figure whose texts are as the page may show them."""
-    if isinstance(value, Mapping):
-        return {key: _texts(inner, visible) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_texts(inner, visible) for inner in value]
-    return visible(value) if isinstance(value, str) else value
-
-
-def _version() -> str:
-    from balcap import __version__
-
-    return __version__

@@ -29,9 +29,12 @@ def check_trusted(args: Sequence[str]) -> None:
     """
     words = [word for arg in args for word in arg.split("=", 1)]
     values: list[Any] = []
-    for word in words:
+    for word in words:  # grows: a study names the configs of its runs
         if word.endswith((".yaml", ".yml")) and Path(word).is_file():
             values.append(yaml.safe_load(Path(word).read_text(encoding="utf-8")))
+            words += [
+                text for text in _texts(values[-1]) if text.endswith((".yaml", ".yml")) and text not in words
+            ]
         elif not word.startswith("--"):
             try:
                 values.append(yaml.safe_load(word))

@@ -12,6 +12,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from balcap.report.page import write_report
 from balcap.report.run import Run
+from balcap.report.study import Arm, Claim, Study
+from balcap.report.study_page import write_study
 from tests.report_runs import write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -181,3 +183,17 @@ def test_light_and_dark(open_page: Any, reports: dict[str, Path]) -> None:
     assert dark[1] != light[1]
     page.click("#theme")
     assert page.evaluate(colours) == dark
+
+
+def test_the_page_of_a_study(open_page: Any, reports: dict[str, Path], tmp_path: Path) -> None:
+    seeds = [Run.read(reports["one"].parent / f"seed-{seed}") for seed in range(3)]
+    arms = [
+        Arm("one", "One", dict(enumerate(seeds))),
+        Arm("two", ODD[0], dict(enumerate([*seeds[1:], seeds[0]]))),
+    ]
+    claims = [Claim(ODD[3], "two", "val/recall")]
+    study = Study("A question", arms, "one", claims, axes=("val/precision", "val/recall"))
+    page = open_page(write_study(study, tmp_path)[3])
+    draw_everything(page)
+    assert page.locator(".js-plotly-plot").count() == len(study.measures) + 1
+    assert page.locator("tbody th", has_text=ODD[0]).count() == 2

@@ -43,3 +43,10 @@ def test_the_flag_stops_a_command_before_anything_is_imported(tmp_path: Path) ->
     (tmp_path / "c.yaml").write_text(f"model: {{rewards: [no.such.module]}}\nrun_dir: {tmp_path}/run\n")
     with pytest.raises(SystemExit, match=r"no\.such\.module would run code"):
         main(["fit", "--trusted_only", "--config", str(tmp_path / "c.yaml")])
+
+
+def test_configs_that_a_study_names_are_read(tmp_path: Path) -> None:
+    (tmp_path / "method.yaml").write_text("model: {advantage: evil.Advantage}")
+    (tmp_path / "study.yaml").write_text(f"runs: {{mine: {{configs: [{tmp_path}/method.yaml]}}}}")
+    with pytest.raises(UserError, match=r"evil\.Advantage"):
+        check_trusted(["study", str(tmp_path / "study.yaml")])

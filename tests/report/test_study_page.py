@@ -1,0 +1,155 @@
+"""Means, paired differences and verdicts of a study, and the files that they are written to."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from balcap.benchmarks.scores import Score
+from balcap.report.run import Run
+from balcap.report.study import Arm, Claim, Study, dominated, measure_title, t_interval, verdict
+from balcap.report.study_page import attention, write_study
+from tests.report_runs import write_run
+
+
+def _run(folder: Path, scores: dict[str, float | None], recall: float = 0.5) -> Run:
+    """A run whose folder holds little: benchmarks, and two validations."""
+    folder.mkdir(parents=True)
+    entries = {name: {"score": score, "low": None, "high": None, "n": 20} for name, score in scores.items()}
+    (folder / "benchmarks.json").write_text(json.dumps(entries))
+    (folder / "metrics.csv").write_text(f"step,val/recall\n0,0.1\n9,{recall}\n")
+    return Run.read(folder)
+
+
+def _study(tmp_path: Path, **options: object) -> Study:
+    """Two settings of three seeds: differences of DCScore 2, 3, 4; the second lacks CaptionQA for its last seed."""
+    arms = []
+    for name, start, gains in (("base", 50.0, (0, 0, 0)), ("new", 50.0, (2, 3, 4))):
+        runs: dict[int, Run | None] = {}
+        for seed, gain in enumerate(gains):
+            captionqa = None if (name, seed) == ("new", 2) else 60.0 - gain
+            scores = {"dcscore": start + 10 * seed + gain, "dcscore/recall": 1.0, "captionqa": captionqa}
+            runs[seed] = _run(tmp_path / f"{name}-{seed}", scores)
+        arms.append(Arm(name, name.title(), runs))
+    return Study(title="A question", arms=arms, reference="base", axes=("dcscore", "captionqa"), **options)
+
+
+def test_an_interval_is_students() -> None:
+    # mean 3, s = 1, n = 3: 4.3027 * 1 / sqrt(3) = 2.4841
+    score = t_interval([2.0, 3.0, 4.0])
+    assert (score.value, score.n) == (3.0, 3)
+    assert score.low == pytest.approx(3 - 2.4841, abs=1e-4)
+    assert score.high == pytest.approx(3 + 2.4841, abs=1e-4)
+    assert t_interval([5.0]).value == 5.0
+    assert math.isnan(t_interval([5.0]).low)
+    assert math.isnan(t_interval([]).value)
+
+
+def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
+    study = _study(tmp_path)
+    gap = study.difference("new", "dcscore")
+    assert (gap.value, gap.n) == (3.0, 3)
+    # seeds are 10 apart, which the pairing takes out: 4.3027 / sqrt(3) around 3, not more than 10
+    assert gap.low == pytest.approx(3 - 2.4841, abs=1e-4)
+    assert study.arm("new").mean("dcscore").low < 50
+    assert study.measures == ["dcscore", "captionqa", "val/recall"]
+
+
+@pytest.mark.parametrize(
+    ("expect", "low", "high", "word"),
+    [
+        ("higher", 0.1, 0.3, "holds"),
+        ("higher", -0.1, 0.3, "does not show"),
+        ("higher", -0.3, -0.1, "contradicted"),
+        ("lower", -0.3, -0.1, "holds"),
+        ("lower", 0.1, 0.3, "contradicted"),
+        ("equal", -0.1, 0.2, "holds"),
+        ("equal", -0.1, 0.6, "does not show"),
+        ("equal", 0.6, 0.9, "contradicted"),
+        ("equal", math.nan, math.nan, "does not show"),
+        ("higher", math.nan, math.nan, "does not show"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(expect: str, low: float, high: float, word: str) -> None:
+    assert verdict(expect, Score((low + high) / 2, low, high, 3), within=0.5) == word
+
+
+def test_what_is_missing_is_counted_and_is_no_zero(tmp_path: Path) -> None:
+    study = _study(tmp_path)
+    assert study.missing("captionqa") == {"New": 1}
+    assert study.arm("new").mean("captionqa").value == 57.5  # of 58 and 57
+    assert study.difference("new", "captionqa").n == 2
+    assert any("CaptionQA is missing for finished runs: New 1." in line for line in attention(study))
+    arms = [study.arms[0], Arm("gone", "Gone", {0: None, 1: None, 2: None})]
+    gone = Study("t", arms, "base", [Claim("c", "gone", "dcscore")], unfinished={"gone-0": "to do"})
+    assert gone.verdicts[0].word == "does not show"
+    assert "gone-0: to do; its figures are missing." in list(attention(gone))
+    paths = write_study(gone, tmp_path / "out")
+    rows = list(csv.DictReader(paths[1].open()))
+    row = next(row for row in rows if (row["run"], row["measure"]) == ("gone", "dcscore"))
+    assert (row["mean"], row["seeds"], row["missing_seeds"], row["seed_0"]) == ("", "0", "3", "")
+    assert "| Gone | – (0 of 3 seeds) |" in paths[0].read_text()
+
+
+def test_dominated_needs_every_view() -> None:
+    points = {"a": (1.0, 2.0, 3.0), "b": (1.0, 1.0, 3.0), "c": (0.0, 5.0, 0.0), "twin": (1.0, 2.0, 3.0)}
+    assert dominated(points) == {"b"}
+
+
+def test_the_files_tell_the_same(tmp_path: Path) -> None:
+    claims = [
+        Claim("New is better", "new", "dcscore", source="Table 3"),
+        Claim("New is better at questions", "new", "captionqa"),
+        Claim("New is worse", "new", "dcscore", expect="lower"),
+    ]
+    report = tmp_path / "new-1/report.html"
+    study = _study(tmp_path, claims=claims)
+    report.write_text("a report")
+    paths = write_study(study, tmp_path)
+    text, page = paths[0].read_text(), paths[3].read_text()
+    said = "DCScore, New − Base: +3.0 [+0.5, +5.5] (expected higher; 3 seeds)"
+    assert f"| New is better | **holds** | {said} | Table 3 |" in text
+    assert (
+        "| New is better at questions | **does not show** |" in text
+    )  # -2 and -3: two seeds, a wide interval
+    assert "| New is worse | **contradicted** |" in text
+    assert said in page
+    assert 'href="new-1/report.html"' in page
+    assert page.count('href="new-') == 1
+    assert "http://" not in page.split("<script")[0]
+    assert "DCScore, 20 images" in text
+    rows = {(row["run"], row["measure"]): row for row in csv.DictReader(paths[1].open())}
+    row = rows["new", "dcscore"]
+    assert (float(row["mean"]), float(row["difference"]), row["images"]) == (63.0, 3.0, "20")
+    assert float(row["seed_2"]) == 74.0
+    assert rows["base", "dcscore"]["difference"] == ""
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
+    study = _study(tmp_path, claims=[Claim("New is better", "new", "dcscore")])
+    arms = [Arm(arm.name, arm.title, {0: arm.runs[0]}) for arm in study.arms]
+    one = Study("t", arms, "base", study.claims, axes=study.axes)
+    text = write_study(one, tmp_path / "out")[0].read_text()
+    assert "One seed: there is no interval" in text
+    assert (
+        "| New is better | **does not show** | DCScore, New − Base: +2.0 (expected higher; 1 seed) |" in text
+    )
+
+
+def test_images_of_a_validation_are_counted(tmp_path: Path) -> None:
+    run = Run.read(write_run(tmp_path / "a", steps=3, images=7))
+    shutil.rmtree(tmp_path / "a/rollouts/_images")
+    assert Arm("a", "a", {0: run}).images("val/recall") == [7]
+    assert Arm("a", "a", {0: run}).images("train/recall") == []
+
+
+def test_measures_are_named_as_people_write_them() -> None:
+    names = ("dcscore", "b_capscore/linguistic", "val/b_capscore", "train/kl", "mine")
+    titles = ["DCScore", "b-CapScore, linguistic", "b-CapScore (held out)", "train, kl", "mine"]
+    assert [measure_title(name) for name in names] == titles
