@@ -136,7 +136,10 @@ def _reward_problems(model: BalCapModule) -> list[str]:
     if model.judge is None and needing:
         problems.append(f"model.judge: {', '.join(map(str, needing))} need judgments; name a judge")
     trained = [reward for reward in model.rewards.rewards if model.weights.get(str(reward.name))]
-    if model.advantage.needs_spans and not any(reward.judges_assertions for reward in trained):
+    judging = [one for one in trained if one.judges_assertions]
+    if not model.advantage.needs_coverage:
+        judging = [one for one in judging if not one.needs_for_spans]
+    if model.advantage.needs_spans and not judging:
         problems.append(
             f"model.advantage: {type(model.advantage).__name__} gives credit by verdicts on assertions; add "
             "balcap.rewards.Precision to model.rewards, with a weight, or use CGDPO"

@@ -91,7 +91,7 @@ class BalCapModule(L.LightningModule):
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen rest
         self.advantage, self.advantage_transforms = advantage or CGDPO(), advantage_transforms or []
         self.policy_config, self.judge = policy, judge
-        self.rewards = RewardSuite(rewards, spans=self.advantage.needs_spans)
+        self.rewards = RewardSuite(rewards, self.advantage.needs_spans, self.advantage.needs_coverage)
         self.weights, self.num_captions, self.val_captions = weights, num_captions, val_captions
         self.supervised = supervised
         self.predict_temperature = predict_temperature

@@ -14,7 +14,7 @@ from balcap.algorithms import cgdpo
 from balcap.cli import ConfigError
 from balcap.judge import Judgments, Verdict
 from balcap.judge.tasks import Assertion
-from balcap.rewards import Linguistic, Precision, RewardSuite
+from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
 from balcap.trainer.spans import assertion_spans
 from balcap.types import CaptionBatch, Rollouts
 from tests.support import ROOT, metrics
@@ -35,8 +35,14 @@ def test_words_become_tokens_and_verdicts() -> None:
     rollouts = Rollouts(batch, [[caption, caption, "A"]], token_ids, mask[None], rest, rest, rest, rest[0])
     said = [Assertion("It is red.", "red", 2), Assertion("It is a circle.", "circle", 6), Assertion("Calm.")]
     verdicts = [Verdict(True, True), Verdict(False, True), Verdict(True, False)]
-    answers = {"decompose_spans": [[said, said, None]], "verify": [[verdicts, None, None]]}
-    suite = RewardSuite([Linguistic(), Precision()], spans=True)
+    sources = [[2], None, [0, 2]]  # of three units of the reference
+    answers = {
+        "decompose_spans": [[said, said, None]],
+        "verify": [[verdicts, None, None]],
+        "match_spans": [[sources, None, None]],
+    }
+    suite = RewardSuite([Linguistic(), Precision(), Recall()], spans=True, coverage=True)
+    assert {"decompose_spans", "match_spans"} <= {task.name for task in suite.needs}
     spans = assertion_spans(suite, rollouts, Judgments(answers, [None]), tokenizer)
     places = [[row.nonzero()[:, 0].tolist() for row in caption] for caption in spans.tokens[0]]
     assert places == [[[1], [2], []], [[1], [2], []], [[], [], []]]
@@ -44,16 +50,18 @@ def test_words_become_tokens_and_verdicts() -> None:
     expected = torch.tensor([[1.0, 0.0, 0.0], nan, nan])
     torch.testing.assert_close(spans.verdicts[0, ..., 1], expected, equal_nan=True)
     assert spans.verdicts[..., 0].isnan().all()
+    covering = torch.tensor([[1.0, 0.0, 1.0], nan, nan])
+    torch.testing.assert_close(spans.verdicts[0, ..., 2], covering, equal_nan=True)
     torch.testing.assert_close(spans.located()[0, 0], torch.tensor([1.0, 1.0, 0.0]))
     assert spans.located()[0, 1:].isnan().all()
 
 
-def test_a_run_credits_tokens_and_keeps_each_captions_advantage(fit_arguments, cli, tmp_path: Path) -> None:
-    cli(
-        fit_arguments(
-            **SPAN_CREDIT, **{"model.lag": 1, "model.num_captions": 4, "model.advantage.kappa": 1.0}
-        )
-    )
+@pytest.mark.parametrize("coverage", [False, True])
+def test_a_run_credits_tokens_and_keeps_each_captions_advantage(
+    fit_arguments, cli, tmp_path: Path, coverage: bool
+) -> None:
+    settings = {"model.lag": 1, "model.num_captions": 4, "model.advantage.kappa": 1.0}
+    cli(fit_arguments(**SPAN_CREDIT, **settings, **{"model.advantage.coverage": coverage}))
     rows = [row for row in metrics(tmp_path / "run") if row.get("train/loss")]
     assert len(rows) == 2
     assert all(float(row["train/assertions_located"]) > 0.9 for row in rows)
@@ -89,8 +97,10 @@ def test_what_it_needs_is_said_before_anything_is_paid(fit_arguments, cli) -> No
 
 
 def test_an_estimate_prices_the_words(fit_arguments, cli, capsys) -> None:
-    cli(fit_arguments("estimate", **SPAN_CREDIT, **{"trainer.max_steps": 2}))
+    settings = {"trainer.max_steps": 2, "model.advantage.coverage": True}
+    cli(fit_arguments("estimate", **SPAN_CREDIT, **settings))
     lines = capsys.readouterr().out.split("\n")
-    spans = next(line.split("│") for line in lines if "decompose_spans" in line)
-    assert float(spans[3].replace(",", "")) > 0
-    assert float(spans[5].replace(",", "")) > 0
+    for task in ("decompose_spans", "match_spans"):
+        spans = next(line.split("│") for line in lines if task in line)
+        assert float(spans[3].replace(",", "")) > 0
+        assert float(spans[5].replace(",", "")) > 0

@@ -24,9 +24,11 @@ class AdvantageEstimator(ABC):
     Attributes:
         needs_spans: whether it gives advantages per token, by `token_advantages`. Captions are then decomposed with the
             words that each assertion comes from (`balcap.judge.tasks.DecomposeSpans`).
+        needs_coverage: whether it has use for which assertions cover the reference (`balcap.judge.tasks.MatchSpans`).
     """
 
     needs_spans: ClassVar[bool] = False
+    needs_coverage: bool = False
 
     @abstractmethod
     def advantages(self, rewards: Tensor, weights: Tensor, all_gather: AllGather | None = None) -> Tensor:

@@ -20,14 +20,18 @@ class SpanCredit(CGDPO):
 
     Args:
         kappa: in [0, 1]: how much of the advantage of rewards that judge assertions goes by them.
+        coverage: whether recall's goes by them, too: to those that cover units of the reference. The judge then names them
+            (`balcap.judge.tasks.MatchSpans`).
         eps, whiten: of `cgdpo`.
     """
 
     needs_spans = True
 
-    def __init__(self, kappa: float = 0.5, eps: float = 1e-4, whiten: bool = True) -> None:
+    def __init__(
+        self, kappa: float = 0.5, coverage: bool = False, eps: float = 1e-4, whiten: bool = True
+    ) -> None:
         super().__init__(eps, whiten)
-        self.kappa = kappa
+        self.kappa, self.needs_coverage = kappa, coverage
 
     def token_advantages(
         self, rewards: Tensor, weights: Tensor, spans: AssertionSpans, all_gather: AllGather | None = None

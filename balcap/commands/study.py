@@ -99,6 +99,7 @@ def study_of(settings: StudySettings, runs: Sequence[StudyRun]) -> Study:
         reference=settings.reference or arms[0].name,
         claims=settings.claims,
         given_measures=settings.measures,
+        curve=settings.curve,
         axes=settings.trade_off,
         unfinished=left,
     )

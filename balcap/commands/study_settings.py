@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +43,9 @@ class StudySettings:
         settings: of all runs, by their full names.
         reference: name of the run that the others are compared with; null for the first.
         measures: what is read, the main one first: benchmarks' scores (``dcscore``, ``caparena/careful``) and metrics, of
-            which the last value counts (``val/recall``); null for the benchmarks and the usual ``val/*``.
+            which the last value counts (``val/recall``), or the step at which they first reach a level
+            (``val/recall@0.7``), on the line between two validations; null for the benchmarks and the usual ``val/*``.
+        curve: a metric whose learning curves are drawn, such as ``val/b_capscore``; null for none.
         trade_off: two measures that are drawn against each other, and one that colours the points.
         claims: what the figures are held against.
         evaluate: whether each run's policy is measured by ``main.py test``, with the benchmarks of its config.
@@ -56,6 +59,7 @@ class StudySettings:
     settings: dict[str, Any] = field(default_factory=dict)
     reference: str | None = None
     measures: list[str] | None = None
+    curve: str | None = None
     trade_off: list[str] = field(default_factory=lambda: ["dcscore", "captionqa", "caparena"])
     claims: list[Claim] = field(default_factory=list)
     evaluate: bool = True
@@ -78,6 +82,12 @@ class StudySettings:
             problems.append(f"seeds: {self.seeds} must be different numbers from 0 on, and at least one")
         if len(self.trade_off) not in (0, 2, 3):
             problems.append(f"trade_off: {self.trade_off} must be two or three measures, or [] for no figure")
+        for measure in self.measures or ():
+            name, at, level = measure.partition("@")
+            if at and not (name.startswith(("val/", "train/")) and _is_number(level)):
+                problems.append(
+                    f"measures: {measure!r} must be a metric and the level to reach, such as val/recall@0.7"
+                )
         for name, run in self.runs.items():
             if not re.fullmatch(r"\w[\w.-]*", name):
                 problems.append(
@@ -128,3 +138,10 @@ def _flags(settings: dict[str, Any]) -> Sequence[str]:
         f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
         for name, value in settings.items()
     ]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from balcap.benchmarks.scores import Score
-from balcap.report.run import TITLES, Run
+from balcap.report.run import TITLES, Run, Series
 
 VALIDATED = ("b_capscore", "precision", "recall", "linguistic", "length_ratio", "caption_tokens")
 """Validation metrics that a study reads unless it names its measures."""
@@ -105,6 +105,7 @@ class Study:
         reference: name of the one that the others are compared with.
         claims: to be judged.
         given_measures: what is read; None for what the runs have of benchmarks and validation.
+        curve: the metric whose learning curves are drawn; None for none.
         axes: of the trade-off: two measures, and a third that colours the points.
         unfinished: name of a run -> why its figures do not count.
     """
@@ -114,6 +115,7 @@ class Study:
     reference: str
     claims: Sequence[Claim] = ()
     given_measures: Sequence[str] | None = None
+    curve: str | None = None
     axes: Sequence[str] = ()
     unfinished: Mapping[str, str] | None = None
 
@@ -168,12 +170,33 @@ class Study:
 
 
 def figure(run: Run, measure: str) -> float:
-    """A benchmark's score, or the last value of a metric; NaN where it is missing."""
+    """A benchmark's score, or the last value of a metric; of ``val/recall@0.7`` the step at which it first reaches 0.7. NaN
+    where it is missing."""
+    name, _, level = measure.partition("@")
+    if level:
+        return steps_until(run.metrics.get(name, ([], [])), float(level))
     if measure in run.benchmarks:
         score = run.benchmarks[measure].get("score")
         return math.nan if score is None else float(score)
     values = run.metrics.get(measure, ([], []))[1]
     return values[-1] if values else math.nan
+
+
+def steps_until(series: Series, level: float) -> float:
+    """The step at which a metric first reaches `level`, on the straight line between the values around it.
+
+    Returns:
+        NaN where it never does.
+    """
+    points = [(step, value) for step, value in zip(*series, strict=True) if math.isfinite(value)]
+    before = None
+    for step, value in points:
+        if value >= level:
+            if before is None:
+                return step
+            return before[0] + (step - before[0]) * (level - before[1]) / (value - before[1])
+        before = step, value
+    return math.nan
 
 
 def held_out_images(run: Run) -> int:
@@ -238,6 +261,9 @@ def dominated(points: Mapping[str, Sequence[float]]) -> set[str]:
 
 def measure_title(measure: str) -> str:
     """As people write it."""
+    measure, _, level = measure.partition("@")
+    if level:
+        return f"steps to {measure_title(measure).removesuffix(' (held out)')} {level}"
     names = {"dcscore": "DCScore", "captionqa": "CaptionQA", "caparena": "CapArena", "prism": "Prism"}
     first, _, name = measure.partition("/")
     if first == "val":

@@ -14,6 +14,7 @@ from balcap.report.figures import FAINT, PALETTE, Figure, figure, scatter
 from balcap.report.html import Charts, rendered
 from balcap.report.markdown import table
 from balcap.report.study import Study, Verdict, digits, dominated, measure_title
+from balcap.report.study_curves import curves_chart, draw_curves
 from balcap.utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def attention(study: Study) -> Iterator[str]:
     for measure in study.measures:
         if gaps := study.missing(measure):
             of = ", ".join(f"{title} {gap}" for title, gap in gaps.items())
-            yield f"{measure_title(measure)} is missing for finished runs: {of}."
+            what = ": never reached in" if "@" in measure else " is missing for"
+            yield f"{measure_title(measure)}{what} finished runs: {of}."
     if not study.measures:
         yield "No finished run has a figure yet."
 
@@ -142,7 +144,12 @@ def html(study: Study, out: Path) -> str:
     """The page, which needs no network; it links to the reports in the run folders, as seen from `out`."""
     charts = Charts()
     means, differences = tables(study)
-    drawn = [*([_trade_off(study)] if study.trade_off else []), *(_dots(study, m) for m in study.measures)]
+    curves = [curves_chart(study, study.curve)] if study.curve else []
+    drawn = [
+        *curves,
+        *([_trade_off(study)] if study.trade_off else []),
+        *(_dots(study, m) for m in study.measures),
+    ]
     content = {
         "title": study.title,
         "sections": [("charts", "Figures"), ("claims", "Claims"), ("runs", "Runs")],
@@ -222,18 +229,20 @@ def _dominated_note(study: Study, worse: set[str]) -> str:
 
 
 def draw(study: Study, file: Any) -> None:
-    """The picture: means of the first measure with intervals and, where its measures exist, the trade-off."""
+    """The picture: means of the first measure with intervals and, where there are any, learning curves and the trade-off."""
     from matplotlib.figure import Figure as Picture
 
-    columns = 2 if study.trade_off else 1
+    columns = 1 + bool(study.curve) + bool(study.trade_off)
     height = 1.6 + 0.45 * len(study.arms)
     picture = Picture(
-        figsize=(7 * columns, max(height, 4.5 if columns == 2 else 0)), dpi=110, layout="constrained"
+        figsize=(7 * columns, max(height, 4.5 if columns > 1 else 0)), dpi=110, layout="constrained"
     )
     axes = picture.subplots(1, columns, squeeze=False)[0]
     _draw_dots(axes[0], study)
+    if study.curve:
+        draw_curves(axes[1], study, study.curve)
     if study.trade_off:
-        _draw_trade_off(picture, axes[1], study)
+        _draw_trade_off(picture, axes[-1], study)
     picture.savefig(file, format="png")
 
 

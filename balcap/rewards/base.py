@@ -33,11 +33,14 @@ class Reward(Metric):
         name: how the reward is called in logs; distinct within a suite.
         needs: kinds of judgment that it reads; none for a reward without a judge.
         columns: further columns of the data that it reads, by itself or in its judgments.
+        needs_for_spans: kinds of judgment that its `verdicts` read beside, which cost some more tokens: only asked for where
+            the advantage estimator has use for them (``needs_coverage``).
         needs_reference: whether it is missing for an image without a reference caption.
     """
 
     name: ClassVar[str]
     needs: ClassVar[tuple[type[Task[Any]], ...]] = ()
+    needs_for_spans: ClassVar[tuple[type[Task[Any]], ...]] = ()
     columns: ClassVar[tuple[str, ...]] = ()
     needs_reference: ClassVar[bool] = False
     higher_is_better = True

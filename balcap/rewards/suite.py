@@ -25,12 +25,13 @@ class RewardSuite(nn.Module):
     Args:
         rewards: at least one; their names must differ.
         spans: also gather the words that each assertion comes from, which costs the judge some more tokens.
+        coverage: also gather what rewards need to say which assertions earn them (`Reward.needs_for_spans`).
 
     Raises:
         ValueError: if there is none or two share a name.
     """
 
-    def __init__(self, rewards: Sequence[Reward], spans: bool = False):
+    def __init__(self, rewards: Sequence[Reward], spans: bool = False, coverage: bool = False):
         super().__init__()
         names = [reward.name for reward in rewards]
         twice = sorted(name for name, count in Counter(names).items() if count > 1)
@@ -40,6 +41,7 @@ class RewardSuite(nn.Module):
         self.rewards = nn.ModuleList(rewards)
         self.names = tuple(names)
         needed = [task for reward in rewards for task in reward.needs] + [DecomposeSpans] * spans
+        needed += [task for reward in rewards for task in reward.needs_for_spans] * coverage
         self.needs: tuple[type[Task[Any]], ...] = tuple(dict.fromkeys(needed))
 
     def __len__(self) -> int:

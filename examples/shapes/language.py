@@ -230,17 +230,23 @@ def is_pointable(fact: Fact) -> bool:
 
 
 def covered(unit: Fact, stated: set[Fact]) -> bool:
-    """Whether a reference unit is stated in, or follows from, stated facts.
+    """Whether a reference unit is stated in, or follows from, stated facts."""
+    return bool(covering(unit, stated))
+
+
+def covering(unit: Fact, stated: set[Fact]) -> set[Fact]:
+    """The stated facts that a reference unit is stated in, or follows from.
 
     A relation follows from its inverse, existence from any fact about the object, and the number of
     objects from naming that many different ones.
     """
     if unit in stated:
-        return True
+        return {unit}
     if unit[0] == "relation":
-        return ("relation", unit[3], INVERSE[unit[2]], unit[1]) in stated
+        return {("relation", unit[3], INVERSE[unit[2]], unit[1])} & stated
     if unit[0] == "exists":
-        return any(unit[1] in fact[1:] for fact in stated)
+        return {fact for fact in stated if unit[1] in fact[1:]}
     if unit[0] == "count":
-        return sum(fact[0] == "exists" for fact in stated) == unit[1]
-    return False
+        named = {fact for fact in stated if fact[0] == "exists"}
+        return named if len(named) == unit[1] else set()
+    return set()

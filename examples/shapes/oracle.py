@@ -34,6 +34,7 @@ from balcap.judge.tasks import (
     Grade,
     Match,
     MatchFacts,
+    MatchSpans,
     Quiz,
     Rate,
     Rating,
@@ -49,6 +50,7 @@ from examples.shapes.captions import reference
 from examples.shapes.fluency import rate
 from examples.shapes.language import (
     covered,
+    covering,
     is_pointable,
     is_true,
     main_facts,
@@ -97,6 +99,10 @@ def answer(messages: list[dict[str, Any]], noise: Noise = Noise()) -> dict[str, 
         units = [_fact(item["text"]) for item in data["reference_units"]]
         stated = [set(map(_fact, caption["assertions"])) for caption in data["captions"]]
         return Match().encode([_covered(units, facts, noise) for facts in stated])
+    if task == "match_spans":
+        units = [_fact(item["text"]) for item in data["reference_units"]]
+        by_caption = [[_fact(one["text"]) for one in caption["assertions"]] for caption in data["captions"]]
+        return MatchSpans().encode([_sources(units, facts, noise) for facts in by_caption])
     if task == "rate":
         texts = [caption["text"] for caption in data["captions"]]
         return Rate().encode([Rating(*(noise.rated(one, text) for one in rate(text))) for text in texts])
@@ -188,6 +194,16 @@ def _covered(units: Sequence[Any], stated: set[Any], noise: Noise) -> list[bool]
     return [
         noise.said(covered(unit, stated), place, len(units), "covered", say(unit), *texts)
         for place, unit in enumerate(units)
+    ]
+
+
+def _sources(units: Sequence[Any], told: Sequence[Any], noise: Noise) -> list[list[int] | None]:
+    """Which of the facts that a caption tells each unit follows from; None where it is said to be missing."""
+    stated = set(told)
+    found = zip(units, _covered(units, stated, noise), strict=True)
+    return [
+        [place for place, fact in enumerate(told) if fact in covering(unit, stated)] if said else None
+        for unit, said in found
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from balcap.judge import Decompose, Match, Rate, Rating, Recaption, Task, Verdict, Verify
-from balcap.judge.tasks import Assertion, DecomposeSpans
+from balcap.judge.tasks import Assertion, DecomposeSpans, MatchSpans
 
 CAPTION = (
     "Two small brown dogs run on a wide beach. The sky is grey and the sea behind them is calm. " * 3
@@ -18,6 +18,7 @@ ITEMS: list[tuple[type[Task[Any]], list[Any], dict[str, Any]]] = [
     (DecomposeSpans, [CAPTION, "A cat."], {}),
     (Verify, ["There is a cat.", "The cat is black."], {"image": b"image"}),
     (Match, [("There is a cat.",), ("There is a dog.", "It is old.")], {"units": ("a", "b", "c")}),
+    (MatchSpans, [("There is a cat.",), ("There is a dog.", "It is old.")], {"units": ("a", "b", "c")}),
     (Rate, [CAPTION, "A cat."], {}),
     (Recaption, ["Describe it.", "Describe it in detail."], {"image": b"image"}),
 ]
@@ -26,6 +27,7 @@ ANSWERS: dict[type[Task[Any]], list[Any]] = {
     DecomposeSpans: [[Assertion("The dogs are small.", "small", 4), Assertion('There is "a".')], []],
     Verify: [Verdict(True, False), Verdict(False, True)],
     Match: [[True, False, True], [False] * 3],
+    MatchSpans: [[[0], None, []], [None, [0, 1], None]],
     Rate: [Rating(1.0, 0.5, 0.0), Rating(0.123, 0.65, 0.7)],
     Recaption: ["A cat.", "A cat\nand a dog."],
 }

@@ -12,7 +12,8 @@ import pytest
 
 from balcap.benchmarks.scores import Score
 from balcap.report.run import Run
-from balcap.report.study import Arm, Claim, Study, dominated, measure_title, t_interval, verdict
+from balcap.report.study import Arm, Claim, Study, dominated, measure_title, steps_until, t_interval, verdict
+from balcap.report.study_curves import learning_curve
 from balcap.report.study_page import attention, write_study
 from tests.report_runs import write_run
 
@@ -147,6 +148,31 @@ def test_images_of_a_validation_are_counted(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "a/rollouts/_images")
     assert Arm("a", "a", {0: run}).images("val/recall") == [7]
     assert Arm("a", "a", {0: run}).images("train/recall") == []
+
+
+def test_the_step_at_which_a_level_is_reached_lies_between_two_validations() -> None:
+    series = ([0.0, 10.0, 20.0, 30.0], [0.2, 0.6, math.nan, 0.4])
+    assert steps_until(series, 0.5) == pytest.approx(7.5)
+    assert steps_until(series, 0.1) == 0  # from the start
+    assert steps_until(([0.0, 10.0, 20.0], [0.2, math.nan, 0.6]), 0.4) == pytest.approx(10)
+    assert math.isnan(steps_until(series, 0.7))
+    assert math.isnan(steps_until(([], []), 0.7))
+
+
+def test_learning_curves_and_levels_are_written(tmp_path: Path) -> None:
+    measures = ("val/recall", "val/recall@0.3", "val/recall@0.9")
+    study = _study(tmp_path, given_measures=measures, curve="val/recall")
+    curve = learning_curve(study.arm("new"), "val/recall")
+    assert {step: score.value for step, score in curve.items()} == {
+        0: pytest.approx(0.1),
+        9: pytest.approx(0.5),
+    }
+    assert study.arm("new").mean("val/recall@0.3").value == pytest.approx(4.5)
+    text = "\n".join(attention(study))
+    assert "steps to recall 0.9: never reached in finished runs: Base 3, New 3." in text
+    files = {path.name: path for path in write_study(study, tmp_path)}
+    assert "recall (held out) while training" in files["study.html"].read_text()
+    assert "| New | 0.500 [0.500, 0.500] | 4.500 [4.500, 4.500] | –" in files["study.md"].read_text()
 
 
 def test_measures_are_named_as_people_write_them() -> None:

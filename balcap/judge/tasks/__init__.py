@@ -7,6 +7,7 @@ task             is given                   answers                             
 `DecomposeSpans` captions                   their assertions, and the words of each no
 `Verify`         an image, assertions       true and pointable for each             yes
 `Match`          reference units, captions  for each, which units it covers         no
+`MatchSpans`     reference units, captions  the same, and the assertions that do    no
 `PooledMatch`    all of a group             what others have told that it covers    no
 `Rate`           captions                   clarity, fluency, coherency of each     no
 `Recaption`      an image, a question       a new reference caption                 yes
@@ -34,7 +35,7 @@ from balcap.judge.tasks.decompose import Assertion, Decompose, DecomposeSpans
 from balcap.judge.tasks.differences import Difference, Differences
 from balcap.judge.tasks.facts import ExtractFacts, Fact, MatchFacts, VerifyFacts
 from balcap.judge.tasks.grade import Grade, Grades
-from balcap.judge.tasks.match import Match
+from balcap.judge.tasks.match import Match, MatchSpans
 from balcap.judge.tasks.pooled_match import PooledMatch
 from balcap.judge.tasks.quiz import Quiz
 from balcap.judge.tasks.rate import Rate, Rating
@@ -46,6 +47,6 @@ from balcap.judge.tasks.write_rubric import WriteRubric
 
 __all__ = [
     "Answer", "Assertion", "CheckRubric", "Compare", "Criterion", "Decompose", "DecomposeSpans", "Difference", "Differences",
-    "ExtractFacts", "Fact", "Grade", "Grades", "Match", "MatchFacts", "PooledMatch", "Quiz", "Rate", "Rating", "Recaption",
-    "Verdict", "Verify", "VerifyFacts", "WriteQuestions", "WriteRubric", "WrittenQuestion",
+    "ExtractFacts", "Fact", "Grade", "Grades", "Match", "MatchFacts", "MatchSpans", "PooledMatch", "Quiz", "Rate", "Rating",
+    "Recaption", "Verdict", "Verify", "VerifyFacts", "WriteQuestions", "WriteRubric", "WrittenQuestion",
 ]  # fmt: skip
