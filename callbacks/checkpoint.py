@@ -99,7 +99,11 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
+        """A fit that comes to its end leaves a checkpoint of its last step, whatever `every_n_train_steps` is."""
+        if self._last_global_step_saved != trainer.global_step:
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
         if not self._monitor_seen and self.best_model_path:
             rank_zero_info(
                 f"checkpoint.monitor: {self.monitor} was known at no checkpoint, so none is the best; metrics.csv has "

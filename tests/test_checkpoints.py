@@ -115,6 +115,28 @@ def test_a_torn_checkpoint_of_a_run_costs_the_steps_since_the_one_before(
     assert validated == ["0", "1", "2"]
 
 
+def test_a_fit_ends_with_a_checkpoint_of_its_last_step_and_goes_on_from_there(
+    fit_arguments, cli, tmp_path: Path
+) -> None:
+    settings = {"checkpoint.every_n_train_steps": 2, "trainer.val_check_interval": 3}
+    options = {"data.val_size": 2, "model.num_captions": 2, "model.sampling.max_tokens": 4, **settings}
+    for run, ends in (("whole", [5]), ("parts", [3, 5])):
+        for steps in ends:
+            arguments = fit_arguments(**options, **{"trainer.max_steps": steps}, run_dir=tmp_path / run)
+            cli([*arguments, "--resume", "auto"])
+            last = torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True)
+            assert last["global_step"] == steps
+    whole, parts = (
+        [
+            {k: v for k, v in row.items() if k.startswith(("step", "train/", "val/"))}
+            for row in metrics(tmp_path / run)
+        ]
+        for run in ("whole", "parts")
+    )
+    assert parts == whole
+    assert [row["step"] for row in parts if row["val/b_capscore"]] == ["0", "3", "5"]
+
+
 def test_a_checkpoint_io_of_the_user_stays() -> None:
     from lightning.fabric.plugins import TorchCheckpointIO
     from lightning.pytorch import LightningModule, Trainer
