@@ -54,7 +54,10 @@ class SettingsFile(ActionConfigFile):
 
 
 class Parser(ArgumentParser):
-    """A parser whose errors are about the mistake, not about all settings."""
+    """A parser whose errors are about the mistake, not about all settings; the beginning of a name is not the name."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | options)
 
     def dump(self, config: Any, *args: Any, skip_default: bool = False, **options: Any) -> str:
         """As jsonargparse does; with `skip_default` also without defaults in lists and in what may be null."""
