@@ -162,7 +162,10 @@ def test_a_contradiction_names_its_key(fit_arguments, cli, options: dict, key: s
     ("flags", "expected"),
     [
         (["--model.num_captoins", "3"], "Is it model.num_captions?"),
-        (["--model.num_caption", "3"], "Is it model.num_captions?"),  # the beginning of a name is not the name
+        (
+            ["--model.num_caption", "3"],
+            "Is it model.num_captions?",
+        ),  # the beginning of a name is not the name
         (["--run_dri=x"], "Is it run_dir?"),
         (["--config", "{model: {sampling: {max_tokns: 3}}}"], "Is it model.sampling.max_tokens?"),
         (["--model.num_captions", "many"], "model.num_captions"),
