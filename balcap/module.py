@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from balcap.algorithms import CGDPO, AdvantageEstimator, AdvantageTransform, LengthMask, RewardTransform
 from balcap.benchmarks.text import text_statistics
 from balcap.judge import Judge, JudgeStats, Judgments
-from balcap.judge.cache import describe
+from balcap.judge.redis_cache import describe
 from balcap.policy import PolicyConfig
 from balcap.rewards import Reward, RewardSuite
 from balcap.rollout import RolloutEngine, Sampling

@@ -19,6 +19,7 @@ from rich.table import Table
 from balcap.judge.cache import JudgmentCache, Store, size_of
 from balcap.judge.errors import StoreError
 from balcap.judge.ledger import Ledger
+from balcap.judge.redis_cache import describe, is_redis, without_password
 
 _ANSWERS = """
 SELECT task, model, printf('%,d', count(*)) AS answers,
@@ -50,12 +51,25 @@ def cache(
     Safe while runs use it: they ask again for what is gone.
 
     Args:
-        path: the file.
+        path: the file, or the server (``redis://host:6379/0``), which is only shown.
         older_than_days: delete answers that are older.
         task: delete only answers of this kind of judgment.
         model: delete only answers of this model.
         max_mb: delete the oldest answers until the rest takes about so many megabytes.
     """
+    if is_redis(path):
+        if any(value is not None for value in (older_than_days, task, model, max_mb)):
+            raise SystemExit(
+                f"path: {without_password(path)} is a server, which drops answers by its own settings (maxmemory)"
+            )
+        try:
+            answers, size = describe(path)
+        except StoreError as error:
+            raise SystemExit(
+                f"path: {without_password(path)} cannot be read as a judge's cache ({error.why})"
+            ) from None
+        print(f"{without_password(path)}: {answers:,} answers, about {size / 1e6:,.1f} MB")
+        return
     oldest = None if older_than_days is None else time.time() - 86400 * older_than_days
     chosen = {"task = ?": task, "model = ?": model}
     doomed = {"at < ?": oldest, "size > ?": None if max_mb is None else max_mb * 1e6}

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from balcap.data.images import MAX_PIXELS
 from balcap.data.settings import DataSettings
 from balcap.judge import Judge, Task
+from balcap.judge.redis_cache import is_redis
 
 _DATA_SETTINGS = ("data", "image_root", "name", "folders", "max_rows", "link_targets", "max_pixels_in_file",
                   "prompts", "seed", "cache_dir")  # fmt: skip
@@ -86,7 +87,9 @@ class RowsSettings:
             ]
         problems += self.judge.problems(key="judge")
         if self.judge.settings.cache is None:
-            problems.append("judge.cache must be a file: an interrupted run goes on from its answers")
+            problems.append(
+                "judge.cache must be a file or a server: an interrupted run goes on from its answers"
+            )
         return problems
 
     def _out_problems(self) -> list[str]:
@@ -114,12 +117,12 @@ class RowsSettings:
     def identity(self, digest: str) -> dict[str, Any]:
         """All that answers depend on, by the keys that set it; `digest` is of the data set's content."""
         assert self.judge is not None
-        judge = self.judge.settings
+        judge, cache = self.judge.settings, self.judge.settings.cache or ""
         identity: dict[str, Any] = {
             "data (digest of its content)": digest,
             **self.own_identity(),
             "judge.images": repr(judge.images),
-            "judge.cache": str(Path(judge.cache or "").expanduser().resolve()),
+            "judge.cache": cache if is_redis(cache) else str(Path(cache).expanduser().resolve()),
         }
         for task in self.tasks():
             asked = [{"model": route.model, "params": route.content} for route in judge.routes(task.name)]

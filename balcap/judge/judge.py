@@ -13,6 +13,7 @@ from balcap.judge.client import Client
 from balcap.judge.errors import JudgeFailure
 from balcap.judge.ledger import JudgeStats
 from balcap.judge.prompt import Question
+from balcap.judge.redis_cache import RedisCache, open_cache
 from balcap.judge.session import Session
 from balcap.judge.settings import JudgeSettings
 from balcap.judge.task import AnswerT, Task
@@ -115,9 +116,9 @@ class Judge:
         of = self.settings
         return Client(of.model, of.deployments or (), of.providers or {}, of.prices or {})
 
-    def make_cache(self) -> JudgmentCache:
+    def make_cache(self) -> JudgmentCache | RedisCache:
         """What remembers the answers; a subclass may return one that forgets, or only reads."""
-        return JudgmentCache(self.settings.cache)
+        return open_cache(self.settings.cache)
 
     def _open(self) -> Session:
         with _OPENING:

@@ -15,6 +15,7 @@ from balcap.judge.client import Client
 from balcap.judge.errors import InvalidAnswer, JudgeFailure
 from balcap.judge.ledger import JudgeStats, Ledger
 from balcap.judge.prompt import Question
+from balcap.judge.redis_cache import RedisCache
 from balcap.judge.retry import DIVISIBLE, Retrier
 from balcap.judge.settings import JudgeSettings
 from balcap.utils.loop import process_loop
@@ -37,7 +38,9 @@ class Session:
         StoreError: if the ledger cannot be opened.
     """
 
-    def __init__(self, settings: JudgeSettings, client: Client, cache: JudgmentCache, stats: JudgeStats):
+    def __init__(
+        self, settings: JudgeSettings, client: Client, cache: JudgmentCache | RedisCache, stats: JudgeStats
+    ):
         self.cache = cache
         self.ledger = Ledger(settings.ledger, stats)
         self.loop = process_loop()

@@ -16,6 +16,7 @@ from balcap.judge.images import LEAST_SIDE, ImagePolicy
 from balcap.judge.ledger import Ledger
 from balcap.judge.models import Price
 from balcap.judge.prompt import Route
+from balcap.judge.redis_cache import RedisCache, is_redis
 from balcap.judge.task import Task
 from balcap.utils.redact import secret_problems
 
@@ -69,7 +70,8 @@ class JudgeSettings:
             of a kind failed, in (0, 1], or when none comes any more; 1 never ends it.
         budget_usd: the run ends, with a checkpoint, when so many dollars are spent, above 0; calls that are
             under way then are still paid. Counts the whole `ledger`; null for no limit.
-        cache: SQLite file that keeps the answers, shared by the processes of one machine; null for none.
+        cache: SQLite file that keeps the answers, shared by the processes of one machine; or ``redis://host:6379/0`` for
+            all machines of a job (``os.environ/<NAME>`` reads the URL from a variable); null for none.
         ledger: SQLite file with a row for every call; null for none. ``fit`` keeps it in the run's folder.
     """
 
@@ -112,7 +114,8 @@ class JudgeSettings:
             key: where the judge stands in the config.
         """
         problems = self._number_problems(key)
-        for path, store in ((self.cache, JudgmentCache), (self.ledger, Ledger)):
+        caches = RedisCache if self.cache and is_redis(self.cache) else JudgmentCache
+        for path, store in ((self.cache, caches), (self.ledger, Ledger)):
             if path is not None and (problem := store.problem(path)):
                 problems.append(problem.replace("model.judge", key))
         names = {task.name for task in _tasks()}
