@@ -188,7 +188,9 @@ def _elements(hint: Any, kind: type) -> list[Any]:
 def _concrete(hint: Any) -> type | None:
     """The class whose settings these are where none is named."""
     classes = (
-        option for option in _options(hint) if inspect.isclass(option) and option.__module__ != "builtins"
+        option
+        for option in _options(hint)
+        if inspect.isclass(option) and option.__module__ not in ("builtins", "typing")  # Any may hold any keys
     )
     return next((option for option in classes if not inspect.isabstract(option)), None)
 

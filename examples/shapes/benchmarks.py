@@ -15,9 +15,9 @@ from jsonargparse import auto_cli
 
 from balcap.utils.files import atomic_write
 from examples.shapes.captions import Style, clean, describe, flawed
-from examples.shapes.dataset import write_dataset
+from examples.shapes.competition import COMPETITIONS, Name
+from examples.shapes.dataset import write_rows
 from examples.shapes.language import main_facts, say
-from examples.shapes.questions import questions
 from examples.shapes.scene import Scene, scene_of
 
 TERSE = Style(
@@ -39,10 +39,14 @@ def rivals(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
     }
 
 
-def write_benchmarks(out: Path = Path("data/shapes/benchmarks"), images: int = 200, seed: int = 77) -> Path:
+def write_benchmarks(
+    out: Path = Path("data/shapes/benchmarks"), images: int = 200, seed: int = 77, competition: Name = "none"
+) -> Path:
     """Write ``shapes.json`` (captions), ``dcscore.jsonl``, ``captionqa.json``, ``prism.json`` and ``caparena.json`` below
-    `out`, and the pictures; returns the folder."""
-    rows = json.loads(write_dataset(out, images, seed).read_text())
+    `out`, and the pictures; returns the folder. With `competition` pictures and questions are those of that world;
+    references are faultless, as those of careful people."""
+    world = COMPETITIONS[competition].faultless
+    rows = json.loads(write_rows(out, images, seed, world).read_text())
     dcscore, captionqa, prism, caparena = [], [], [], {}
     for number, row in enumerate(rows):
         name, text = row["image"], row["conversations"][1]["value"]
@@ -50,8 +54,8 @@ def write_benchmarks(out: Path = Path("data/shapes/benchmarks"), images: int = 2
         dcscore.append({"image_name": name, "oracle_caption": text, "oracle_facts": annotated(scene)})
         domain = "few" if len(scene.things) < 3 else "many"
         entry = {"id": f"{domain}_{number:04d}", "domain": domain, "images": [name]}
-        captionqa.append(entry | {"questions": questions(scene, rng)})
-        prism += [{"image": name, **question} for question in questions(scene, rng, 4)]
+        captionqa.append(entry | {"questions": world.questions(scene, rng)})
+        prism += [{"image": name, **question} for question in world.questions(scene, rng, 4)]
         captions = rivals(scene, rng)
         rival = list(captions)[number % len(captions)]
         caparena[name] = {"captions": {"human": text, **captions}, "ref_model": rival}

@@ -118,6 +118,11 @@ def describe(scene: Scene, rng: np.random.Generator, style: Style) -> list[str]:
     return out
 
 
+def closing_remark(rng: np.random.Generator) -> str:
+    """Commentary that rounds a text off."""
+    return _pick(rng, CLOSINGS)
+
+
 def reference(scene: Scene, rng: np.random.Generator) -> str:
     """All there is to say: more facts than a fluent caption holds."""
     return " ".join(describe(scene, rng, REFERENCE))
@@ -135,7 +140,7 @@ def _mark(rng: np.random.Generator) -> tuple[str, str]:
     return _pick(rng, world.MARK_COLOURS), _pick(rng, world.MARKS)
 
 
-def _corrupt(thing: Thing, rng: np.random.Generator) -> Thing:
+def corrupt(thing: Thing, rng: np.random.Generator) -> Thing:
     """The thing with one wrong attribute."""
     name = _pick(rng, (*_VALUES, "mark"))
     value: Any = _mark(rng) if name == "mark" else _pick(rng, _VALUES[name])
@@ -170,8 +175,12 @@ def flawed(scene: Scene, rng: np.random.Generator) -> str:
     About a third of the things left out, some invented, wrong attributes, commentary that cannot be
     pointed at, repetition, broken grammar, and a length from a third to three times the reference.
     """
+    return " ".join(_flawed_sentences(scene, rng))
+
+
+def _flawed_sentences(scene: Scene, rng: np.random.Generator) -> list[str]:
     kept = [t for t in scene.things if rng.random() < 0.67]
-    things = [_corrupt(t, rng) if rng.random() < 0.2 else t for t in kept]
+    things = [corrupt(t, rng) if rng.random() < 0.2 else t for t in kept]
     things += [_invent(rng) for _ in range(int(rng.random() < 0.3))]
     things.sort(key=lambda t: world.PLACES.index(t.place))
     background = scene.background if rng.random() < 0.85 else _pick(rng, world.BACKGROUNDS)
@@ -188,4 +197,26 @@ def flawed(scene: Scene, rng: np.random.Generator) -> str:
         for _ in range(int(rng.integers(1, 2 + len(out)))):
             i = int(rng.integers(len(out)))
             out.insert(i + 1, out[i] if rng.random() < 0.7 else _pick(rng, META))
-    return " ".join(_break_grammar(text, rng) if rng.random() < 0.4 else text for text in out)
+    return [_break_grammar(text, rng) if rng.random() < 0.4 else text for text in out]
+
+
+def flawed_of_length(scene: Scene, rng: np.random.Generator, words: int) -> str:
+    """A flawed caption of about so many words: cut after the sentence that ends nearest, never to nothing, or grown by
+    sentences about things that are there (two of five) or are not (two of five) and by commentary."""
+    out = _flawed_sentences(scene, rng)
+    while (now := _words(out)) < words:
+        kind = rng.random()
+        if kind < 0.8:
+            there = scene.things[int(rng.integers(len(scene.things)))]
+            text = _sentence(there if kind < 0.4 else _invent(rng), FLAWED, rng, dull=False)
+        else:
+            text = _pick(rng, META)
+        out.append(text[0].upper() + text[1:])
+    while len(out) > 1 and abs(_words(out[:-1]) - words) <= abs(now - words):
+        out.pop()
+        now = _words(out)
+    return " ".join(out)
+
+
+def _words(parts: list[str]) -> int:
+    return sum(len(part.split()) for part in parts)

@@ -15,6 +15,7 @@ from examples.shapes.language import COUNTS, PLACE_PHRASES, Fact, article, read_
 from examples.shapes.scene import Scene
 
 PLACES = {phrases[0]: place for place, phrases in PLACE_PHRASES.items()}
+MARKS = tuple(f"{colour} {kind}" for colour in world.MARK_COLOURS for kind in world.MARKS)
 _CANNOT = re.compile("cannot answer", re.IGNORECASE)
 _NAME = rf"(?P<colour>{'|'.join(world.COLOURS)}) (?P<shape>{'|'.join(world.SHAPES)})"
 _FORMS = {
@@ -22,15 +23,23 @@ _FORMS = {
     "shape": re.compile(rf"Which shape is (?P<colour>{'|'.join(world.COLOURS)})\?"),
     "place": re.compile(rf"Where in the picture is the {_NAME}\?"),
     "size": re.compile(rf"How large is the {_NAME}\?"),
+    "mark": re.compile(rf"Which tiny mark does the {_NAME} have\?"),
     "background": re.compile(r"What colour is the background\?"),
     "count": re.compile(r"How many shapes are there\?"),
     "there": re.compile(rf"Is there an? {_NAME}\?"),
 }
 
 
-def questions(scene: Scene, rng: np.random.Generator, most: int = 6) -> list[dict[str, Any]]:
-    """At most so many questions about a scene: ``question``, ``choices``, ``answer``, ``category``."""
+def questions(
+    scene: Scene, rng: np.random.Generator, most: int = 6, marks: bool = False
+) -> list[dict[str, Any]]:
+    """At most so many questions about a scene: ``question``, ``choices``, ``answer``, ``category``.
+
+    Args:
+        marks: whether they ask for marks as well.
+    """
     everything = list(_questions(scene, rng))
+    everything += list(_mark_questions(scene, rng)) if marks else []
     chosen = sorted(rng.permutation(len(everything))[:most].tolist())
     return [everything[place] for place in chosen]
 
@@ -69,6 +78,13 @@ def _questions(scene: Scene, rng: np.random.Generator) -> Iterator[dict[str, Any
         "answer": "No",
         "category": "there",
     }
+
+
+def _mark_questions(scene: Scene, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    for thing in scene.things:
+        if thing.mark:
+            text = f"Which tiny mark does the {thing.colour} {thing.shape} have?"
+            yield _question(text, "mark", " ".join(thing.mark), MARKS, rng)
 
 
 def _question(
@@ -116,6 +132,8 @@ def _said(question: str, facts: Sequence[Fact]) -> str | None:
             return place and PLACE_PHRASES[place][0]
         case "size":
             return next((fact[2] for fact in facts if fact[:2] == ("size", about)), None)
+        case "mark":
+            return next((" ".join(fact[2:]) for fact in facts if fact[:2] == ("mark", about)), None)
         case "background":
             return next((fact[1] for fact in facts if fact[0] == "background"), None)
         case "count":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -28,6 +29,7 @@ PLACES = (
 MARK_COLOURS = ("white", "black")
 MARKS = ("dot", "stripe", "ring")
 OBJECT_COUNT_WEIGHTS = (0.22, 0.3, 0.24, 0.14, 0.1)  # 1..5 objects; few, so that captions stay short
+MARKED = 0.6  # share of objects with a mark
 
 FILE_SIZE = 168  # pixels a side on disk; the base policy sees 84
 SCALE = 3  # supersampling, for anti-aliasing
@@ -73,15 +75,22 @@ class Scene:
         return Scene(tuple(things), raw["background"])
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene: 1-5 things with distinct places and distinct (colour, shape)."""
-    n = 1 + int(rng.choice(len(OBJECT_COUNT_WEIGHTS), p=OBJECT_COUNT_WEIGHTS))
+def sample_scene(
+    rng: np.random.Generator, counts: Sequence[float] = OBJECT_COUNT_WEIGHTS, marked: float = MARKED
+) -> Scene:
+    """Draw a scene: 1-5 things with distinct places and distinct (colour, shape).
+
+    Args:
+        counts: shares of scenes with 1, 2, … things.
+        marked: share of things with a mark.
+    """
+    n = 1 + int(rng.choice(len(counts), p=counts))
     places = rng.choice(len(PLACES), size=n, replace=False)
     kinds = rng.choice(len(COLOURS) * len(SHAPES), size=n, replace=False)
     things = []
     for place, kind in zip(sorted(places), kinds, strict=True):
         colour, shape = COLOURS[kind // len(SHAPES)], SHAPES[kind % len(SHAPES)]
-        mark = (str(rng.choice(MARK_COLOURS)), str(rng.choice(MARKS))) if rng.random() < 0.6 else None
+        mark = (str(rng.choice(MARK_COLOURS)), str(rng.choice(MARKS))) if rng.random() < marked else None
         things.append(Thing(colour, shape, str(rng.choice(SIZES)), PLACES[place], mark))
     return Scene(tuple(things), str(rng.choice(BACKGROUNDS)))
 
