@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def main(args: Sequence[str], work: Work | None = None) -> None:
-    """``python main.py study FILE [--dry_run] [--jobs N] [--launcher slurm] [--only INDEX] [--<setting> …]``.
+    """``python main.py study FILE [--dry_run] [--jobs N] [--launcher slurm] [--only_runs NAMES] [--only INDEX]
+    [--<setting> …]``.
 
     Args:
         args: of the command line.
@@ -40,11 +41,16 @@ def main(args: Sequence[str], work: Work | None = None) -> None:
     if not file:
         raise UserError("name the study's file, such as: python main.py study configs/study/methods.yaml")
     jobs, launcher, only, dry_run = (given.pop(name) for name in ("jobs", "launcher", "only", "dry_run"))
+    only_runs = given.pop("only_runs")
     settings = StudySettings.of(given)
     problems = settings.problems()
     if jobs < 1:
         problems.append(f"jobs: {jobs} must be at least 1")
-    total = len(settings.runs) * len(settings.seeds)
+    names, unknown = (list(settings.runs), []) if only_runs is None else settings.chosen(only_runs)
+    if unknown or not names:
+        there = ", ".join([*settings.runs, *settings.groups])
+        problems.append(f"only_runs: there is no run or group {', '.join(unknown)}; there are {there}")
+    total = len(names) * len(settings.seeds)
     if only is not None and not 0 <= only < total:
         problems.append(f"only: {only} must be from 0 to {total - 1}: an index of --dry_run")
     if settings.out and (why := write_problem(settings.out)):
@@ -54,16 +60,17 @@ def main(args: Sequence[str], work: Work | None = None) -> None:
     from balcap.commands.study_runs import run_problems, runs_of
     from balcap.commands.study_work import Work
 
-    runs = runs_of(settings)
+    runs = runs_of(settings, names)
     _refuse(run_problems(runs))
+    chosen = [run for run in runs if run.arm in names]
     if dry_run:
-        list_runs(runs)
+        list_runs(chosen)
         return
     if launcher == "slurm":
         write_slurm(settings.folder, words, total, jobs)
         return
     work = work or Work(jobs)
-    chosen = runs if only is None else [runs[only]]
+    chosen = chosen if only is None else [chosen[only]]
     work.run(chosen)
     if work.stopped:
         print("stopped; the same command goes on from there", file=sys.stderr)
@@ -84,7 +91,7 @@ def study_of(settings: StudySettings, runs: Sequence[StudyRun]) -> Study:
     """What the folders of the runs say; of those that are not done, nothing."""
     from balcap.commands.study_runs import unfinished
     from balcap.report.run import Run
-    from balcap.report.study import Arm, Study
+    from balcap.report.study import Arm, Group, Study
 
     left = dict(unfinished(runs))
     arms = []
@@ -97,6 +104,7 @@ def study_of(settings: StudySettings, runs: Sequence[StudyRun]) -> Study:
         title=settings.title or settings.folder.name,
         arms=arms,
         reference=settings.reference or arms[0].name,
+        groups=[Group(of.title or name, of.runs, of.reference) for name, of in settings.groups.items()],
         claims=settings.claims,
         given_measures=settings.measures,
         curve=settings.curve,
@@ -177,6 +185,13 @@ def _parser() -> Parser:
         type=Literal["local", "slurm"],
         default="local",
         help="slurm: write a job-array script instead of running, and say how to submit it.",
+    )
+    parser.add_argument(
+        "--only_runs",
+        type=str,
+        default=None,
+        help="Take on these alone: names of runs and of groups, with commas between. Tables are written; what is not "
+        "finished is missing there.",
     )
     parser.add_argument(
         "--only", type=int, default=None, help="Run the one of this index (--dry_run shows them); no tables."

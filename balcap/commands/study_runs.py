@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ class StudyRun:
         seed: of it.
         folder: for all of it.
         arguments: of ``main.py fit`` and ``test``.
-        config: the resolved config of its fit, nested.
+        config: the resolved config of its fit, nested; empty where it is not needed: of a run without a folder that is
+            not to be taken on.
         evaluate: whether its policy is measured.
     """
 
@@ -47,7 +48,7 @@ class StudyRun:
 
     def left(self) -> list[str]:
         """Commands that it still needs, of ``fit`` and ``test``, by its folder."""
-        if not fit_ended(self.folder, self.config):
+        if not self.config or not fit_ended(self.folder, self.config):
             return ["fit", "test"] if self.evaluate else ["fit"]
         return ["test"] if self.evaluate and not self._tested() else []
 
@@ -62,7 +63,7 @@ class StudyRun:
             checkpoint = find_checkpoint("last", self.folder)
         except CheckpointError as error:
             return f"no checkpoint can be read: {error}"
-        if checkpoint is None:
+        if checkpoint is None or not self.config:
             return "to do"
         total = self.config["trainer"]["max_steps"]
         return f"goes on from step {read_checkpoint(checkpoint)['global_step']:,} of {total:,}"
@@ -123,7 +124,11 @@ def fit_ended(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 class _ParsedCLI(BalCapCLI):
-    """The command line up to where anything is made of the config."""
+    """The command line of ``fit`` alone, up to where anything is made of the config."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": BalCapCLI.subcommands()["fit"]}
 
     def _set_seed(self) -> None:
         pass
@@ -150,8 +155,13 @@ def resolved(arguments: Sequence[str]) -> dict[str, Any]:
     return yaml.safe_load(cli._parser("fit").dump(cli.config["fit"], skip_none=False))
 
 
-def runs_of(settings: StudySettings) -> list[StudyRun]:
+def runs_of(settings: StudySettings, chosen: Collection[str]) -> list[StudyRun]:
     """All runs x seeds, with their configs resolved; the seeds of a run are together.
+
+    Args:
+        settings: of the study.
+        chosen: names of runs that are to be taken on. The configs of others, a second each, are resolved only where a
+            folder is held against them.
 
     Raises:
         SystemExit: a config does not parse; the command line has said why.
@@ -159,14 +169,15 @@ def runs_of(settings: StudySettings) -> list[StudyRun]:
     runs = []
     for name in settings.runs:
         arguments = settings.arguments(name)
+        folders = {seed: settings.folder / f"{name}-{seed}" for seed in settings.seeds}
+        needed = name in chosen or any(folder.is_dir() for folder in folders.values())
         try:
-            config = resolved([*arguments, "--resume=auto"])
+            config = resolved([*arguments, "--resume=auto"]) if needed else {}
         except SystemExit:
             print(f"The config is that of the run {name} of the study.", file=sys.stderr)
             raise
-        for seed in settings.seeds:
-            folder = settings.folder / f"{name}-{seed}"
-            own = config | {"seed_everything": seed, "run_dir": str(folder)}
+        for seed, folder in folders.items():
+            own = config and config | {"seed_everything": seed, "run_dir": str(folder)}
             runs.append(StudyRun(folder.name, name, seed, folder, arguments, own, settings.evaluate))
     return runs
 
@@ -174,7 +185,7 @@ def runs_of(settings: StudySettings) -> list[StudyRun]:
 def run_problems(runs: Sequence[StudyRun]) -> list[str]:
     """Of configs and folders, all together."""
     problems = [problem for run in runs for problem in run.problems()]
-    for run in {run.arm: run for run in runs}.values():
+    for run in {run.arm: run for run in runs if run.config}.values():
         if run.evaluate and not run.config["benchmark_eval"]["benchmarks"]:
             problems.append(
                 f"evaluate: the config of {run.arm} names no benchmarks (benchmark_eval.benchmarks); name some, or set "

@@ -32,6 +32,21 @@ class RunSettings:
 
 
 @dataclass
+class GroupSettings:
+    """Runs that stand in a table and a figure of their own.
+
+    Args:
+        runs: their names, in order; a run may stand in several groups.
+        title: for people; null for the group's name.
+        reference: name of the run that the others are compared with; null for the first.
+    """
+
+    runs: list[str] = field(default_factory=list)
+    title: str | None = None
+    reference: str | None = None
+
+
+@dataclass
 class StudySettings:
     """Runs x seeds of one question. Each run is an ordinary one, in ``<out>/<run>-<seed>``.
 
@@ -42,6 +57,7 @@ class StudySettings:
         seeds: of each run: ``seed_everything``.
         settings: of all runs, by their full names.
         reference: name of the run that the others are compared with; null for the first.
+        groups: name -> runs that share a table; without any, all do.
         measures: what is read, the main one first: benchmarks' scores (``dcscore``, ``caparena/careful``) and metrics, of
             which the last value counts (``val/recall``), or the step at which they first reach a level
             (``val/recall@0.7``), on the line between two validations; null for the benchmarks and the usual ``val/*``.
@@ -58,6 +74,7 @@ class StudySettings:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     settings: dict[str, Any] = field(default_factory=dict)
     reference: str | None = None
+    groups: dict[str, GroupSettings] = field(default_factory=dict)
     measures: list[str] | None = None
     curve: str | None = None
     trade_off: list[str] = field(default_factory=lambda: ["dcscore", "captionqa", "caparena"])
@@ -69,7 +86,9 @@ class StudySettings:
     def of(cls, given: dict[str, Any]) -> StudySettings:
         """From what was parsed; jsonargparse would make the objects that settings of runs name."""
         runs = {name: RunSettings(**(own or {})) for name, own in given["runs"].items()}
-        return cls(**given | {"runs": runs, "claims": [Claim(**claim) for claim in given["claims"]]})
+        groups = {name: GroupSettings(**own) for name, own in given["groups"].items()}
+        claims = [Claim(**claim) for claim in given["claims"]]
+        return cls(**given | {"runs": runs, "groups": groups, "claims": claims})
 
     def problems(self) -> list[str]:
         """What is wrong, each message beginning with the key to change. Reads no config of a run."""
@@ -95,6 +114,7 @@ class StudySettings:
                 )
             problems += _of_ours(f"runs.{name}.settings", run.settings if run else {})
         problems += _of_ours("settings", self.settings)
+        problems += self._of_groups()
         there = ", ".join(self.runs)
         for key, named in self._named():
             if named is not None and named not in self.runs:
@@ -109,9 +129,34 @@ class StudySettings:
                 problems.append(f"{key}: {claim.within} must be above 0")
         return problems
 
+    def _of_groups(self) -> Iterator[str]:
+        """What is wrong with the groups."""
+        for name, group in self.groups.items():
+            if name in self.runs:
+                yield f"groups.{name}: a run has this name too; choose another"
+            if not group.runs:
+                yield f"groups.{name}.runs: name at least one run"
+            if group.reference and group.reference not in group.runs:
+                yield f"groups.{name}.reference: {group.reference} is none of its runs: {', '.join(group.runs)}"
+        shown = {name for group in self.groups.values() for name in group.runs}
+        if self.groups and (hidden := [name for name in self.runs if name not in shown]):
+            yield f"groups: no table shows {', '.join(hidden)}; name them in a group"
+
+    def chosen(self, words: str) -> tuple[list[str], list[str]]:
+        """Names of runs that are meant by names of runs and groups with commas between, and names that are neither."""
+        named = [word for word in map(str.strip, words.split(",")) if word]
+        wanted: set[str] = set()
+        for word in named:
+            wanted |= set(self.groups[word].runs) if word in self.groups else {word}
+        unknown = [word for word in named if word not in self.runs and word not in self.groups]
+        return [name for name in self.runs if name in wanted], unknown
+
     def _named(self) -> Iterator[tuple[str, str | None]]:
         """Keys that name a run, and which."""
         yield "reference", self.reference
+        for name, group in self.groups.items():
+            for number, run in enumerate(group.runs):
+                yield f"groups.{name}.runs[{number}]", run
         for number, claim in enumerate(self.claims):
             yield f"claims[{number}].run", claim.run
             yield f"claims[{number}].against", claim.against

@@ -81,6 +81,21 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Settings that stand in a table of their own.
+
+    Attributes:
+        title: of the table.
+        arms: names of its settings, in order.
+        reference: name of the one that the others are compared with; None for the first.
+    """
+
+    title: str
+    arms: Sequence[str]
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the figures say of a claim.
 
@@ -108,6 +123,7 @@ class Study:
         curve: the metric whose learning curves are drawn; None for none.
         axes: of the trade-off: two measures, and a third that colours the points.
         unfinished: name of a run -> why its figures do not count.
+        groups: of the settings; without any, all stand in one table.
     """
 
     title: str
@@ -118,6 +134,25 @@ class Study:
     curve: str | None = None
     axes: Sequence[str] = ()
     unfinished: Mapping[str, str] | None = None
+    groups: Sequence[Group] = ()
+
+    @cached_property
+    def parts(self) -> list[Study]:
+        """A study of its own for the table of each group, without claims; itself where there are no groups."""
+        if not self.groups:
+            return [self]
+        measures = self.measures
+        return [
+            Study(
+                title=group.title,
+                arms=[self.arm(name) for name in group.arms],
+                reference=group.reference or group.arms[0],
+                given_measures=measures,
+                curve=self.curve,
+                axes=self.axes,
+            )
+            for group in self.groups
+        ]
 
     @cached_property
     def measures(self) -> list[str]:

@@ -7,23 +7,25 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from balcap.benchmarks.scores import Score
-from balcap.report.figures import FAINT, PALETTE, Figure, figure, scatter
+from balcap.report.figures import Figure, figure, scatter
 from balcap.report.html import Charts, rendered
 from balcap.report.markdown import table
 from balcap.report.study import Study, Verdict, digits, dominated, measure_title
-from balcap.report.study_curves import curves_chart, draw_curves
+from balcap.report.study_curves import curves_chart
+from balcap.report.study_picture import colours, draw
 from balcap.utils.files import atomic_write
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 INTERVALS = (
     "Figures are means over seeds with Student's 95 % interval; differences are taken within each seed and then averaged. "
     "Intervals are of the seeds alone, and not corrected for how many are looked at."
 )
+
+
+NAMED = 6
+"""Runs that are named where many are not finished."""
 
 
 def write_study(study: Study, out: Path) -> list[Path]:
@@ -48,8 +50,7 @@ def attention(study: Study) -> Iterator[str]:
     """What a reader must know before the numbers."""
     if len(study.seeds) == 1:
         yield "One seed: there is no interval over seeds, and no claim can hold or be contradicted."
-    for name, why in (study.unfinished or {}).items():
-        yield f"{name}: {why}; its figures are missing."
+    yield from _unfinished(study)
     for measure in study.measures:
         if gaps := study.missing(measure):
             of = ", ".join(f"{title} {gap}" for title, gap in gaps.items())
@@ -59,13 +60,28 @@ def attention(study: Study) -> Iterator[str]:
         yield "No finished run has a figure yet."
 
 
+def _unfinished(study: Study) -> Iterator[str]:
+    """A line for each reason why figures are missing, with the first runs that have it."""
+    names: dict[str, list[str]] = {}
+    for name, why in (study.unfinished or {}).items():
+        names.setdefault(why, []).append(name)
+    for why, of in names.items():
+        more = f" and {len(of) - NAMED} more" if len(of) > NAMED else ""
+        yield f"{', '.join(of[:NAMED])}{more}: {why}; {'its' if len(of) == 1 else 'their'} figures are missing."
+
+
 def rows(study: Study) -> Iterator[list[Any]]:
-    """Of the CSV: a head, then a row for each run and measure; what is missing is an empty cell."""
+    """Of the CSV: a head, then a row for each group, run and measure; what is missing is an empty cell."""
     yield [
-        "run", "measure", "mean", "low", "high", "seeds", "missing_seeds",
+        "group", "run", "measure", "mean", "low", "high", "seeds", "missing_seeds",
         "difference", "difference_low", "difference_high", "difference_seeds", "images",
         *(f"seed_{seed}" for seed in study.seeds),
     ]  # fmt: skip
+    for part in study.parts:
+        yield from _rows(part, part.title if study.groups else "", study.seeds)
+
+
+def _rows(study: Study, title: str, seeds: Sequence[int]) -> Iterator[list[Any]]:
     for arm in study.arms:
         for measure in study.measures:
             values, mean = arm.values(measure), arm.mean(measure)
@@ -74,21 +90,19 @@ def rows(study: Study) -> Iterator[list[Any]]:
                 one = study.difference(arm.name, measure)
                 gap = [_cell(one.value), _cell(one.low), _cell(one.high), one.n]
             yield [
-                arm.name, measure, _cell(mean.value), _cell(mean.low), _cell(mean.high), mean.n,
+                title, arm.name, measure, _cell(mean.value), _cell(mean.low), _cell(mean.high), mean.n,
                 len(arm.runs) - mean.n, *gap, _span(arm.images(measure)),
-                *(_cell(values.get(seed, math.nan)) for seed in study.seeds),
+                *(_cell(values.get(seed, math.nan)) for seed in seeds),
             ]  # fmt: skip
 
 
 def markdown(study: Study) -> str:
     """The page as text."""
     parts = [f"# {study.title}", *(f"> {line}" for line in attention(study))]
-    means, differences = tables(study)
     if study.measures:
-        parts += ["![Means with intervals](study.png)", INTERVALS, table(means[0], means[1:])]
-    if len(differences) > 1:
-        reference = study.arm(study.reference).title
-        parts += [f"## Difference to {reference}", table(differences[0], differences[1:])]
+        parts += ["![Means with intervals](study.png)", INTERVALS]
+        for part in study.parts:
+            parts += _tables_as_text(part, titled=bool(study.groups))
     if study.verdicts:
         head = ["claim", "verdict", "difference", "source"]
         lines = [
@@ -96,6 +110,17 @@ def markdown(study: Study) -> str:
         ]
         parts += ["## Claims", table(head, lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def _tables_as_text(study: Study, titled: bool) -> Iterator[str]:
+    """Of one group, or of all there is."""
+    means, differences = tables(study)
+    if titled:
+        yield f"## {study.title}"
+    yield table(means[0], means[1:])
+    if len(differences) > 1:
+        yield f"{'###' if titled else '##'} Difference to {study.arm(study.reference).title}"
+        yield table(differences[0], differences[1:])
 
 
 def tables(study: Study) -> tuple[list[list[str]], list[list[str]]]:
@@ -143,26 +168,34 @@ def said(study: Study, judged: Verdict) -> str:
 def html(study: Study, out: Path) -> str:
     """The page, which needs no network; it links to the reports in the run folders, as seen from `out`."""
     charts = Charts()
-    means, differences = tables(study)
-    curves = [curves_chart(study, study.curve)] if study.curve else []
-    drawn = [
-        *curves,
-        *([_trade_off(study)] if study.trade_off else []),
-        *(_dots(study, m) for m in study.measures),
-    ]
     content = {
         "title": study.title,
         "sections": [("charts", "Figures"), ("claims", "Claims"), ("runs", "Runs")],
         "attention": list(attention(study)),
         "note": INTERVALS,
-        "means": means,
-        "differences": differences,
-        "reference": study.arm(study.reference).title,
-        "charts": [charts.add(one) for one in drawn],
+        "parts": [_part(part, charts, bool(study.groups)) for part in study.parts],
         "claims": [(v, said(study, v)) for v in study.verdicts],
         "runs": _runs(study, out),
     }
     return rendered("study.html.jinja", content, charts)
+
+
+def _part(study: Study, charts: Charts, titled: bool) -> dict[str, Any]:
+    """Tables and charts of one group, or of all there is; of a group learning curves, trade-off and main measure are drawn."""
+    means, differences = tables(study)
+    measures = study.measures[:1] if titled else study.measures
+    drawn = [
+        *([curves_chart(study, study.curve)] if study.curve else []),
+        *([_trade_off(study)] if study.trade_off else []),
+        *(_dots(study, m) for m in measures),
+    ]
+    return {
+        "title": study.title if titled else None,
+        "means": means,
+        "differences": differences,
+        "reference": study.arm(study.reference).title,
+        "charts": [charts.add(one) for one in drawn],
+    }
 
 
 def _runs(study: Study, out: Path) -> list[dict[str, Any]]:
@@ -191,7 +224,7 @@ def _runs(study: Study, out: Path) -> list[dict[str, Any]]:
 def _dots(study: Study, measure: str) -> Figure:
     """Means of all settings on one measure, with intervals."""
     data = []
-    for arm, colour in zip(study.arms, _colours(study), strict=True):
+    for arm, colour in zip(study.arms, colours(study), strict=True):
         score = arm.mean(measure)
         half = 0.0 if math.isnan(score.low) else score.high - score.value
         style = {"color": colour, "size": 10}
@@ -226,69 +259,6 @@ def _dominated_note(study: Study, worse: set[str]) -> str:
     views = [measure_title(axis) for axis in study.axes[: len(next(iter(study.trade_off.values())))]]
     names = ", ".join(study.arm(name).title for name in study.trade_off if name in worse)
     return f"Hollow: another mean is at least as good in {', '.join(views)}, and better in one ({names or 'none'})."
-
-
-def draw(study: Study, file: Any) -> None:
-    """The picture: means of the first measure with intervals and, where there are any, learning curves and the trade-off."""
-    from matplotlib.figure import Figure as Picture
-
-    columns = 1 + bool(study.curve) + bool(study.trade_off)
-    height = 1.6 + 0.45 * len(study.arms)
-    picture = Picture(
-        figsize=(7 * columns, max(height, 4.5 if columns > 1 else 0)), dpi=110, layout="constrained"
-    )
-    axes = picture.subplots(1, columns, squeeze=False)[0]
-    _draw_dots(axes[0], study)
-    if study.curve:
-        draw_curves(axes[1], study, study.curve)
-    if study.trade_off:
-        _draw_trade_off(picture, axes[-1], study)
-    picture.savefig(file, format="png")
-
-
-def _draw_dots(axes: Axes, study: Study) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    if not study.measures:
-        axes.text(0.5, 0.5, "no finished run", transform=axes.transAxes, ha="center", color=FAINT)
-        return
-    measure = study.measures[0]
-    for place, (arm, colour) in enumerate(zip(study.arms, _colours(study), strict=True)):
-        score = arm.mean(measure)
-        if not math.isfinite(score.value):
-            axes.text(0.01, place, "missing", transform=axes.get_yaxis_transform(), va="center", color=FAINT)
-            continue
-        values = list(arm.values(measure).values())
-        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.35, markersize=4)
-        half = None if math.isnan(score.low) else score.high - score.value
-        axes.errorbar(score.value, place, xerr=half, fmt="o", color=colour, capsize=3, markersize=8)
-    axes.set_yticks(range(len(study.arms)), [arm.title for arm in study.arms])
-    axes.set_ylim(len(study.arms) - 0.5, -0.5)
-    axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
-    axes.set_title(f"{measure_title(measure)}: mean, 95 % over seeds, each seed", loc="left", fontsize=10)
-
-
-def _draw_trade_off(picture: Any, axes: Axes, study: Study) -> None:
-    points, worse = study.trade_off, dominated(study.trade_off)
-    third = all(len(point) > 2 for point in points.values())
-    xs, ys = [p[0] for p in points.values()], [p[1] for p in points.values()]
-    colours = [p[2] for p in points.values()] if third else PALETTE[0]
-    shown = axes.scatter(xs, ys, c=colours, s=90, zorder=3)
-    if third:
-        picture.colorbar(shown, ax=axes, label=measure_title(study.axes[2]))
-    for name, x, y in zip(points, xs, ys, strict=True):
-        if name in worse:
-            axes.scatter([x], [y], s=22, c="white", zorder=4)
-        axes.annotate(study.arm(name).title, (x, y), (6, 6), textcoords="offset points", fontsize=9)
-    axes.set_xlabel(measure_title(study.axes[0]))
-    axes.set_ylabel(measure_title(study.axes[1]))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.set_title("Trade-off; hollow: dominated in every view", loc="left", fontsize=10)
-
-
-def _colours(study: Study) -> list[str]:
-    return [PALETTE[place % len(PALETTE)] for place in range(len(study.arms))]
 
 
 def _of_images(study: Study, measure: str) -> str:

@@ -190,7 +190,8 @@ def _concrete(hint: Any) -> type | None:
     classes = (
         option
         for option in _options(hint)
-        if inspect.isclass(option) and option.__module__ not in ("builtins", "typing")  # Any may hold any keys
+        if inspect.isclass(option)
+        and option.__module__ not in ("builtins", "typing")  # Any may hold any keys
     )
     return next((option for option in classes if not inspect.isabstract(option)), None)
 

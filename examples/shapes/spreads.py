@@ -1,7 +1,7 @@
 """How much rewards differ between the captions of one image: what an advantage is made of.
 
-    python main.py validate --config configs/shapes.yaml --data.val_size 64 --model.val_captions 8 --run_dir runs/spreads
-    python -m examples.shapes.spreads runs/spreads
+python main.py validate --config configs/shapes.yaml --data.val_size 64 --model.val_captions 8 --run_dir runs/spreads
+python -m examples.shapes.spreads runs/spreads
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def spreads(run: Path) -> dict[str, tuple[float, float, int]]:
 
     files = sorted((run / "rollouts").glob("validate-*.parquet"))
     if not files:
-        raise ValueError(f"{run / 'rollouts'} holds no captions of main.py validate; run it with this --run_dir")
+        raise ValueError(
+            f"{run / 'rollouts'} holds no captions of main.py validate; run it with this --run_dir"
+        )
     last = [path for path in files if path.name.split("-")[1] == files[-1].name.split("-")[1]]
     rows = [row for path in last for row in pq.read_table(path).to_pylist()]
     rows = [row | {"length_ratio": row["length"] / (row["reference_length"] or math.nan)} for row in rows]
@@ -40,9 +42,7 @@ def _spread(rows: list[dict], name: str) -> tuple[float, float, int]:
             groups.setdefault(row["sample_id"], []).append(row[name])
     stds = [float(np.std(group, ddof=1)) for group in groups.values() if len(group) > 1]
     if not stds:
-        raise ValueError(
-            f"{name}: no image has two captions; give main.py validate --model.val_captions 8"
-        )
+        raise ValueError(f"{name}: no image has two captions; give main.py validate --model.val_captions 8")
     values = [value for group in groups.values() for value in group]
     return float(np.mean(values)), float(np.mean(stds)), len(rows) - len(values)
 
