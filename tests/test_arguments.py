@@ -161,6 +161,13 @@ def test_an_unknown_key_of_a_file_is_named_with_its_neighbour(
     assert last == f"Next: python main.py fit {then}"
 
 
+def test_what_may_be_anything_may_hold_any_keys(parser: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {judge: {params: {noise: {flip: 0.1}}}}")
+    config = parser.parse_args(["--config", SHAPES, "--config", str(path)])
+    assert config.model.judge.init_args.params == {"noise": {"flip": 0.1}}
+
+
 @pytest.mark.parametrize(
     ("flags", "says", "then"),
     [

@@ -181,7 +181,7 @@ def html(study: Study, out: Path) -> str:
 
 
 def _part(study: Study, charts: Charts, titled: bool) -> dict[str, Any]:
-    """Tables and charts of one group, or of all there is; of a group learning curves, trade-off and main measure are drawn."""
+    """Tables and charts of one group, or of all there is; a group has no charts of further measures."""
     means, differences = tables(study)
     measures = study.measures[:1] if titled else study.measures
     drawn = [

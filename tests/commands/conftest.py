@@ -1,4 +1,4 @@
-"""The recaption and annotate commands on the small world; and a real run that an estimate is compared with."""
+"""On the small world: the recaption and annotate commands, a study, and a real run that an estimate is compared with."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from tests.judge_server import JudgeServer
 from tests.support import ROOT
@@ -136,3 +138,34 @@ def over_http(server: JudgeServer) -> dict[str, object]:
     """Options that send the judge's questions to `server`."""
     params = {"judge.params.api_base": server.url}
     return {"judge.model": "hosted_vllm/oracle", "judge.providers": "null", "judge.retries": 0, **params}
+
+
+@pytest.fixture
+def study_file(fit_arguments, tmp_path: Path):
+    """`study_file(**keys)`: a study of two settings and two seeds, one step each, in a YAML."""
+
+    def write(settings: dict[str, Any] | None = None, **keys: Any) -> str:
+        flags = [word.removeprefix("--").partition("=") for word in fit_arguments()[3:]]
+        shared = {name: value for name, _, value in flags if name != "run_dir"}
+        short = {
+            "trainer.max_steps": 1,
+            "data.val_size": 2,
+            "data.val_batch_size": 2,
+            "model.sampling.max_tokens": 8,
+        }
+        content = {
+            "out": str(tmp_path / "study"),
+            "base": [str(ROOT / "configs/shapes.yaml")],
+            "seeds": [0, 1],
+            "runs": {
+                "ours": None,
+                "grpo": {"configs": [str(ROOT / "configs/methods/grpo.yaml")], "title": "GRPO"},
+            },
+            "settings": shared | short | (settings or {}),
+            "evaluate": False,
+        }
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(content | keys, sort_keys=False))
+        return str(path)
+
+    return write

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import random
@@ -13,7 +12,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,67 +22,10 @@ from balcap.commands.study_runs import StudyRun, fit_ended
 from balcap.commands.study_work import LOG, Work
 from balcap.utils.errors import UserError
 from examples.shapes.benchmarks import write_benchmarks
+from tests.commands.study_fakes import Here, table
 from tests.support import ROOT, metrics
 
 ENDS = {"export": {"enabled": True}}
-
-
-@pytest.fixture
-def study_file(fit_arguments, tmp_path: Path):
-    """`study_file(**keys)`: a study of two settings and two seeds, one step each, in a YAML."""
-
-    def write(settings: dict[str, Any] | None = None, **keys: Any) -> str:
-        flags = [word.removeprefix("--").partition("=") for word in fit_arguments()[3:]]
-        shared = {name: value for name, _, value in flags if name != "run_dir"}
-        short = {
-            "trainer.max_steps": 1,
-            "data.val_size": 2,
-            "data.val_batch_size": 2,
-            "model.sampling.max_tokens": 8,
-        }
-        content = {
-            "out": str(tmp_path / "study"),
-            "base": [str(ROOT / "configs/shapes.yaml")],
-            "seeds": [0, 1],
-            "runs": {
-                "ours": None,
-                "grpo": {"configs": [str(ROOT / "configs/methods/grpo.yaml")], "title": "GRPO"},
-            },
-            "settings": shared | short | (settings or {}),
-            "evaluate": False,
-        }
-        path = tmp_path / "study.yaml"
-        path.write_text(yaml.safe_dump(content | keys, sort_keys=False))
-        return str(path)
-
-    return write
-
-
-class _Here:
-    """Processes that have run in this one as soon as they have started."""
-
-    def __init__(self, cli: Any) -> None:
-        self.cli, self.commands, self.fail = cli, [], ""
-
-    def __call__(self, command: list[str], log: Path) -> _Here:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("it went wrong\n")
-        self.commands.append((command[2], log.parent.name))
-        if log.parent.name != self.fail:
-            self.cli(command[2:])
-        self.status = int(log.parent.name == self.fail)
-        return self
-
-    def poll(self) -> int:
-        return self.status
-
-    def send_signal(self, sig: int, /) -> None:
-        raise AssertionError("it has ended")
-
-
-def _table(out: Path) -> list[dict[str, str]]:
-    with (out / "study.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_study_runs_what_is_left_and_ends_in_tables(study_file, cli, tmp_path: Path, capsys) -> None:
@@ -99,21 +40,21 @@ def test_a_study_runs_what_is_left_and_ends_in_tables(study_file, cli, tmp_path:
     own = {"benchmark_eval.benchmarks": [benchmark], "trainer.devices": 1}
     claims = [{"claim": "Ours is better", "run": "ours", "against": "grpo", "measure": "val/recall"}]
     file = study_file(own, evaluate=True, claims=claims, reference="grpo")
-    here = _Here(cli)
+    here = Here(cli)
     here.fail = "grpo-0"
     with pytest.raises(
         UserError, match=r"1 of 4 runs failed.*\n  - grpo-0: fit ended with status 1: it went wrong"
     ):
         study([file], Work(start=here))
     assert [name for name, _ in here.commands] == ["fit", "test", "fit", "test", "fit", "fit", "test"]
-    rows = {(row["run"], row["measure"]): row for row in _table(out)}
+    rows = {(row["run"], row["measure"]): row for row in table(out)}
     assert rows["grpo", "b_capscore"]["missing_seeds"] == "1"
     assert rows["ours", "b_capscore"]["difference_seeds"] == "1"
 
     here.fail, here.commands = "", []
     study([file], Work(start=here))
     assert here.commands == [("fit", "grpo-0"), ("test", "grpo-0")]
-    rows = {(row["run"], row["measure"]): row for row in _table(out)}
+    rows = {(row["run"], row["measure"]): row for row in table(out)}
     for row in rows.values():
         assert (row["seeds"], row["missing_seeds"]) == ("2", "0")
     for seed in (0, 1):
@@ -138,10 +79,10 @@ def test_a_study_runs_what_is_left_and_ends_in_tables(study_file, cli, tmp_path:
         study([study_file(own | {"model.num_captions": 4}, evaluate=True)])
 
 
-def test_a_study_that_is_killed_goes_on_to_the_same_table(study_file, cli, tmp_path: Path) -> None:
+def test_a_study_that_is_killed_goes_on_to_the_sametable(study_file, cli, tmp_path: Path) -> None:
     file = study_file({"trainer.max_steps": 3}, seeds=[0])
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    study([file, f"--out={whole}"], Work(start=_Here(cli)))
+    study([file, f"--out={whole}"], Work(start=Here(cli)))
 
     command = [sys.executable, str(ROOT / "main.py"), "study", file, f"--out={killed}"]
     process = subprocess.Popen(command, cwd=ROOT)
@@ -155,29 +96,29 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(study_file, cli, tmp_p
     holders = [int(path.read_text().split()[1]) for path in killed.glob("*/.lock")]
     assert holders
 
-    here = _Here(cli)
+    here = Here(cli)
     study([file, f"--out={killed}"], Work(start=here))  # waits for what the kill has left
     assert not [pid for pid in holders if Path(f"/proc/{pid}").exists()]
-    assert _table(killed) == _table(whole)
+    assert table(killed) == table(whole)
     for path in sorted(killed.glob("*-?")):
         assert [row["step"] for row in metrics(path) if row["train/loss"]] == ["1", "2", "3"]
 
 
 def test_an_end_that_was_killed_is_made_up_for(study_file, cli, tmp_path: Path) -> None:
     file = study_file(seeds=[0], runs={"ours": None})
-    study([file], Work(start=_Here(cli)))
+    study([file], Work(start=Here(cli)))
     folder = tmp_path / "study/ours-0"
-    before, expected = _table(tmp_path / "study"), (folder / "metrics.csv").read_text().splitlines()
+    before, expected = table(tmp_path / "study"), (folder / "metrics.csv").read_text().splitlines()
     # as if the kill had come between the last checkpoint and the last validation
     shutil.rmtree(folder / "export")
     (folder / "metrics.csv").write_text("\n".join(expected[:-1]) + "\n")
     for path in folder.glob("rollouts/val-00000001*"):
         path.unlink()
     assert not fit_ended(folder, ENDS)
-    here = _Here(cli)
+    here = Here(cli)
     study([file], Work(start=here))
     assert here.commands == [("fit", "ours-0")]
-    assert _table(tmp_path / "study") == before
+    assert table(tmp_path / "study") == before
     assert fit_ended(folder, ENDS)
 
 
@@ -257,6 +198,58 @@ def test_a_study_of_the_project_parses(file: Path, tmp_path: Path, monkeypatch, 
     total = len(content["runs"]) * len(content.get("seeds", [0, 1, 2]))
     assert f"0 of {total} runs are done; left: {total} x fit, {total} x test" in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_papers_study_can_be_asked_in_the_second_world(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    worlds = ["configs/shapes.yaml", "configs/worlds/second.yaml"]
+    words = [f"--base={json.dumps(worlds)}", f"--out={tmp_path}", "--seeds=[10]", "--only_runs=full,grpo"]
+    study(["configs/study/paper.yaml", *words, "--dry_run"])
+    assert "0 of 2 runs are done" in capsys.readouterr().out
+
+
+def test_a_study_is_taken_in_parts(study_file, cli, tmp_path: Path, capsys) -> None:
+    runs = {"ours": None, "half": {"settings": {"model.weights.recall": 0.5}}, "more": None}
+    groups = {"weights": {"runs": ["ours", "half"], "title": "Weights"}, "rest": {"runs": ["ours", "more"]}}
+    file, out = study_file(seeds=[0], runs=runs, groups=groups), tmp_path / "study"
+    with pytest.raises(UserError, match=r"only_runs: there is no run or group theirs; there are ours, half"):
+        study([file, "--only_runs", "ours, theirs"])
+    study([file, "--only_runs=weights", "--dry_run"])
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in listed[:2]] == [["0", "ours-0"], ["1", "half-0"]]
+    assert listed[2].startswith("0 of 2 runs are done")
+
+    here = Here(cli)
+    study([file, "--only_runs=half"], Work(start=here))
+    assert here.commands == [("fit", "half-0")]
+    found = {(row["group"], row["run"]): row for row in table(out) if row["measure"] == "val/recall"}
+    assert list(found) == [("Weights", "ours"), ("Weights", "half"), ("rest", "ours"), ("rest", "more")]
+    assert [row["missing_seeds"] for row in found.values()] == ["1", "0", "1", "1"]
+    assert "ours-0, more-0: to do; their figures are missing." in (out / "study.md").read_text()
+
+    here.commands = []
+    study([file, "--only_runs", "weights", "--only", "0"], Work(start=here))
+    assert here.commands == [("fit", "ours-0")]
+    study([file, "--only_runs", "weights"], Work(start=here))
+    assert len(here.commands) == 1  # what is done is not run again, and the rest was not asked for
+    row = next(row for row in table(out) if (row["group"], row["run"]) == ("Weights", "half"))
+    assert row["difference_seeds"] == "1"
+    study([file, "--only_runs=rest", "--launcher=slurm"])
+    assert "#SBATCH --array=0-1\n" in (out / "study.sbatch").read_text()
+    assert "--only_runs=rest --only" in (out / "study.sbatch").read_text()
+
+
+def test_groups_that_contradict_the_runs_are_refused(study_file) -> None:
+    groups = {
+        "ours": {"runs": ["ours"]},
+        "none": {"runs": []},
+        "odd": {"runs": ["theirs"], "reference": "ours"},
+    }
+    with pytest.raises(UserError) as refused:
+        study([study_file(groups=groups)])
+    for line in ("groups.ours: a run has this name", "groups.none.runs: name at least one", "groups.odd.reference: ours",
+                 "groups.odd.runs[0]: there is no run theirs", "groups: no table shows grpo"):  # fmt: skip
+        assert f"  - {line}" in str(refused.value), line
 
 
 def test_all_problems_of_a_study_are_named_together(study_file, capsys) -> None:

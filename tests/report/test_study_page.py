@@ -12,7 +12,17 @@ import pytest
 
 from balcap.benchmarks.scores import Score
 from balcap.report.run import Run
-from balcap.report.study import Arm, Claim, Study, dominated, measure_title, steps_until, t_interval, verdict
+from balcap.report.study import (
+    Arm,
+    Claim,
+    Group,
+    Study,
+    dominated,
+    measure_title,
+    steps_until,
+    t_interval,
+    verdict,
+)
 from balcap.report.study_curves import learning_curve
 from balcap.report.study_page import attention, write_study
 from tests.report_runs import write_run
@@ -130,6 +140,49 @@ def test_the_files_tell_the_same(tmp_path: Path) -> None:
     assert float(row["seed_2"]) == 74.0
     assert rows["base", "dcscore"]["difference"] == ""
     assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_groups_have_tables_and_references_of_their_own(tmp_path: Path) -> None:
+    study = _study(tmp_path)
+    third = Arm("third", "Third", dict.fromkeys(study.seeds))
+    groups = [Group("Table A", ["new", "base"]), Group("Table B", ["third", "base"], "base")]
+    claims = [Claim("New is better", "new", "dcscore")]
+    unfinished = {f"third-{seed}": "to do" for seed in study.seeds}
+    whole = Study(
+        title="t",
+        arms=[*study.arms, third],
+        reference="base",
+        claims=claims,
+        given_measures=("dcscore",),
+        curve="val/recall",
+        axes=study.axes,
+        unfinished=unfinished,
+        groups=groups,
+    )
+    paths = write_study(whole, tmp_path / "out")
+    text, page = paths[0].read_text(), paths[3].read_text()
+    first, second = text.split("## Table B")
+    assert "## Table A" in first
+    assert "### Difference to New" in first
+    assert "| Base | -3.0 [-5.5, -0.5] |" in first
+    assert "### Difference to Base" in second
+    assert "| Third | – (0 of 3 seeds) |" in second
+    assert "| New is better | **holds** |" in second  # of the whole study, against its own reference
+    assert "third-0, third-1, third-2: to do; their figures are missing." in text
+    assert page.count("<h2>Table") == 2
+    assert page.count("while training") >= 2
+    rows = list(csv.DictReader(paths[1].open()))
+    assert [(row["group"], row["run"]) for row in rows] == [
+        ("Table A", "new"), ("Table A", "base"), ("Table B", "third"), ("Table B", "base"),
+    ]  # fmt: skip
+    assert float(rows[1]["difference"]) == -3.0
+    assert rows[3]["difference"] == ""
+
+
+def test_many_unfinished_runs_are_counted(tmp_path: Path) -> None:
+    whole = Study("t", _study(tmp_path).arms, "base", unfinished={f"run-{n}": "to do" for n in range(8)})
+    named = ", ".join(f"run-{n}" for n in range(6))
+    assert f"{named} and 2 more: to do; their figures are missing." in list(attention(whole))
 
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
