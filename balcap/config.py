@@ -144,8 +144,19 @@ def _reward_problems(model: BalCapModule) -> list[str]:
             f"model.advantage: {type(model.advantage).__name__} gives credit by verdicts on assertions; add "
             "balcap.rewards.Precision to model.rewards, with a weight, or use CGDPO"
         )
+    if model.advantage.needs_coverage and not any(one.needs_for_spans for one in trained):
+        problems.append(
+            "model.advantage.init_args.coverage: no reward with a weight says which assertions earn it, as "
+            "balcap.rewards.Recall does; add it, or set coverage to false"
+        )
     for transform in model.reward_transforms:
         problems += transform.problems(names)
+    for transform in model.advantage_transforms:
+        if model.advantage.needs_spans and transform.per_caption:
+            problems.append(
+                f"model.advantage_transforms: {type(transform).__name__} changes advantages of captions, and "
+                f"{type(model.advantage).__name__} gives those of tokens; leave one of them out"
+            )
     return problems
 
 
@@ -190,4 +201,6 @@ def trainer_problems(trainer: Trainer, model: BalCapModule, subcommand: str) -> 
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         problems += callback.problems() if hasattr(callback, "problems") else []
+        if subcommand == "fit" and hasattr(callback, "module_problems"):
+            problems += callback.module_problems(trainer, model)
     return problems

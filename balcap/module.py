@@ -91,7 +91,10 @@ class BalCapModule(L.LightningModule):
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen rest
         self.advantage, self.advantage_transforms = advantage or CGDPO(), advantage_transforms or []
         self.policy_config, self.judge = policy, judge
-        self.rewards = RewardSuite(rewards, self.advantage.needs_spans, self.advantage.needs_coverage)
+        estimates = not supervised  # else nothing needs the words of assertions, in validation either
+        self.rewards = RewardSuite(
+            rewards, estimates and self.advantage.needs_spans, estimates and self.advantage.needs_coverage
+        )
         self.weights, self.num_captions, self.val_captions = weights, num_captions, val_captions
         self.supervised = supervised
         self.predict_temperature = predict_temperature

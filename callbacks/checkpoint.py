@@ -97,13 +97,20 @@ class RunCheckpoint(ModelCheckpoint):
         self._agreed = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
         if self._agreed:  # now, where Lightning's loops expect a checkpoint; the step is logged after this
             self._save_last(trainer)
+        elif trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step:
+            self._save_end(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _save_end(self, trainer: Trainer) -> None:
         """A fit that comes to its end leaves a checkpoint of its last step, whatever `every_n_train_steps` is."""
         if self._last_global_step_saved != trainer.global_step:
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save_end(
+            trainer
+        )  # of the last epoch; where the last step is known, it was saved before the epoch was counted
         if not self._monitor_seen and self.best_model_path:
             rank_zero_info(
                 f"checkpoint.monitor: {self.monitor} was known at no checkpoint, so none is the best; metrics.csv has "

@@ -57,8 +57,13 @@ class LengthMaskSchedule(Callback):
         steps, lows, highs = zip(*((e.step, e.tau_low, e.tau_high) for e in self.schedule), strict=True)
         return float(np.interp(step, steps, lows)), float(np.interp(step, steps, highs))
 
+    def module_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """What of the config does not go together with it, with the key to change."""
+        return _mask_problems(pl_module, "LengthMaskSchedule")
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._masks = _masks(pl_module, "LengthMaskSchedule")
+        _refuse(self.module_problems(trainer, pl_module))
+        self._masks = _masks(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -151,12 +156,18 @@ class TargetBand(Callback):
             min(tau_high, max(tau_high - self.rate, high, self.target_high)),
         )
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._masks = _masks(pl_module, "TargetBand")
+    def module_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """What of the config does not go together with it, with the key to change."""
+        problems = _mask_problems(pl_module, "TargetBand")
         if any(isinstance(other, LengthMaskSchedule) for other in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError(
+            problems.append(
                 "trainer.callbacks: TargetBand and LengthMaskSchedule both set the length mask; keep one"
             )
+        return problems
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _refuse(self.module_problems(trainer, pl_module))
+        self._masks = _masks(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -181,13 +192,20 @@ class TargetBand(Callback):
         self.bounds, self.quantiles = state_dict["bounds"], state_dict["quantiles"]
 
 
-def _masks(pl_module: LightningModule, callback: str) -> list[LengthMask]:
-    """The module's length masks; ValueError if it has none."""
+def _masks(pl_module: LightningModule) -> list[LengthMask]:
+    """The module's length masks."""
     transforms: Any = getattr(pl_module, "reward_transforms", ())
-    masks = [one for one in transforms if isinstance(one, LengthMask)]
-    if not masks:
-        raise ValueError(f"{callback}: model.reward_transforms holds no balcap.algorithms.LengthMask to move")
-    return masks
+    return [one for one in transforms if isinstance(one, LengthMask)]
+
+
+def _mask_problems(pl_module: LightningModule, callback: str) -> list[str]:
+    why = "model.reward_transforms holds no balcap.algorithms.LengthMask to move; add it, or leave the callback out"
+    return [] if _masks(pl_module) else [f"trainer.callbacks: {callback}: {why}"]
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _set_bounds(masks: Sequence[LengthMask], tau_low: float, tau_high: float) -> None:

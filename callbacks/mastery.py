@@ -67,10 +67,16 @@ class Mastery(Callback):
         found = mastered_rows(record.rewards, scores, self.threshold)
         return dict(zip(record.rollouts.batch.sample_ids, found, strict=True))
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def module_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """What of the config does not go together with it, with the key to change."""
         module: Any = pl_module
-        if missing := [name for name in PARTS if name not in module.rewards.names]:
-            raise ValueError(f"Mastery: model.rewards lacks {', '.join(missing)}, a part of b-CapScore")
+        missing = [name for name in PARTS if name not in module.rewards.names]
+        why = f"Mastery goes by b-CapScore, and model.rewards lacks {', '.join(missing)}; add it, or leave Mastery out"
+        return [f"trainer.callbacks: {why}"] if missing else []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if problems := self.module_problems(trainer, pl_module):
+            raise ValueError("\n".join(problems))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._apply(trainer)

@@ -126,6 +126,7 @@ def test_a_fit_ends_with_a_checkpoint_of_its_last_step_and_goes_on_from_there(
             cli([*arguments, "--resume", "auto"])
             last = torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True)
             assert last["global_step"] == steps
+            assert last["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] == 0  # it is under way
     whole, parts = (
         [
             {k: v for k, v in row.items() if k.startswith(("step", "train/", "val/"))}

@@ -94,6 +94,16 @@ def test_what_it_needs_is_said_before_anything_is_paid(fit_arguments, cli) -> No
     problems = caught.value.problems
     assert any("model.advantage: SpanCredit gives credit by verdicts" in problem for problem in problems)
     assert any("model.advantage.init_args.kappa: 2" in problem for problem in problems)
+    of_captions = {
+        "model.advantage_transforms": "[balcap.algorithms.QGLAS]",
+        "model.advantage.coverage": True,
+    }
+    without = {"model.weights": "{precision: 1, linguistic: 1}"}
+    with pytest.raises(ConfigError) as caught:
+        cli(fit_arguments(**SPAN_CREDIT, **of_captions, **without))
+    text = "\n".join(caught.value.problems)
+    assert "QGLAS changes advantages of captions, and SpanCredit gives those of tokens" in text
+    assert "model.advantage.init_args.coverage: no reward with a weight says which assertions earn it" in text
 
 
 def test_an_estimate_prices_the_words(fit_arguments, cli, capsys) -> None:

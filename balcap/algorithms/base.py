@@ -75,7 +75,13 @@ class RewardTransform(ABC):
 
 
 class AdvantageTransform(ABC):
-    """Changes advantages after the estimator."""
+    """Changes advantages after the estimator.
+
+    Attributes:
+        per_caption: whether it can only change advantages of whole captions, and not those of tokens.
+    """
+
+    per_caption: ClassVar[bool] = False
 
     @abstractmethod
     def transform(

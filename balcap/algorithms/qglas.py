@@ -21,6 +21,8 @@ class QGLAS(AdvantageTransform):
         cap: c, the share by which a caption is shorter at which the gain is largest, above 0.
     """
 
+    per_caption = True
+
     def __init__(self, scale: float = 0.5, cap: float = 0.5) -> None:
         self.scale, self.cap = scale, cap
         if not 0 <= scale < math.inf or not 0 < cap < math.inf:

@@ -185,6 +185,12 @@ def runs_of(settings: StudySettings, chosen: Collection[str]) -> list[StudyRun]:
 def run_problems(runs: Sequence[StudyRun]) -> list[str]:
     """Of configs and folders, all together."""
     problems = [problem for run in runs for problem in run.problems()]
+    for run in {run.arm: run for run in runs}.values():
+        if not run.config["export"]["enabled"] and run.config["trainer"]["max_steps"] <= 0:
+            problems.append(
+                f"trainer.max_steps: without an export only the last step says that {run.arm} has come to its end; "
+                "set it, or export.enabled: true"
+            )
     for run in {run.arm: run for run in runs if run.config}.values():
         if run.evaluate and not run.config["benchmark_eval"]["benchmarks"]:
             problems.append(

@@ -85,10 +85,13 @@ class StudySettings:
     @classmethod
     def of(cls, given: dict[str, Any]) -> StudySettings:
         """From what was parsed; jsonargparse would make the objects that settings of runs name."""
-        runs = {name: RunSettings(**(own or {})) for name, own in given["runs"].items()}
-        groups = {name: GroupSettings(**own) for name, own in given["groups"].items()}
-        claims = [Claim(**claim) for claim in given["claims"]]
-        return cls(**given | {"runs": runs, "groups": groups, "claims": claims})
+        there = {
+            key: value for key, value in given.items() if value is not None
+        }  # an empty key is as if it were not there
+        runs = {name: RunSettings(**(own or {})) for name, own in there.get("runs", {}).items()}
+        groups = {name: GroupSettings(**own) for name, own in there.get("groups", {}).items()}
+        claims = [Claim(**claim) for claim in there.get("claims", [])]
+        return cls(**there | {"runs": runs, "groups": groups, "claims": claims})
 
     def problems(self) -> list[str]:
         """What is wrong, each message beginning with the key to change. Reads no config of a run."""
@@ -101,11 +104,11 @@ class StudySettings:
             problems.append(f"seeds: {self.seeds} must be different numbers from 0 on, and at least one")
         if len(self.trade_off) not in (0, 2, 3):
             problems.append(f"trade_off: {self.trade_off} must be two or three measures, or [] for no figure")
-        for measure in self.measures or ():
+        for key, measure in self._measures():
             name, at, level = measure.partition("@")
             if at and not (name.startswith(("val/", "train/")) and _is_number(level)):
                 problems.append(
-                    f"measures: {measure!r} must be a metric and the level to reach, such as val/recall@0.7"
+                    f"{key}: {measure!r} must be a metric and the level to reach, such as val/recall@0.7"
                 )
         for name, run in self.runs.items():
             if not re.fullmatch(r"\w[\w.-]*", name):
@@ -150,6 +153,12 @@ class StudySettings:
             wanted |= set(self.groups[word].runs) if word in self.groups else {word}
         unknown = [word for word in named if word not in self.runs and word not in self.groups]
         return [name for name in self.runs if name in wanted], unknown
+
+    def _measures(self) -> Iterator[tuple[str, str]]:
+        """Keys that name a measure, and which."""
+        yield from (("measures", measure) for measure in self.measures or ())
+        yield from (("trade_off", measure) for measure in self.trade_off)
+        yield from ((f"claims[{number}].measure", claim.measure) for number, claim in enumerate(self.claims))
 
     def _named(self) -> Iterator[tuple[str, str | None]]:
         """Keys that name a run, and which."""

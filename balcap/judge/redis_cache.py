@@ -14,12 +14,15 @@ from urllib.parse import urlsplit
 from balcap.judge.cache import BUSY_S, JudgmentCache
 from balcap.judge.cache import describe as describe_file
 from balcap.judge.errors import StoreError
+from balcap.utils.redact import redact, secret_problems
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SCHEMES = ("redis://", "rediss://", "unix://")
 ENVIRONMENT = "os.environ/"
+TIMEOUT_S = 2.0
+"""Seconds that a server may take. After a failure it is left alone for `BUSY_S`."""
 ANSWERS = f"balcap:answers:{JudgmentCache.version}"
 """The hash that holds the answers: key of the question -> its answer's JSON."""
 
@@ -49,8 +52,8 @@ class RedisCache:
     setting (``appendonly yes``). While the server cannot be reached, nothing is found, and what is put waits.
 
     Args:
-        cache: such as ``redis://:password@host:6379/0``, or ``os.environ/<NAME>`` for a variable that holds it, which
-            keeps a password out of configs.
+        cache: such as ``redis://host:6379/0``, or ``os.environ/<NAME>`` for a variable that holds a URL, also one with a
+            password.
 
     Raises:
         StoreError: if the server cannot be reached, or holds something else in our place.
@@ -66,7 +69,10 @@ class RedisCache:
 
     @staticmethod
     def problem(cache: str) -> str | None:
-        """What is wrong with it, worded with its key; None if it works."""
+        """What is wrong with it, worded with its key; None if it works. A password in the config itself is refused: configs,
+        reports and model cards are shown to others."""
+        if found := secret_problems(cache, "model.judge.cache"):
+            return found[0]
         try:
             _connected(cache).close()
         except StoreError as error:
@@ -79,8 +85,9 @@ class RedisCache:
             return {}
         with self._lock:
             waiting = {key: self._waiting[key] for key in keys if key in self._waiting}
-            found = self._tried("read", lambda: self._client.hmget(ANSWERS, list(keys))) or ()
-        there = {key: text for key, text in zip(keys, found, strict=False) if text is not None}
+            away = time.monotonic() < self._retry_at  # each question would wait for it
+            found = None if away else self._tried("read", lambda: self._client.hmget(ANSWERS, list(keys)))
+        there = {key: text for key, text in zip(keys, found or (), strict=False) if text is not None}
         return waiting | there
 
     def put(self, key: str, task: str, model: str, answer: str) -> None:
@@ -109,9 +116,7 @@ class RedisCache:
     def _write(self) -> None:
         if not self._waiting:
             return
-        if self._tried("write", lambda: self._client.hset(ANSWERS, mapping=self._waiting)) is None:
-            self._retry_at = time.monotonic() + BUSY_S
-        else:
+        if self._tried("write", lambda: self._client.hset(ANSWERS, mapping=self._waiting)) is not None:
             self._waiting.clear()
 
     def _tried(self, verb: str, ask: Callable[[], T]) -> T | None:
@@ -121,6 +126,7 @@ class RedisCache:
         try:
             return ask()
         except RedisError as error:
+            self._retry_at = time.monotonic() + BUSY_S
             if not self._warned:
                 self._warned = True
                 logger.warning("model.judge.cache: cannot %s %s (%s)", verb, self.name, error)
@@ -146,7 +152,7 @@ def _connected(cache: str) -> Any:
                 raise StoreError(f"the variable {name} holds no URL such as redis://host:6379/0")
         import redis
 
-        timeouts = {"socket_timeout": 5, "socket_connect_timeout": 5}
+        timeouts = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S}
         client: Any = redis.Redis.from_url(url, decode_responses=True, **timeouts)
         if (kind := client.type(ANSWERS)) not in ("none", "hash"):
             raise StoreError(f"its key {ANSWERS} is a {kind} of something else")
@@ -163,9 +169,9 @@ def _unusable_if_it_fails(cache: str) -> Iterator[None]:
         why = 'the client is not installed: pip install -e ".[redis]"'
     except StoreError as error:
         why = str(error)
-    except (
-        Exception
-    ) as error:  # redis has several families of errors, and of a wrong URL it raises ValueError
-        why = str(error) or type(error).__name__
+    except ValueError:  # its words may quote a part of the password
+        why = "it is no URL of a server; a password in it must be percent-encoded"
+    except Exception as error:  # redis has several families of errors
+        why = redact(str(error)) or type(error).__name__
     message = f"model.judge.cache: {without_password(cache)} cannot be used as the judge's cache ({why}). "
     raise StoreError(f"{message}Start the server, name another one or a file, or set it to null.", why)

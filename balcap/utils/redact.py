@@ -25,7 +25,7 @@ _SHAPES = re.compile(
     r"|(?i:authorization|x-api-key|api-key)['\"]*\s*[:=]\s*['\"]*(?:(?i:basic|token)\s+)?[^\s'\",}]+"
     r")"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
     r"|[?&](?i:key|api[_-]?key|token|access_token|subscription-key|sig|code)=[^\s&'\"]+"
 )
 """What keys of well-known providers, credentials in headers and credentials in URLs look like."""

@@ -16,8 +16,17 @@ from balcap.commands.ledger import cache as show
 from balcap.judge import Judge
 from balcap.judge.cache import BUSY_S
 from balcap.judge.errors import StoreError
-from balcap.judge.redis_cache import ANSWERS, RedisCache, describe, is_redis, open_cache, without_password
+from balcap.judge.redis_cache import (
+    ANSWERS,
+    TIMEOUT_S,
+    RedisCache,
+    describe,
+    is_redis,
+    open_cache,
+    without_password,
+)
 from balcap.judge.tasks import Decompose
+from balcap.utils.redact import redact
 
 redis = pytest.importorskip("redis")
 pytestmark = pytest.mark.skipif(shutil.which("redis-server") is None, reason="there is no redis-server here")
@@ -63,9 +72,10 @@ def port() -> int:
 
 
 @pytest.fixture
-def url(port: int, tmp_path: Path) -> Iterator[str]:
+def url(port: int, tmp_path: Path, monkeypatch) -> Iterator[str]:
+    monkeypatch.setenv("JUDGE_CACHE", f"redis://:secret@127.0.0.1:{port}/0")
     with serving(port, tmp_path):
-        yield f"redis://:secret@127.0.0.1:{port}/0"
+        yield "os.environ/JUDGE_CACHE"
 
 
 def test_what_one_process_puts_another_finds(url: str) -> None:
@@ -122,16 +132,34 @@ def test_a_server_that_goes_away_costs_nothing_that_was_put(
         other.close()
 
 
+def test_a_server_that_hangs_is_left_alone_for_a_while(url: str, port: int, monkeypatch) -> None:
+    cache = open_cache(url)
+    cache.put("a", "verify", "m", "1")
+    client = redis.Redis(port=port, password="secret")
+    client.client_pause(int(1300 * TIMEOUT_S))  # milliseconds in which every command waits
+    began = time.monotonic()
+    for _ in range(5):
+        assert cache.get_many(["a"]) == {}
+    assert time.monotonic() - began < 2 * TIMEOUT_S  # one question waited, the others did not ask
+    client.ping()  # waits as well
+    later = time.monotonic() + BUSY_S
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert cache.get_many(["a"]) == {"a": "1"}
+
+
 def test_what_cannot_be_used_is_said_before_a_run_and_without_the_password(
     url: str, port: int, monkeypatch, capsys
 ) -> None:
     assert RedisCache.problem(url) is None
-    wrong = RedisCache.problem(url.replace("secret", "hidden"))
-    assert wrong is not None
-    assert wrong.startswith(
-        f"model.judge.cache: redis://127.0.0.1:{port}/0 cannot be used as the judge's cache ("
-    )
-    assert "hidden" not in wrong
+    plain = RedisCache.problem(f"redis://:secret@127.0.0.1:{port}/0")
+    assert plain is not None
+    assert plain.startswith("model.judge.cache: keys come from the environment")
+    for password in ("hidden", "hid/den", "hid#den", "hid%den"):
+        monkeypatch.setenv("OTHER", f"redis://:{password}@127.0.0.1:{port}/0")
+        wrong = RedisCache.problem("os.environ/OTHER")
+        assert wrong is not None
+        assert wrong.startswith("model.judge.cache: os.environ/OTHER cannot be used as the judge's cache (")
+        assert "hid" not in wrong
     nobody = "redis://127.0.0.1:1/0"
     judge = Judge("shapes/oracle", providers={"shapes": "examples.shapes.oracle.Oracle"}, cache=nobody)
     assert any("model.judge.cache: redis://127.0.0.1:1/0" in problem for problem in judge.problems())
@@ -142,10 +170,10 @@ def test_what_cannot_be_used_is_said_before_a_run_and_without_the_password(
 
 
 def test_a_variable_keeps_the_password_out_of_the_config(url: str, monkeypatch) -> None:
-    monkeypatch.setenv("JUDGE_CACHE", url)
     cache = open_cache("os.environ/JUDGE_CACHE")
     cache.put("a", "verify", "m", "1")
-    assert open_cache(url).get_many(["a"]) == {"a": "1"}
+    assert open_cache("os.environ/JUDGE_CACHE").get_many(["a"]) == {"a": "1"}
+    assert redact("at redis://:secret@host:6379/0") == "at redis://***@host:6379/0"
     monkeypatch.setenv("JUDGE_CACHE", "runs/cache.sqlite")
     assert "the variable JUDGE_CACHE holds no URL" in str(RedisCache.problem("os.environ/JUDGE_CACHE"))
     assert without_password("rediss://user:pass@host:6379/1") == "rediss://host:6379/1"
