@@ -24,7 +24,7 @@ def draw(study: Study, file: Any) -> None:
     picture = Picture(figsize=(7 * columns, sum(heights)), dpi=110, layout="constrained")
     grid = picture.subplots(len(parts), columns, squeeze=False, height_ratios=heights)
     for part, axes in zip(parts, grid, strict=True):
-        _draw_dots(axes[0], part, f"{part.title}. " if study.groups else "")
+        _draw_dots(axes[0], part, f"{part.title}\n" if study.groups else "")
         if part.curve:
             draw_curves(axes[1], part, part.curve)
         if part.trade_off:
