@@ -183,7 +183,7 @@ def _fit_problems(trainer: Trainer, model: BalCapModule) -> list[str]:
 def trainer_problems(trainer: Trainer, model: BalCapModule, subcommand: str) -> list[str]:
     """What the trainer's own settings leave impossible."""
     problems = [] if subcommand not in ("fit", "plan", "estimate") else _fit_problems(trainer, model)
-    if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+    if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed")):
         problems.append(
             f"trainer.strategy: {type(trainer.strategy).__name__} is not supported yet; use ddp, with "
             "model.policy.lora where the weights do not fit twice"

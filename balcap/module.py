@@ -119,11 +119,11 @@ class BalCapModule(L.LightningModule):
             return
         from balcap.policy.families.base import num_weights
         from balcap.policy.policy import Policy
+        from balcap.trainer.sharded import sharding_of
 
         trains = self._trainer is None or self._trainer.state.fn == "fit"
-        self.policy = Policy.load(
-            self.policy_config, with_reference=trains and self.update_settings.kl_coef > 0
-        )
+        compared = trains and self.update_settings.kl_coef > 0
+        self.policy = Policy.load(self.policy_config, compared, sharding_of(self._trainer))
         if self._trainer is not None:
             self.pipeline.attach(self._trainer, self.policy)
         trained, there = (
