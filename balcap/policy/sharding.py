@@ -63,7 +63,12 @@ class _Loaded:
         return cls(dtypes, model.generation_config, getattr(model, "_weight_conversions", None))
 
     def give(self, model: Any) -> Any:
-        """To a model on the meta device, which it returns."""
+        """To a model on the meta device, which it returns. A head that has weights of its own beside an embedding that the
+        config ties it to keeps them, as transformers does."""
+        for name in self.dtypes.keys() - dict(model.named_parameters()).keys():
+            path, _, attribute = name.rpartition(".")
+            own = nn.Parameter(torch.empty_like(model.get_parameter(name)))
+            setattr(model.get_submodule(path), attribute, own)
         for name, weight in model.named_parameters():
             weight.data = weight.data.to(self.dtypes[name])
         model.generation_config, model._weight_conversions = self.generation_config, self.weight_conversions
