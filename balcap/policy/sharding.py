@@ -11,6 +11,7 @@ gathering that not all ranks take part in never ends.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ def shard(policy: Policy, sharding: Sharding) -> None:
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
+    # Nothing is changed in place here.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     model, reference, device = policy.model, policy.reference, sharding.device
     whole = model.state_dict() if dist.get_rank() == 0 else {}
     kept = _frozen_tower(model)
