@@ -24,7 +24,13 @@ from balcap.algorithms import cgdpo
 from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.policy import Policy
 from balcap.policy.sharding import Sharding, whole
-from balcap.trainer.update import OptimizerLoop, UpdateSettings, micro_batches, rows_with_nonzero_advantage, update
+from balcap.trainer.update import (
+    OptimizerLoop,
+    UpdateSettings,
+    micro_batches,
+    rows_with_nonzero_advantage,
+    update,
+)
 from balcap.types import Rollouts
 from tests.tiny_models import mixed_batch, rollouts_of
 
@@ -136,7 +142,9 @@ def differences(case: dict[str, Any], found: dict[str, Way]) -> list[str]:
         its, other, its_skipped = results[name]
         distance = max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
         if not distance < 5e-6 or its_skipped != skipped:
-            problems.append(f"{name}: weights differ by {distance}, {its_skipped} skipped instead of {skipped}")
+            problems.append(
+                f"{name}: weights differ by {distance}, {its_skipped} skipped instead of {skipped}"
+            )
         for key in ("loss", "kl", "grad_norm", "entropy", "clip_fraction"):
             a, b = (torch.tensor(values.get(key, 0.0)) for values in (numbers, its))
             if case["bad_row"] is None and not torch.isclose(a, b, rtol=1e-3, atol=2e-5):
@@ -160,9 +168,7 @@ def passes_differ(case: dict[str, Any], way: Way) -> bool:
 
 def main(work: Path, rank: int) -> None:
     """Go through all cases; a collective that one rank misses ends the process after a minute."""
-    dist.init_process_group(
-        "gloo", f"file://{work}/store", timedelta(seconds=60), rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo", f"file://{work}/store", timedelta(seconds=60), rank=rank, world_size=2)
     logging.disable(logging.WARNING)
     given = json.loads((work / "cases.json").read_text())
     report: dict[str, Any] = {"problems": [], "cases": 0, "ragged": 0, "moved": 0}
@@ -174,7 +180,8 @@ def main(work: Path, rank: int) -> None:
             made[kind] = ways(Path(given["folders"][folder]), settings)
         report["problems"] += [f"{problem}: {case}" for problem in differences(case, made[kind])]
         moved = max(
-            float((a - b).abs().max()) for a, b in zip(made[kind]["one"].weights(), made[kind]["one"].start, strict=True)
+            float((a - b).abs().max())
+            for a, b in zip(made[kind]["one"].weights(), made[kind]["one"].start, strict=True)
         )
         report["cases"] += 1
         report["moved"] += moved > 1e-3

@@ -21,7 +21,8 @@ from balcap.policy.layout import Layout
 from balcap.policy.loading import as_reference, load_model, load_processor, prepare
 from balcap.policy.logps import caption_logps
 from balcap.policy.prompts import PromptEncoder, Prompts
-from balcap.policy.sharding import Sharding, empty_like, gathered, is_sharded, load_once, shard, whole_state
+from balcap.policy.sharded_loading import empty_like, load_once
+from balcap.policy.sharding import Sharding, gathered, is_sharded, shard, whole_state
 from balcap.policy.shared_prefix import prepare_shared_prefix, shared_prefix_logps
 from balcap.types import CaptionBatch, Rollouts
 

@@ -21,9 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from balcap.policy.config import PolicyConfig, PolicyError
 from balcap.policy.families import base_of, family_of
-from balcap.policy.loading import empty_model, load_model
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -50,61 +48,11 @@ class Sharding:
         return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """What ranks without weights must know of a model that was loaded."""
-
-    dtypes: dict[str, torch.dtype]
-    generation_config: Any
-    weight_conversions: Any
-
-    @classmethod
-    def of(cls, model: Any) -> _Loaded:
-        dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
-        return cls(dtypes, model.generation_config, getattr(model, "_weight_conversions", None))
-
-    def give(self, model: Any) -> Any:
-        """To a model on the meta device, which it returns. A head that has weights of its own beside an embedding that the
-        config ties it to keeps them, as transformers does."""
-        for name in self.dtypes.keys() - dict(model.named_parameters()).keys():
-            path, _, attribute = name.rpartition(".")
-            own = nn.Parameter(torch.empty_like(model.get_parameter(name)))
-            setattr(model.get_submodule(path), attribute, own)
-        for name, weight in model.named_parameters():
-            weight.data = weight.data.to(self.dtypes[name])
-        model.generation_config, model._weight_conversions = self.generation_config, self.weight_conversions
-        return model
-
-
-def load_once(config: PolicyConfig) -> Any:
-    """The weights on rank 0; on the others the same model on the meta device. A collective.
-
-    Raises:
-        PolicyError: on all ranks, where rank 0 cannot load it.
-    """
-    model, told = None, [""]
-    if dist.get_rank() == 0:
-        try:
-            model = load_model(config)
-            told = [_Loaded.of(model)]
-        except PolicyError as error:
-            told = [str(error)]
-    dist.broadcast_object_list(told)
-    if isinstance(told[0], str):
-        raise PolicyError(told[0])
-    return model if model is not None else told[0].give(empty_model(config))
-
-
-def empty_like(model: Any, config: PolicyConfig) -> Any:
-    """A model of the same weights, as it was loaded, on the meta device."""
-    return _Loaded.of(model).give(empty_model(config))
-
-
 def shard(policy: Policy, sharding: Sharding) -> None:
     """Cut a policy, in place, and give each rank its parts of the weights that rank 0 has. A collective.
 
     Args:
-        policy: its model of `load_once`, prepared; its reference, if any, of `empty_like`.
+        policy: its model of `balcap.policy.sharded_loading.load_once`, prepared; its reference, if any, of `empty_like`.
         sharding: how.
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
@@ -113,7 +61,7 @@ def shard(policy: Policy, sharding: Sharding) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     model, reference, device = policy.model, policy.reference, sharding.device
     whole = model.state_dict() if dist.get_rank() == 0 else {}
-    kept = _frozen_tower(model)
+    kept = frozen_tower(model)
     _cut_blocks(base_of(model), sharding, kept)
     if reference is not None:
         _cut_blocks(reference, sharding, set())
@@ -132,7 +80,7 @@ def shard(policy: Policy, sharding: Sharding) -> None:
         buffer.copy_(own[name])
 
 
-def _frozen_tower(model: Any) -> set[nn.Parameter]:
+def frozen_tower(model: Any) -> set[nn.Parameter]:
     """Weights of vision, where nothing of it is trained."""
     base = base_of(model)
     family = family_of(base)
@@ -142,13 +90,17 @@ def _frozen_tower(model: Any) -> set[nn.Parameter]:
     return {weight for name, weight in base.named_parameters() if not name.startswith(language)}
 
 
-def _cut_blocks(base: Any, sharding: Sharding, kept: set[nn.Parameter]) -> None:
+def blocks_of(base: Any, kept: set[nn.Parameter]) -> list[nn.Module]:
     """Each layer of language model and tower, those of `kept` weights left out."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    for block in base.modules():
-        if isinstance(block, GradientCheckpointingLayer) and not kept.issuperset(block.parameters()):
-            _cut(block, sharding, kept)
+    blocks = (module for module in base.modules() if isinstance(module, GradientCheckpointingLayer))
+    return [block for block in blocks if not kept.issuperset(block.parameters())]
+
+
+def _cut_blocks(base: Any, sharding: Sharding, kept: set[nn.Parameter]) -> None:
+    for block in blocks_of(base, kept):
+        _cut(block, sharding, kept)
 
 
 def _cut(module: nn.Module, sharding: Sharding, kept: set[nn.Parameter]) -> None:
@@ -194,6 +146,13 @@ def whole(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_nbytes(tensor: Tensor) -> int:
+    """Bytes of a tensor on this rank."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
 
 
 def whole_state(model: Any, trained: bool) -> dict[str, Tensor]:

@@ -152,7 +152,9 @@ def name_optimizer_state(checkpoint: dict[str, Any], module: Any, optimizer: Opt
     """
     names = {parameter: name for name, parameter in module.named_parameters()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    numbered = list(names.values()) if is_sharded(module.policy) else order  # Lightning numbers all, or the optimizer its own
+    numbered = (
+        list(names.values()) if is_sharded(module.policy) else order
+    )  # Lightning numbers all, or the optimizer its own
     for state in filter(None, checkpoint.get("optimizer_states", [])):
         kept = {numbered[key]: value for key, value in state["state"].items()}
         state["state"] = {name: kept.get(name, {}) for name in order}
@@ -168,7 +170,9 @@ def check_resumable(path: str | Path, module: nn.Module) -> None:
     """
     checkpoint = read_checkpoint(path)
     check_trained(checkpoint, module)
-    if any(isinstance(key, int) for state in checkpoint.get("optimizer_states", []) for key in state["state"]):
+    if any(
+        isinstance(key, int) for state in checkpoint.get("optimizer_states", []) for key in state["state"]
+    ):
         raise CheckpointError(
             f"{path}: the state of its optimizer is numbered, not named, and cannot be spread over ranks; go on from it with "
             "trainer.strategy: ddp, or start a new run from the exported weights"

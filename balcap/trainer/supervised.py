@@ -44,7 +44,9 @@ def supervised_update(
         UpdatesDiverged: as of `update`.
     """
     tally = Tally()
-    micro, spare, normalizer = prepare_passes(policy, settings, references, prompts, range(len(references)), loop)
+    micro, spare, normalizer = prepare_passes(
+        policy, settings, references, prompts, range(len(references)), loop
+    )
     policy.model.train()
     for _ in range(settings.updates_per_rollout):
         loop.optimizer.zero_grad()

@@ -32,7 +32,8 @@ def case(draw: st.DrawFn) -> dict[str, Any]:
     of_caption = st.lists(reward, min_size=2, max_size=2)
     flat = draw(st.lists(st.sampled_from([False, True, False]), min_size=2 * images, max_size=2 * images))
     rewards = [
-        [[0.5, 0.5]] * captions if no_spread else [draw(of_caption) for _ in range(captions)] for no_spread in flat
+        [[0.5, 0.5]] * captions if no_spread else [draw(of_caption) for _ in range(captions)]
+        for no_spread in flat
     ]
     return {
         "lengths": [draw(group) for _ in range(2 * images)],
@@ -53,7 +54,13 @@ def case(draw: st.DrawFn) -> dict[str, Any]:
 def cases(count: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
 
-    @settings(max_examples=count, phases=[Phase.generate], derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=count,
+        phases=[Phase.generate],
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(case())
     def collect(one: dict[str, Any]) -> None:
         found.append(one)
