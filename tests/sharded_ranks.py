@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import prepare_for_backward
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -24,6 +26,7 @@ from balcap.algorithms import cgdpo
 from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.policy import Policy
 from balcap.policy.sharding import Sharding, whole
+from balcap.rollout.vllm.weights import trained_weights
 from balcap.trainer.update import (
     OptimizerLoop,
     UpdateSettings,
@@ -154,6 +157,40 @@ def differences(case: dict[str, Any], found: dict[str, Way]) -> list[str]:
     return problems
 
 
+def handed_on_differs(found: dict[str, Way], work: Path) -> list[str]:
+    """Whether an engine or an export gets other weights from the parts than from the whole."""
+    alone, sharded, problems = found["one"].policy, found["FSDP2"].policy, []
+    pairs = [(list(trained_weights(alone)), list(trained_weights(sharded)))]
+    state = sharded.whole_state()
+    if dist.get_rank() == 0:
+        alone.save_pretrained(work / "alone")
+        sharded.save_pretrained(work / "sharded", state_dict=state)
+        files = [path.name for path in (work / "alone").glob("*.safetensors")]
+        if {path.name for path in (work / "sharded").iterdir()} != {
+            path.name for path in (work / "alone").iterdir()
+        }:
+            problems.append("an export has other files")
+        for name in ("config.json", "generation_config.json"):
+            if (
+                not sharded.has_adapter
+                and (work / "alone" / name).read_text() != (work / "sharded" / name).read_text()
+            ):
+                problems.append(f"an export has another {name}")
+        for name in files:
+            own, other = (load_file(work / folder / name) for folder in ("alone", "sharded"))
+            pairs.append((sorted(own.items()), sorted(other.items())))
+        for folder in ("alone", "sharded"):
+            shutil.rmtree(work / folder)
+    for own, other in pairs:
+        if [name for name, _ in own] != [name for name, _ in other]:
+            problems.append("other names")
+        elif not all(
+            torch.allclose(a, b, rtol=0, atol=5e-6) for (_, a), (_, b) in zip(own, other, strict=True)
+        ):
+            problems.append("other weights")
+    return problems
+
+
 def passes_differ(case: dict[str, Any], way: Way) -> bool:
     """Whether ranks have more or fewer micro-batches."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -167,8 +204,8 @@ def passes_differ(case: dict[str, Any], way: Way) -> bool:
 
 
 def main(work: Path, rank: int) -> None:
-    """Go through all cases; a collective that one rank misses ends the process after a minute."""
-    dist.init_process_group("gloo", f"file://{work}/store", timedelta(seconds=60), rank=rank, world_size=2)
+    """Go through all cases; a collective that one rank misses ends the process after two minutes."""
+    dist.init_process_group("gloo", f"file://{work}/store", timedelta(seconds=120), rank=rank, world_size=2)
     logging.disable(logging.WARNING)
     given = json.loads((work / "cases.json").read_text())
     report: dict[str, Any] = {"problems": [], "cases": 0, "ragged": 0, "moved": 0}
@@ -184,8 +221,11 @@ def main(work: Path, rank: int) -> None:
             for a, b in zip(made[kind]["one"].weights(), made[kind]["one"].start, strict=True)
         )
         report["cases"] += 1
+        print(report["cases"], kind, len(report["problems"]), flush=True)
         report["moved"] += moved > 1e-3
         report["ragged"] += passes_differ(case, made[kind]["one"])
+    for kind, found in made.items():
+        report["problems"] += [f"{kind}: {problem}" for problem in handed_on_differs(found, work)]
     (work / f"rank{rank}.json").write_text(json.dumps(report))
     dist.barrier()
     dist.destroy_process_group()

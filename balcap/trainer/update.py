@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -248,7 +249,7 @@ def prepare_passes(
     spare = []
     if policy.is_sharded:
         most = int(loop.all_gather(torch.tensor(len(micro), device=policy.device)).max())
-        smallest = min(sum(micro, []), key=lambda row: policy.size(rollouts, prompts, [row]).forwarded)
+        smallest = min(chain(*micro), key=lambda row: policy.size(rollouts, prompts, [row]).forwarded)
         spare = [[smallest]] * (most - len(micro))
     return micro, spare, everywhere.sum() / loop.world_size  # DDP and FSDP average what ranks sum
 

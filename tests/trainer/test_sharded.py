@@ -98,7 +98,7 @@ def test_updates_are_those_of_one_process(folders: dict[str, Path], tmp_path: Pa
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=900)[1] for process in processes]
+        said = [process.communicate(timeout=1800)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
