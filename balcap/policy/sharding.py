@@ -74,7 +74,7 @@ def shard(policy: Policy, sharding: Sharding) -> None:
         part.to_empty(device=device) if is_empty else part.to(device)
         _load(part, dict(whole))  # it is changed
     own = dict(base_of(model).named_buffers())
-    for name, buffer in own.items():
+    for buffer in own.values():
         dist.broadcast(buffer, 0)
     for name, buffer in () if reference is None else reference.named_buffers():
         buffer.copy_(own[name])

@@ -174,8 +174,8 @@ def check_resumable(path: str | Path, module: nn.Module) -> None:
         isinstance(key, int) for state in checkpoint.get("optimizer_states", []) for key in state["state"]
     ):
         raise CheckpointError(
-            f"{path}: the state of its optimizer is numbered, not named, and cannot be spread over ranks; go on from it with "
-            "trainer.strategy: ddp, or start a new run from the exported weights"
+            f"{path}: the state of its optimizer is numbered, not named, and cannot be spread over ranks; go on from it "
+            "with trainer.strategy: ddp, or start a new run from the exported weights"
         )
 
 
