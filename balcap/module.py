@@ -134,7 +134,7 @@ class BalCapModule(L.LightningModule):
         if self._trainer is not None:
             self.pipeline.attach(self._trainer, self.policy)
             if self.policy.is_sharded and self._trainer.ckpt_path:
-                check_resumable(self._trainer.ckpt_path, self)
+                check_resumable(self._trainer.ckpt_path, self, fits=self._trainer.state.fn == "fit")
         trained, there = (
             sum(num_weights(p) for p in self.policy.model.parameters() if p.requires_grad or frozen)
             for frozen in (False, True)

@@ -162,21 +162,27 @@ def name_optimizer_state(checkpoint: dict[str, Any], module: Any, optimizer: Opt
             group["params"] = [numbered[key] for key in group["params"]]
 
 
-def check_resumable(path: str | Path, module: nn.Module) -> None:
+def check_resumable(path: str | Path, module: nn.Module, fits: bool) -> None:
     """Refuse a checkpoint that a sharded policy cannot go on from, before Lightning loads what fits of it.
 
+    Args:
+        path: of the checkpoint.
+        module: with the policy.
+        fits: whether the optimizer goes on, too.
+
     Raises:
-        CheckpointError: it is of something else, or its optimizer's state is not keyed by names.
+        CheckpointError: it is of something else; or Lightning cannot spread the state of its optimizer over ranks, because
+            it is not keyed by names, or because there is none, as of plain SGD.
     """
     checkpoint = read_checkpoint(path)
     check_trained(checkpoint, module)
-    if any(
-        isinstance(key, int) for state in checkpoint.get("optimizer_states", []) for key in state["state"]
-    ):
-        raise CheckpointError(
-            f"{path}: the state of its optimizer is numbered, not named, and cannot be spread over ranks; go on from it "
-            "with trainer.strategy: ddp, or start a new run from the exported weights"
-        )
+    for state in checkpoint.get("optimizer_states", []) if fits else ():
+        numbered = any(isinstance(key, int) for key in state["state"])
+        if numbered or not any(state["state"].values()):
+            raise CheckpointError(
+                f"{path}: the state of its optimizer is {'numbered, not named' if numbered else 'empty'}, and cannot be "
+                "spread over ranks; go on from it with trainer.strategy: ddp, or start a new run from the exported weights"
+            )
 
 
 def check_trained(checkpoint: dict[str, Any], module: nn.Module) -> None:
