@@ -165,4 +165,6 @@ def whole_state(model: Any, trained: bool) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained)
-    return get_model_state_dict(model, options=options)
+    state = get_model_state_dict(model, options=options)
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: tensor for name, tensor in state.items() if name in names}  # of tied weights one

@@ -46,7 +46,7 @@ def case(draw: st.DrawFn) -> dict[str, Any]:
             "updates_per_rollout": draw(st.sampled_from([1, 1, 2])),
             "micro_batch_size": draw(st.sampled_from([1, None, 1, 2])),
             "max_tokens_per_forward": draw(st.sampled_from([None, 40, 80])),
-            "max_grad_norm": draw(st.sampled_from([None, 0.05])),
+            "max_grad_norm": draw(st.sampled_from([0.5, 0.05])),
         },
     }
 
