@@ -124,7 +124,7 @@ class Policy(nn.Module):
             encoder,
             copy,
             config.shared_prefix,
-            config.compile,
+            config.compile if sharding is None else False,  # weights that come and go have not been tried there
             base.model,
             base.revision,
             config.feature_cache,
