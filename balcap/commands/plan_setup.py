@@ -103,7 +103,7 @@ def read_setup(
         has_adapter=has_adapter,
         **_engine(module, model),
     )
-    compiled = _is_compiled(config, model)
+    compiled = shared_by == 1 and _is_compiled(config, model)
     name, optimizer = optimizer_costs(module.optimizer_factory, model)
     assumed = [
         f"a prompt of {prompt:,} tokens, {image_tokens:,} of them the largest image's that the processor makes  [--pixels]",
@@ -196,7 +196,7 @@ def _weights(
         autocast,
         with_reference,
         config.load_in_4bit,
-        _is_compiled(config, model),
+        shared_by == 1 and _is_compiled(config, model),
         optimizer_costs(module.optimizer_factory, model)[1],
     )
     if costs is None:

@@ -124,7 +124,7 @@ class Policy(nn.Module):
             encoder,
             copy,
             config.shared_prefix,
-            config.compile if sharding is None else False,  # weights that come and go have not been tried there
+            config.compile if sharding is None else False,  # not tried with weights that come and go
             base.model,
             base.revision,
             config.feature_cache,
