@@ -59,7 +59,7 @@ def test_a_run_goes_on_from_its_checkpoint_on_any_number_of_ranks(fit_arguments,
         other = fit(name, 3, how, begins_at)
         assert whole.keys() == other.keys()
         far = {key: float((value - other[key]).abs().max()) for key, value in whole.items()}
-        assert max(far.values()) < 2e-5, (name, far)
+        assert max(far.values()) < 1e-4, (name, far)
     names = {path.name for path in (tmp_path / "whole/export").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json"} <= names
 
