@@ -191,14 +191,26 @@ def _fit_problems(trainer: Trainer, model: BalCapModule) -> list[str]:
     return problems
 
 
+def strategy_problems(trainer: Trainer, model: BalCapModule) -> list[str]:
+    """Of how ranks work together."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    from balcap.trainer.sharded import sharding_problems
+
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        return sharding_problems(trainer, model)
+    if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed")):
+        return [
+            f"trainer.strategy: {type(trainer.strategy).__name__} is not supported; shard the policy with Lightning's "
+            "ModelParallelStrategy (configs/qwen7b_full_fsdp2.yaml), or use ddp"
+        ]
+    return []
+
+
 def trainer_problems(trainer: Trainer, model: BalCapModule, subcommand: str) -> list[str]:
     """What the trainer's own settings leave impossible."""
     problems = [] if subcommand not in ("fit", "plan", "estimate") else _fit_problems(trainer, model)
-    if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
-        problems.append(
-            f"trainer.strategy: {type(trainer.strategy).__name__} is not supported yet; use ddp, with "
-            "model.policy.lora where the weights do not fit twice"
-        )
+    problems += strategy_problems(trainer, model)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         problems += callback.problems() if hasattr(callback, "problems") else []
         if subcommand == "fit" and hasattr(callback, "module_problems"):

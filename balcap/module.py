@@ -21,7 +21,14 @@ from balcap.policy import PolicyConfig
 from balcap.rewards import Reward, RewardSuite
 from balcap.rollout import RolloutEngine, Sampling
 from balcap.trainer import metrics
-from balcap.trainer.checkpoint import apply_settings, check_trained, keep_trained, optimizer_settings
+from balcap.trainer.checkpoint import (
+    apply_settings,
+    check_resumable,
+    check_trained,
+    keep_trained,
+    name_optimizer_state,
+    optimizer_settings,
+)
 from balcap.trainer.distributed import gather, gather_objects, sums
 from balcap.trainer.loggers import log_metrics, warn_of_missing
 from balcap.trainer.pipeline import PREDICT, TEST, TRAIN, VALIDATE, InFlightBatch, RolloutPipeline
@@ -122,13 +129,15 @@ class BalCapModule(L.LightningModule):
             return
         from balcap.policy.families.base import num_weights
         from balcap.policy.policy import Policy
+        from balcap.trainer.sharded import sharding_of
 
         trains = self._trainer is None or self._trainer.state.fn == "fit"
-        self.policy = Policy.load(
-            self.policy_config, with_reference=trains and self.update_settings.kl_coef > 0
-        )
+        compared = trains and self.update_settings.kl_coef > 0
+        self.policy = Policy.load(self.policy_config, compared, sharding_of(self._trainer))
         if self._trainer is not None:
             self.pipeline.attach(self._trainer, self.policy)
+            if self.policy.is_sharded and self._trainer.ckpt_path:
+                check_resumable(self._trainer.ckpt_path, self, fits=self._trainer.state.fn == "fit")
         trained, there = (
             sum(num_weights(p) for p in self.policy.model.parameters() if p.requires_grad or frozen)
             for frozen in (False, True)
@@ -388,6 +397,7 @@ class BalCapModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Only what is trained: the frozen rest is in the base model, where it came from."""
         keep_trained(checkpoint, self)
+        name_optimizer_state(checkpoint, self, self.trainer.optimizers[0])
         skipped = self._skipped if self.loop is None else self.loop.skipped
         checkpoint["balcap"] = {
             "skipped_total": skipped,
@@ -398,7 +408,8 @@ class BalCapModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
-        check_trained(checkpoint, self)
+        if not self.policy.is_sharded:  # else the weights are loaded by now, and were checked before
+            check_trained(checkpoint, self)
         own, self._loaded_step = checkpoint.get("balcap", {}), checkpoint["global_step"]
         self._skipped, self._resumed_settings = own.get("skipped_total", 0), own.get("optimizer")
         self.pipeline.load_state_dict(own)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from balcap.judge import BudgetSpent
 from balcap.utils.files import replaced_folder
@@ -36,18 +37,26 @@ class ExportPolicy(Callback):
             self.on_fit_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.enabled or not trainer.is_global_zero:
+        if not self.enabled:
             return
         folder = Path(self.dirpath or Path(trainer.default_root_dir) / "export")
         module: Any = pl_module
-        export(module.policy, folder)
+        state = module.policy.whole_state()  # of all ranks
+        if trainer.is_global_zero:
+            export(module.policy, folder, state)
 
 
-def export(policy: Policy, folder: str | Path) -> None:
-    """Write what a fit exports of this policy; an older `folder` is replaced."""
+def export(policy: Policy, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write what a fit exports of this policy; an older `folder` is replaced.
+
+    Args:
+        policy: of the fit.
+        folder: where it goes.
+        state: of a sharded policy, its `whole_state`.
+    """
     for adapter in getattr(policy.model, "peft_config", {}).values():  # it is read from anywhere
         base = Path(adapter.base_model_name_or_path or "")
         adapter.base_model_name_or_path = str(base.resolve()) if base.is_dir() else str(base)
     with replaced_folder(folder) as new:
-        policy.save_pretrained(new)
+        policy.save_pretrained(new, state_dict=state)
         policy.encoder.processor.save_pretrained(new)

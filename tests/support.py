@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +21,21 @@ def metrics(run: Path) -> list[dict[str, str]]:
     """The rows of a run's ``metrics.csv``."""
     with (run / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def run_fit(arguments: list[str], *launcher: str) -> str:
+    """What a run in a process of its own, which may start others, printed."""
+    done = subprocess.run(
+        [sys.executable, *launcher, "main.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def optimizer_loop(policy: Policy) -> OptimizerLoop:

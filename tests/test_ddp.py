@@ -1,33 +1,21 @@
-"""Two processes (gloo) take the step that one process takes on the same data."""
+"""Two processes (gloo) take the step that one process takes on the same data, whether each holds the policy or a part."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from tests.support import ROOT, metrics
+from tests.support import ROOT, metrics, run_fit
+from tests.test_fsdp2 import SHARDED
 
 
-def _fit(arguments: list[str], *launcher: str) -> str:
-    """What the run printed."""
-    done = subprocess.run(
-        [sys.executable, *launcher, "main.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_two_ranks_take_the_step_of_one(fit_arguments, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "strategy", [{"trainer.devices": 2, "trainer.strategy": "ddp"}, SHARDED], ids=["ddp", "fsdp2"]
+)
+def test_two_ranks_take_the_step_of_one(fit_arguments, tmp_path: Path, strategy: dict[str, Any]) -> None:
     shared = {
         "model.engine": "tests.fakes.FixedEngine",
         "model.optimizer": "torch.optim.SGD",  # Adam's first step is the sign of the gradient: it hides its size
@@ -41,15 +29,9 @@ def test_two_ranks_take_the_step_of_one(fit_arguments, tmp_path: Path) -> None:
         "trainer.precision": "32-true",
     }
     one = {**shared, "run_dir": tmp_path / "one", "data.batch_size": 4, "trainer.devices": 1}
-    two = {
-        **shared,
-        "run_dir": tmp_path / "two",
-        "data.batch_size": 2,
-        "trainer.devices": 2,
-        "trainer.strategy": "ddp",
-    }
-    _fit(fit_arguments(**one))
-    _fit(fit_arguments(**two))
+    two = {**shared, "run_dir": tmp_path / "two", **strategy, "data.batch_size": 2}
+    run_fit(fit_arguments(**one))
+    run_fit(fit_arguments(**two))
     states = [
         torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
         for name in ("one", "two")
@@ -97,7 +79,9 @@ def test_a_budget_that_one_rank_finds_spent_ends_all_ranks_well(fit_arguments, t
             "trainer.callbacks+": "tests.fakes.SpendOnOneRank",
         }
     )
-    said = _fit(arguments, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
+    said = run_fit(
+        arguments, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"
+    )
     assert said.count("Stopped: the budget is spent") == 1
     assert (tmp_path / "run/export/config.json").is_file()
     last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)

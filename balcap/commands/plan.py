@@ -50,6 +50,9 @@ NAMES = {
 }
 """Part -> what it is, in the order of the table."""
 
+GATHERED = {"casts": "weights gathered, gradients not summed yet"}
+"""The same, where ranks share the weights."""
+
 
 def plan_run(module: BalCapModule, data: Any, launch: Any, gpu_gb: float | None, pixels: int | None) -> None:
     """Print the plan.
@@ -79,7 +82,7 @@ def stage_table(setup: Setup) -> Table:
     table = Table("GB on each GPU", title="Each stage at its worst moment (estimate)")
     for stage in found:
         table.add_column(stage, justify="right")
-    for part, name in NAMES.items():
+    for part, name in (NAMES | (GATHERED if setup.gathers else {})).items():
         if any(parts.get(part) for parts in found.values()):
             table.add_row(name, *(_gb(parts[part]) if parts.get(part) else "" for parts in found.values()))
     table.add_section()

@@ -46,6 +46,7 @@ class Setup:
         shared_prefix: whether prompts are forwarded and read once for their captions.
         checkpointing, max_tokens, micro_batch: of the update, as in the config.
         buckets: whether DDP keeps the gradients once more.
+        gathers: whether ranks share the weights, and gather them where they are used.
         engine: ``policy`` samples itself, ``vllm`` lies beside it, or captions come from ``elsewhere``.
         max_sequences, shared_prompts: of sampling on the policy.
         share: of the GPU for vLLM.
@@ -70,6 +71,7 @@ class Setup:
     max_tokens: int | Literal["auto"] | None = "auto"
     micro_batch: int | None = None
     buckets: bool = False
+    gathers: bool = False
     engine: Literal["policy", "vllm", "elsewhere"] = "policy"
     max_sequences: int = 256
     shared_prompts: bool = True
@@ -345,7 +347,7 @@ def _lora(setup: Setup, other: Other) -> list[Change]:
 
 
 def _four_bits(setup: Setup, other: Other) -> list[Change]:
-    if (weights := other(True)) is None:
+    if setup.gathers or (weights := other(True)) is None:
         return []
     flags = ("" if setup.has_adapter else "--model.policy.lora.r 64 ") + "--model.policy.load_in_4bit true"
     return [Change(flags, replace(setup, weights=weights, has_adapter=True))]

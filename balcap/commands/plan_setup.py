@@ -20,6 +20,7 @@ from balcap.policy.families import base_of, family_of
 from balcap.policy.loading import empty_model, load_processor, prepare
 from balcap.policy.memory import OptimizerCosts, update_costs
 from balcap.policy.prompts import PromptEncoder
+from balcap.policy.sharded_memory import costs_of_rank
 from balcap.rollout import HFGenerate, VLLMInProcess
 from balcap.rollout.memory import VLLM_REST, kv_bytes, vllm_weights
 from balcap.rollout.vllm.start import BITSANDBYTES
@@ -67,11 +68,13 @@ def read_setup(
     """
     device, config, settings = device_bytes(gpu_gb), module.policy_config, module.update_settings
     autocast = str(launch.precision) == "bf16-mixed"
+    ranks = ranks_of(launch.devices, launch.num_nodes, str(launch.accelerator), torch.cuda.device_count())
+    shared_by = ranks if "ModelParallelStrategy" in str(launch.strategy) else 1
 
     @cache
     def weights(lora: bool, in_4bit: bool) -> tuple[Any, Weights]:
         changed = replace(config, load_in_4bit=in_4bit, lora=LoraSettings() if lora else config.lora)
-        return _weights(module, changed, autocast)
+        return _weights(module, changed, autocast, shared_by)
 
     def other(in_4bit: bool) -> Weights | None:
         known = config.load_in_4bit or (has_adapter and not in_4bit)
@@ -80,7 +83,6 @@ def read_setup(
     has_adapter = config.lora is not None or config.adapter is not None
     model, own = weights(False, config.load_in_4bit)
     prompt, image_tokens, area = largest_prompt(config, model, data.settings.prompts, pixels)
-    ranks = ranks_of(launch.devices, launch.num_nodes, str(launch.accelerator), torch.cuda.device_count())
     setup = Setup(
         own,
         device,
@@ -95,12 +97,13 @@ def read_setup(
         checkpointing=config.gradient_checkpointing,
         max_tokens=settings.max_tokens_per_forward,
         micro_batch=settings.micro_batch_size,
-        buckets=ranks > 1 or "ddp" in str(launch.strategy),
+        buckets=shared_by == 1 and (ranks > 1 or "ddp" in str(launch.strategy)),
+        gathers=shared_by > 1,
         pixels=area,
         has_adapter=has_adapter,
         **_engine(module, model),
     )
-    compiled = _is_compiled(config, model)
+    compiled = shared_by == 1 and _is_compiled(config, model)
     name, optimizer = optimizer_costs(module.optimizer_factory, model)
     assumed = [
         f"a prompt of {prompt:,} tokens, {image_tokens:,} of them the largest image's that the processor makes  [--pixels]",
@@ -109,6 +112,11 @@ def read_setup(
         f"updates are {'compiled' if compiled else 'not compiled'}  [--model.policy.compile]",
         "not counted: CUDA itself (about 0.5 GB), which is part of what is left alone",
     ]
+    if shared_by > 1:
+        assumed.append(
+            f"weights, gradients and optimizer lie in parts on {shared_by} ranks, a frozen vision tower whole on each  "
+            "[--trainer.devices, --trainer.num_nodes]"
+        )
     if setup.engine == "vllm":
         assumed.append(f"vLLM holds {VLLM_REST / 1e9:g} GB beside weights, keys and values, asleep too")
     if setup.engine == "policy" and launch.accelerator != "cpu":
@@ -176,8 +184,10 @@ def largest_prompt(
     return *max(found), min(limit, area)
 
 
-def _weights(module: BalCapModule, config: PolicyConfig, autocast: bool) -> tuple[Any, Weights]:
-    """The policy on the meta device, and what it costs."""
+def _weights(
+    module: BalCapModule, config: PolicyConfig, autocast: bool, shared_by: int
+) -> tuple[Any, Weights]:
+    """The policy on the meta device, and what it costs each of the ranks that share it."""
     with_reference = module.update_settings.kl_coef > 0
     model = prepare(empty_model(config.base), replace(config, gradient_checkpointing=False), with_reference)
     costs = update_costs(
@@ -186,7 +196,7 @@ def _weights(module: BalCapModule, config: PolicyConfig, autocast: bool) -> tupl
         autocast,
         with_reference,
         config.load_in_4bit,
-        _is_compiled(config, model),
+        shared_by == 1 and _is_compiled(config, model),
         optimizer_costs(module.optimizer_factory, model)[1],
     )
     if costs is None:
@@ -195,6 +205,8 @@ def _weights(module: BalCapModule, config: PolicyConfig, autocast: bool) -> tupl
             "not attend to all tokens before, an unusual tower). A short fit says it: trainer.max_steps: 3, "
             "time/peak_memory_gb"
         )
+    if shared_by > 1:
+        costs = costs_of_rank(costs, model, shared_by, autocast)
     engine, size = module.pipeline.engine, 4 if config.dtype == "float32" else 2
     if not isinstance(engine, VLLMInProcess):
         return model, Weights(costs, 0, kv_bytes(model, 2 if autocast else size))

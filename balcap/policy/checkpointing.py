@@ -16,10 +16,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 
 from balcap.policy.families import base_of, family_of
 from balcap.policy.memory import Forward, UpdateCosts, update_costs
+from balcap.policy.sharded_memory import costs_of_rank
+from balcap.policy.sharding import local_nbytes
 from balcap.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -138,8 +141,10 @@ class DeviceFit:
         device = policy.device
         autocast = torch.is_autocast_enabled(device.type)
         self._costs = update_costs(policy.model, device.type, autocast, compiled=policy.is_compiled)
+        if self._costs is not None and policy.is_sharded:
+            self._costs = costs_of_rank(self._costs, policy.model, dist.get_world_size(), autocast)
         if self._costs is not None:
-            there = sum(p.grad.nbytes for p in policy.model.parameters() if p.grad is not None)
+            there = sum(local_nbytes(p.grad) for p in policy.model.parameters() if p.grad is not None)
             state = getattr(getattr(optimizer, "optimizer", optimizer), "state", None)  # Lightning wraps it
             self._room = room_for_forward(self._costs, *self._memory, there, bool(state))
 

@@ -75,7 +75,7 @@ class PolicyConfig:
             every caption, as do models that cannot take it.
         compile: make few large kernels of an update's decoder layers and head with ``torch.compile``, exactly; the first
             update takes about a minute longer. "auto" does so on GPUs, where updates wait for Python otherwise. Needs
-            `shared_prefix`.
+            `shared_prefix`; a policy that is sharded over ranks is not compiled.
         feature_cache: folder that keeps what a frozen vision tower makes of each image, for later epochs and runs; ranks
             may share it, and it only grows. Needs `freeze_vision` and `shared_prefix`. null keeps nothing.
         attn_implementation: of transformers ("sdpa", "flash_attention_2", "eager"); null lets it choose.

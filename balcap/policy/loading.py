@@ -116,7 +116,9 @@ def empty_model(config: PolicyConfig) -> Any:
     own = None if config.family is None else load_family(config.family)
     with _explained(config), torch.device("meta"):
         settings = AutoConfig.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_config(settings, dtype=getattr(torch, config.dtype))
+        model = AutoModelForImageTextToText.from_config(
+            settings, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation
+        )
     _check_family(model, own, config)
     return model
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +21,8 @@ from balcap.policy.layout import Layout
 from balcap.policy.loading import as_reference, load_model, load_processor, prepare
 from balcap.policy.logps import caption_logps
 from balcap.policy.prompts import PromptEncoder, Prompts
+from balcap.policy.sharded_loading import empty_like, load_once
+from balcap.policy.sharding import Sharding, gathered, is_sharded, shard, whole_state
 from balcap.policy.shared_prefix import prepare_shared_prefix, shared_prefix_logps
 from balcap.types import CaptionBatch, Rollouts
 
@@ -100,28 +101,37 @@ class Policy(nn.Module):
             log.warning("model.policy.feature_cache: not used; it needs a shared prefix and a frozen tower")
 
     @classmethod
-    def load(cls, config: PolicyConfig, with_reference: bool) -> Policy:
+    def load(cls, config: PolicyConfig, with_reference: bool, sharding: Sharding | None = None) -> Policy:
         """Load weights and processor; `with_reference` keeps a frozen copy of what is trained, where it is no new adapter.
+
+        Args:
+            config: of the policy.
+            with_reference: whether it is compared with what it was.
+            sharding: over which ranks its weights are spread, a collective then; None for all of them here.
 
         Raises:
             PolicyError: see `prepare`.
         """
         base, has_adapter = config.base, config.lora is not None or config.adapter is not None
         processor = load_processor(config)
-        model = load_model(base)
-        encoder = PromptEncoder(processor, model.config)
-        copy = load_model(config) if with_reference and not has_adapter else None
+        model = load_model(base) if sharding is None else load_once(base)
+        encoder, copy = PromptEncoder(processor, model.config), None
+        if with_reference and not has_adapter:
+            copy = load_model(config) if sharding is None else empty_like(model, config)
         model = prepare(model, config, with_reference)
-        return cls(
+        policy = cls(
             model,
             encoder,
             copy,
             config.shared_prefix,
-            config.compile,
+            config.compile if sharding is None else False,  # not tried with weights that come and go
             base.model,
             base.revision,
             config.feature_cache,
         )
+        if sharding is not None:
+            shard(policy, sharding)
+        return policy
 
     def train(self, mode: bool = True) -> Policy:
         """As of any module, but the reference stays in evaluation mode: dropout would make it noisy."""
@@ -140,11 +150,23 @@ class Policy(nn.Module):
         return self._chunk is not None and self._chunk.works_on(self.device.type)
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of its weights (`balcap.policy.sharding`); `logps` and `reference_logps` are
+        collectives then."""
+        return is_sharded(self)
+
+    @property
     def has_adapter(self) -> bool:
         return hasattr(self.model, "disable_adapter")
 
+    def whole_state(self) -> dict[str, Tensor] | None:
+        """What `save_pretrained` writes of a sharded policy: on rank 0 in the host's memory, ``{}`` on the others. A
+        collective. None where each rank holds all weights."""
+        return whole_state(self.model, trained=self.has_adapter) if self.is_sharded else None
+
     def save_pretrained(self, folder: Any, **options: Any) -> None:
-        """Weights in transformers' format; of a PeftModel the adapter that is trained, in peft's."""
+        """Weights in transformers' format; of a PeftModel the adapter that is trained, in peft's. A sharded policy needs the
+        option ``state_dict``, `whole_state`."""
         adapter = {"selected_adapters": [self.model.active_adapter]} if self.has_adapter else {}
         self.model.save_pretrained(folder, **adapter, **options)
 
@@ -194,7 +216,7 @@ class Policy(nn.Module):
         if self.reference is None and not self.has_adapter:
             raise RuntimeError("this policy was loaded without a reference; model.kl_coef must then be 0")
         model = self.reference if self.reference is not None else self.model
-        with nullcontext() if self.reference is not None else as_reference(self.model):
+        with gathered(model) if self.reference is not None else as_reference(self.model):
             return self._logps(model, rollouts, prompts, rows, temperature=temperature)[0]
 
     def _logps(

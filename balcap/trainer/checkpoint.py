@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
+from balcap.policy.sharding import is_sharded
 from balcap.utils.errors import UserError
 from balcap.utils.files import atomic_write
 
@@ -138,6 +139,50 @@ def keep_trained(checkpoint: dict[str, Any], module: nn.Module) -> None:
     """Leave out what is frozen: it is in the base model, where it came from."""
     trained = trained_names(module)
     checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+
+def name_optimizer_state(checkpoint: dict[str, Any], module: Any, optimizer: Optimizer) -> None:
+    """Key the state of the optimizer by names of parameters, in the optimizer's order: so torch and Lightning load it on any
+    number of ranks, sharded or whole. Numbers mean different things there.
+
+    Args:
+        checkpoint: of Lightning; on ranks that write none it has no state.
+        module: a LightningModule, whose parameters are optimized.
+        optimizer: whose state it is.
+    """
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    numbered = (
+        list(names.values()) if is_sharded(module.policy) else order
+    )  # Lightning numbers all, or the optimizer its own
+    for state in filter(None, checkpoint.get("optimizer_states", [])):
+        kept = {numbered[key]: value for key, value in state["state"].items()}
+        state["state"] = {name: kept.get(name, {}) for name in order}
+        for group in state["param_groups"]:
+            group["params"] = [numbered[key] for key in group["params"]]
+
+
+def check_resumable(path: str | Path, module: nn.Module, fits: bool) -> None:
+    """Refuse a checkpoint that a sharded policy cannot go on from, before Lightning loads what fits of it.
+
+    Args:
+        path: of the checkpoint.
+        module: with the policy.
+        fits: whether the optimizer goes on, too.
+
+    Raises:
+        CheckpointError: it is of something else; or Lightning cannot spread the state of its optimizer over ranks, because
+            it is not keyed by names, or because there is none, as of plain SGD.
+    """
+    checkpoint = read_checkpoint(path)
+    check_trained(checkpoint, module)
+    for state in checkpoint.get("optimizer_states", []) if fits else ():
+        numbered = any(isinstance(key, int) for key in state["state"])
+        if numbered or not any(state["state"].values()):
+            raise CheckpointError(
+                f"{path}: the state of its optimizer is {'numbered, not named' if numbered else 'empty'}, and cannot be "
+                "spread over ranks; go on from it with trainer.strategy: ddp, or start a new run from the exported weights"
+            )
 
 
 def check_trained(checkpoint: dict[str, Any], module: nn.Module) -> None:

@@ -9,7 +9,14 @@ from balcap.policy.checkpointing import explained_out_of_memory
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import Prompts
 from balcap.trainer.tally import Tally
-from balcap.trainer.update import OptimizerLoop, UpdateSettings, optimizer_step, prepare_passes, record_size
+from balcap.trainer.update import (
+    OptimizerLoop,
+    UpdateSettings,
+    keep_step,
+    optimizer_step,
+    prepare_passes,
+    record_size,
+)
 from balcap.types import Rollouts
 
 
@@ -37,7 +44,9 @@ def supervised_update(
         UpdatesDiverged: as of `update`.
     """
     tally = Tally()
-    micro, normalizer = prepare_passes(policy, settings, references, prompts, range(len(references)), loop)
+    micro, spare, normalizer = prepare_passes(
+        policy, settings, references, prompts, range(len(references)), loop
+    )
     policy.model.train()
     for _ in range(settings.updates_per_rollout):
         loop.optimizer.zero_grad()
@@ -49,6 +58,7 @@ def supervised_update(
                 loop.backward(loss)
             tally.add("loss", loss.detach(), 1 / len(micro))
             tally.add("nll", aggregate(-logps.detach(), mask, "token_mean", 1.0), mask.sum())
+        keep_step(policy, references, prompts, spare, loop)
         tally.add("grad_norm", optimizer_step(policy, settings, loop), 1)
     record_size(tally, policy, settings, references, prompts, micro)
     return tally

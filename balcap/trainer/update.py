@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from balcap.algorithms.loss import LossAggregation, PolicyLoss
 from balcap.policy.checkpointing import DeviceFit, explained_out_of_memory
 from balcap.policy.policy import Policy
 from balcap.policy.prompts import Prompts
+from balcap.policy.sharding import whole
 from balcap.trainer.tally import Tally
 from balcap.types import Rollouts
 from balcap.utils.errors import UserError
@@ -184,10 +186,11 @@ def update(
         return tensor.to(device, non_blocking=True)
 
     rows = rows_with_nonzero_advantage(advantages, settings.kl_coef)
-    micro, normalizer = prepare_passes(policy, settings, rollouts, prompts, rows, loop)
+    micro, spare, normalizer = prepare_passes(policy, settings, rollouts, prompts, rows, loop)
     ref = None
     if settings.kl_coef:
-        ref = [policy.reference_logps(rollouts, prompts, rows, temperature) for rows in micro]
+        passes = [*micro, *spare]
+        ref = [policy.reference_logps(rollouts, prompts, rows, temperature) for rows in passes]
     old: list[Tensor] = []
     importance: list[Tensor | None] = []
     cap = settings.importance_cap if needs_importance_correction else None
@@ -218,6 +221,7 @@ def update(
             with nullcontext() if i == len(micro) - 1 else loop.no_sync():
                 loop.backward(part.loss)
             _record_loss(tally, part, entropy, 1 / len(micro))
+        keep_step(policy, rollouts, prompts, spare, loop)
         tally.add("grad_norm", optimizer_step(policy, settings, loop), 1)
     record_size(tally, policy, settings, rollouts, prompts, micro)
     return tally
@@ -230,14 +234,41 @@ def prepare_passes(
     prompts: Prompts,
     rows: Sequence[int],
     loop: OptimizerLoop,
-) -> tuple[list[list[int]], Tensor]:
-    """The micro-batches of an update on these images, and the denominator that their losses share: that of all ranks."""
+) -> tuple[list[list[int]], list[list[int]], Tensor]:
+    """How an update goes through these images.
+
+    Returns:
+        The micro-batches; those that a rank with fewer passes than others forwards once more for `keep_step`, where the
+        policy is sharded; and the denominator that losses share: that of all ranks.
+    """
     fit = DeviceFit(policy, rollouts, prompts, loop.optimizer)
     micro = list(micro_batches(policy, settings, rollouts, prompts, rows, fit))
     fit.checkpoint(micro)
     normalizer = loss_normalizer(rollouts.completion_mask, settings.loss_aggregation)
     everywhere = loop.all_gather(normalizer.to(policy.device, non_blocking=True).float())
-    return micro, everywhere.sum() / loop.world_size  # DDP averages what ranks sum
+    spare = []
+    if policy.is_sharded:
+        most = int(loop.all_gather(torch.tensor(len(micro), device=policy.device)).max())
+        smallest = min(chain(*micro), key=lambda row: policy.size(rollouts, prompts, [row]).forwarded)
+        spare = [[smallest]] * (most - len(micro))
+    return micro, spare, everywhere.sum() / loop.world_size  # DDP and FSDP average what ranks sum
+
+
+def keep_step(
+    policy: Policy, rollouts: Rollouts, prompts: Prompts, spare: Sequence[Sequence[int]], loop: OptimizerLoop
+) -> None:
+    """Forward and backward without effect: passes of a sharded policy are collectives, and other ranks have more of them.
+
+    Args:
+        policy: that is updated.
+        rollouts: of this rank.
+        prompts: of the same images.
+        spare: of `prepare_passes`.
+        loop: the trainer's part.
+    """
+    for rows in spare:
+        logps, _ = policy.logps(rollouts, prompts, rows)
+        loop.backward(logps.sum() * 0)
 
 
 def rows_with_nonzero_advantage(advantages: Tensor, kl_coef: float) -> list[int]:
@@ -331,7 +362,7 @@ def record_mismatch(
 def optimizer_step(policy: Policy, settings: UpdateSettings, loop: OptimizerLoop) -> float:
     """Clip and step, or skip; the gradient's norm, NaN where skipped. Gradients are reduced: all ranks decide alike."""
     gradients = [p.grad for p in policy.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    norm = float(whole(torch.nn.utils.get_total_norm(gradients))) if gradients else 0.0
     if not math.isfinite(norm):
         loop.optimizer.zero_grad()
         loop.skipped_in_a_row += 1

@@ -30,6 +30,7 @@ from balcap.commands.plan_setup import optimizer_costs
 from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.memory import OptimizerCosts, update_costs
 from balcap.policy.policy import Policy
+from balcap.policy.sharded_memory import costs_of_rank
 from balcap.rollout.memory import VLLM_REST, Work, kv_bytes, on_the_policy, vllm_weights
 from callbacks.export import export
 from tests.policy.test_memory import of_size
@@ -135,6 +136,22 @@ def test_an_update_goes_as_auto_would() -> None:
     assert update_of(setup(own, checkpointing=False)).checkpointed == 0
     ddp = stages(setup(own, buckets=True))
     assert all(parts["buckets"] == own.costs.gradients for parts in ddp.values())
+
+
+def test_ranks_that_share_the_weights_hold_parts_of_them() -> None:
+    model = of_size("7b", None)
+    whole = update_costs(model, autocast=True, with_reference=True)
+    assert whole is not None
+    part = costs_of_rank(whole, model, 8, autocast=True)
+    size = next(model.parameters()).element_size()
+    tower = size * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert part.weights == pytest.approx(tower + (whole.weights - tower) / 8, abs=1)
+    for name in ("reference", "gradients", "optimizer", "optimizer_step"):
+        assert getattr(part, name) == pytest.approx(getattr(whole, name) / 8, abs=1)
+    tables = 2 * 152_064 * 3584 + 3584  # embedding and head, the last norm
+    layer = 3584 * (2 * 3584 + 2 * 512 + 3 * 18944) + 3584 + 2 * 512 + 2 * 3584  # matrices, biases, norms
+    # In 16 bits: tables and two layers, gradients of the tables; those of the tables once more, and in float32.
+    assert part.casts == 2 * tables + 2 * 2 * layer + 2 * tables + (2 + 4) * tables
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -256,6 +273,7 @@ def plan(run: Callable[[str, list[str]], None], capsys: pytest.CaptureFixture[st
         ("qwen7b_qlora", "7b", 24, True),
         ("qwen7b_qlora_16gb", "7b", 16, True),
         ("qwen7b", "7b", 16, False),
+        ("qwen7b_full_fsdp2", "7b", 80, True),
     ],
 )
 def test_the_configs_fit_what_they_are_for(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from balcap.policy import LoraSettings
 from balcap.policy.policy import Policy
 from balcap.rollout.vllm.weights import trained_weights, weight_files
+from balcap.rollout.vllm.worker import stored
 
 Load = Callable[..., Policy]
 
@@ -66,12 +67,17 @@ def test_an_adapter_is_written_as_peft_saves_it(load: Load, load_in_4bit: bool):
     assert not Path(folder).exists()
 
 
-def test_weights_are_written_into_the_folder_that_servers_share(load: Load, tmp_path: Path):
+@pytest.mark.parametrize("part_bytes", [2**30, 1])
+def test_weights_are_written_into_the_folder_that_servers_share(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int
+):
+    monkeypatch.setattr("balcap.rollout.vllm.weights.PART_BYTES", part_bytes)
     policy = load()
     with weight_files(policy, str(tmp_path)) as folder:
         assert Path(folder).parent == tmp_path
         assert Path(folder).stat().st_mode & 0o055 == 0o055, "servers may run under another name"
-        disk = load_file(f"{folder}/model.safetensors")
+        disk = dict(stored(folder))
+        assert len(list(Path(folder).iterdir())) == (1 if part_bytes > 10**6 else len(disk))
     sent = dict(trained_weights(policy))
     assert disk.keys() == sent.keys()
     assert all(torch.equal(disk[name], sent[name]) for name in disk)

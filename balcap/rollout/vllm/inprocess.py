@@ -24,7 +24,7 @@ from balcap.rollout.vllm.requests import (
     token_settings,
 )
 from balcap.rollout.vllm.start import end_groups, engine_arguments, free_memory, logprobs_mode, start
-from balcap.rollout.vllm.weights import trained_weights, weight_files
+from balcap.rollout.vllm.weights import all_taken, trained_weights, weight_files
 from balcap.rollout.vllm.worker import ADAPTER_ID
 from balcap.types import CaptionBatch
 
@@ -153,7 +153,8 @@ class VLLMInProcess(RolloutEngine):
                 with weight_files(policy, None) as folder:
                     self._llm.collective_rpc("balcap_load_adapter", args=(folder, self._version))
             else:
-                self._llm.collective_rpc("balcap_load", args=(trained_weights(policy), self._version))
+                with all_taken(trained_weights(policy)) as weights:
+                    self._llm.collective_rpc("balcap_load", args=(weights, self._version))
         # Names, shapes and memory all end here, in errors of many kinds.
         except Exception as error:
             raise EngineFailed(

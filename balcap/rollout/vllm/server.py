@@ -23,7 +23,7 @@ from balcap.rollout.vllm.requests import (
     check_prompt,
 )
 from balcap.rollout.vllm.start import NCCL_FLAG, check_fits, logprobs_mode
-from balcap.rollout.vllm.weights import NCCLTransfer, push_files
+from balcap.rollout.vllm.weights import NCCLTransfer, push_files, weight_files
 from balcap.types import CaptionBatch
 from balcap.utils.loop import process_loop
 from balcap.utils.redact import keep_secret
@@ -47,8 +47,8 @@ class VLLMServer(RolloutEngine):
     Args:
         urls: of the servers, such as ``[http://host:8000]``.
         transfer_backend: how the weights of full tuning travel: ``nccl`` from GPU to GPU, by vLLM's own transfer;
-            ``folder`` as a file; ``auto`` takes NCCL where all are on CUDA devices and the servers were started for it.
-            Adapters are files always.
+            ``folder`` as files; ``auto`` takes NCCL where all are on CUDA devices and the servers were started for it.
+            Adapters, and weights of a policy that is sharded over ranks, are files always.
         weights_folder: for these files; trainer and servers see it under the same path. null: a temporary folder of
             this machine, which is enough for servers on it.
         deadline_s: seconds after which captions, or a transfer of weights, are given up.
@@ -127,23 +127,35 @@ class VLLMServer(RolloutEngine):
 
     def sync(self, policy: Policy, version: int) -> None:
         """See `RolloutEngine.sync`. No request may be under way."""
-        if _rank() == 0:
+        if _rank() == 0 or policy.is_sharded:
             try:
-                self._run(self._push(policy, version))
+                self._send(policy, version)
             except TimeoutError:
                 names = ", ".join(server.name for server in self._servers)
                 raise EngineFailed(
                     f"weights did not reach the vLLM servers {names} within {KEY}.deadline_s: {self.deadline_s:g} s"
                 ) from None
+            except OSError as error:
+                raise EngineFailed(f"{KEY}.weights_folder: weights cannot be written: {error}") from None
         super().sync(policy, version)
 
-    async def _push(self, policy: Policy, version: int) -> None:
-        held = f"{self._run_id}-{version}"
+    def _send(self, policy: Policy, version: int) -> None:
+        """The weights of all ranks; rank 0 hands them over."""
         if self._uses_nccl(policy):
+            self._run(self._push(policy, version))
+            return
+        with weight_files(policy, self.weights_folder, keep=_rank() == 0) as folder:
+            if folder:
+                self._run(self._push(policy, version, folder))
+
+    async def _push(self, policy: Policy, version: int, folder: str = "") -> None:
+        """From a folder, or by NCCL."""
+        held = f"{self._run_id}-{version}"
+        if folder:
+            await push_files(self._servers, folder, policy.has_adapter, held)
+        else:
             self._nccl = self._nccl or NCCLTransfer(self._servers, self.group_host)
             await self._nccl.push(policy, held)
-        else:
-            await push_files(self._servers, policy, held, self.weights_folder)
         await self._check_versions(version)
         if policy.has_adapter:
             await all_of(server.add_adapter() for server in self._servers)
@@ -158,7 +170,8 @@ class VLLMServer(RolloutEngine):
                 f"{KEY}.transfer_backend: NCCL needs CUDA devices on both sides, here are {sorted(devices)}, and "
                 f"servers that were started with --weight-transfer-config '{NCCL_FLAG}'; use auto or folder"
             )
-        return ready and self.transfer_backend != "folder" and not policy.has_adapter
+        by_files = self.transfer_backend == "folder" or policy.has_adapter or policy.is_sharded
+        return ready and not by_files
 
     async def _check_versions(self, version: int) -> None:
         """EngineFailed where a worker holds other weights than those of this run and version."""

@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from balcap.policy.sharding import whole
 from balcap.rollout.base import KEY, EngineFailed
 from balcap.rollout.vllm.client import Server, all_of
 from balcap.utils.loop import process_loop
@@ -30,50 +32,83 @@ if TYPE_CHECKING:
 
 
 def trained_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """The trained parameters of a fully tuned policy, one by one, under the names of its checkpoint on disk.
+    """The trained parameters of a policy, one by one, under the names of its checkpoint on disk; of an adapter the model's.
 
     transformers 5 renames weights as it loads them; loaders of other projects expect the names on disk. Of weights
     that are tied only one is named. Tensors are the parameters' own storage: read them, and change nothing.
+
+    Those of a sharded policy are whole copies, gathered when it is their turn: all ranks must go through all of them.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     trained = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
-    yield from revert_weight_conversion(policy.model, trained).items()
+    named = trained if policy.has_adapter else revert_weight_conversion(policy.model, trained)
+    for name, tensor in named.items():
+        yield name, whole(tensor)
 
 
 @contextmanager
-def weight_files(policy: Policy, root: str | None) -> Iterator[str]:
+def all_taken(weights: Iterator[tuple[str, Tensor]]) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """`weights`; those that a failure leaves over are gathered at the end, since other ranks wait for it."""
+    try:
+        yield weights
+    finally:
+        deque(weights, maxlen=0)
+
+
+@contextmanager
+def weight_files(policy: Policy, root: str | None, keep: bool = True) -> Iterator[str]:
     """A folder with what is trained, for as long as the context lasts: the adapter as peft saves it, or else
-    ``model.safetensors``.
+    ``model-*.safetensors``, each of `PART_BYTES` at most. A collective where the policy is sharded.
 
     Args:
+        policy: whose weights.
         root: the folder to make it in; None: the system's for temporary files.
+        keep: False on a rank that takes part, and needs no files: its folder is "".
     """
-    from safetensors.torch import save_file
-
-    with tempfile.TemporaryDirectory(prefix="balcap-", dir=root, ignore_cleanup_errors=True) as folder:
+    if not keep:
+        deque(trained_weights(policy), maxlen=0)
+        yield ""
+        return
+    with (
+        all_taken(trained_weights(policy)) as weights,
+        tempfile.TemporaryDirectory(prefix="balcap-", dir=root, ignore_cleanup_errors=True) as folder,
+    ):
         os.chmod(folder, 0o755)  # servers may run under another name
         if policy.has_adapter:
             # Embeddings are never adapted here; to find that out by itself, peft would ask the hub.
-            policy.save_pretrained(folder, save_embedding_layers=False)
+            policy.save_pretrained(folder, save_embedding_layers=False, state_dict=dict(weights))
         else:
-            weights = {name: tensor.contiguous() for name, tensor in trained_weights(policy)}
-            save_file(weights, f"{folder}/model.safetensors")
+            _save_parts(weights, folder)
         yield folder
 
 
-async def push_files(servers: Sequence[Server], policy: Policy, version: str, root: str | None) -> None:
-    """Weights as files, which all servers read; return when every worker has loaded them.
+PART_BYTES = 4 * 2**30
+"""Of a file of weights: so much lies in the host's memory at once."""
+
+
+def _save_parts(weights: Iterator[tuple[str, Tensor]], folder: str) -> None:
+    from safetensors.torch import save_file
+
+    part: dict[str, Tensor] = {}
+    number = size = 0
+    for name, tensor in weights:
+        if part and size + tensor.nbytes > PART_BYTES:
+            save_file(part, f"{folder}/model-{number:05}.safetensors")
+            part, number, size = {}, number + 1, 0
+        part[name], size = tensor.cpu().contiguous(), size + tensor.nbytes
+    save_file(part, f"{folder}/model-{number:05}.safetensors")
+
+
+async def push_files(servers: Sequence[Server], folder: str, has_adapter: bool, version: str) -> None:
+    """Let all servers read `weight_files`; return when every worker has loaded them.
 
     Raises:
-        EngineFailed: they cannot be written, or a server cannot read or use them, or is gone.
+        EngineFailed: a server cannot read or use them, or is gone.
     """
-    method = "balcap_load_adapter" if policy.has_adapter else "balcap_load_folder"
+    method = "balcap_load_adapter" if has_adapter else "balcap_load_folder"
     try:
-        with weight_files(policy, root) as folder:
-            await all_of(server.rpc(method, folder=folder, version=version) for server in servers)
-    except OSError as error:
-        raise EngineFailed(f"{KEY}.weights_folder: weights cannot be written: {error}") from None
+        await all_of(server.rpc(method, folder=folder, version=version) for server in servers)
     except EngineFailed as error:
         if not re.search("no such file|no adapter found|permission denied", str(error), re.IGNORECASE):
             raise

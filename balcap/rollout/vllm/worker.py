@@ -71,11 +71,9 @@ class WeightSync:
             _pack_tied_heads_again(self.model_runner.model)
 
     def balcap_load_folder(self, folder: str, version: str) -> None:
-        """The same, with weights from ``model.safetensors`` in a folder."""
-        from safetensors import safe_open
-
-        with self._balcap_loads(version), safe_open(Path(folder) / "model.safetensors", "pt") as file:
-            self.balcap_load(((name, file.get_tensor(name)) for name in file.keys()), version)  # noqa: SIM118
+        """The same, with weights from the files ``model-*.safetensors`` of a folder."""
+        with self._balcap_loads(version):
+            self.balcap_load(stored(folder), version)
 
     def balcap_load_adapter(self, folder: str, version: int | str) -> None:
         """Replace the LoRA adapter by the one in a folder, as peft saves it.
@@ -101,6 +99,19 @@ class WeightSync:
             self.start_weight_update()
             self.update_weights(json.loads(update_info))
             self.finish_weight_update()
+
+
+def stored(folder: str) -> Iterator[tuple[str, Tensor]]:
+    """What the files of a folder hold. FileNotFoundError where there are none."""
+    from safetensors import safe_open
+
+    paths = sorted(Path(folder).glob("model-*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"No such file or directory: {folder}/model-*.safetensors")
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
 
 
 def _pack_tied_heads_again(model: Any) -> None:

@@ -1,0 +1,109 @@
+"""Runs of two processes that share a policy (FSDP2, gloo): their checkpoints, what goes on from them, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from balcap.config import ConfigError, strategy_problems
+from tests.support import run_fit
+
+SHARDED = {
+    "trainer.devices": 2,
+    "trainer.strategy": "ModelParallelStrategy",
+    "trainer.strategy.data_parallel_size": 2,
+    "trainer.strategy.tensor_parallel_size": 1,
+    "trainer.strategy.save_distributed_checkpoint": False,
+    "data.batch_size": 2,
+}
+ALONE = {"trainer.devices": 1, "data.batch_size": 4}
+
+
+def trained(run: Path) -> dict[str, Tensor]:
+    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_checkpoint_on_any_number_of_ranks(fit_arguments, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {
+        "model.engine": "tests.fakes.FixedEngine",
+        "model.policy.lora.r": 4,
+        "model.optimizer": "torch.optim.AdamW",
+        "model.optimizer.lr": 1e-3,
+        "model.kl_coef": 0.1,
+        "data.val_size": 0,
+        "trainer.precision": "32-true",
+    }
+
+    def fit(name: str, steps: int, how: dict[str, Any], begins_at: str = "") -> dict[str, Tensor]:
+        more = {"run_dir": tmp_path / name, "trainer.max_steps": steps}
+        if begins_at:
+            shutil.copytree(tmp_path / begins_at, tmp_path / name)
+            more["ckpt_path"] = "last"
+        run_fit(fit_arguments(**shared, **how, **more))
+        return trained(tmp_path / name)
+
+    whole = fit("whole", 3, SHARDED)
+    fit("sharded", 2, SHARDED)
+    fit("alone", 2, ALONE)
+    resumed = fit("resumed", 3, SHARDED, "sharded")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for name, how, begins_at in (("to one", ALONE, "sharded"), ("to two", SHARDED, "alone")):
+        other = fit(name, 3, how, begins_at)
+        assert whole.keys() == other.keys()
+        far = {key: float((value - other[key]).abs().max()) for key, value in whole.items()}
+        assert max(far.values()) < 1e-4, (name, far)
+    names = {path.name for path in (tmp_path / "whole/export").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= names
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"trainer.strategy.data_parallel_size": "auto"},
+            "data_parallel_size: auto: all ranks share one policy; set it",
+        ),
+        ({"trainer.strategy.tensor_parallel_size": 2}, "tensor_parallel_size: 2: weights are cut over ranks"),
+        (
+            {"trainer.strategy.save_distributed_checkpoint": True},
+            "save_distributed_checkpoint: a checkpoint is one file",
+        ),
+        ({"model.engine": None}, "model.engine: no rank holds the policy's weights"),
+        (
+            {"trainer.precision": "bf16-true"},
+            "trainer.precision: bf16-true is not supported with a sharded policy",
+        ),
+        (
+            {"model.policy.load_in_4bit": True, "model.policy.lora.r": 4},
+            "load_in_4bit: 4-bit weights cannot be cut",
+        ),
+        (
+            {
+                "model.engine": "VLLMServer",
+                "model.engine.urls": "[http://a]",
+                "model.engine.transfer_backend": "nccl",
+            },
+            "transfer_backend: nccl sends weights that one rank holds",
+        ),
+    ],
+)
+def test_what_does_not_work_is_refused_before_anything_is_loaded(
+    fit_arguments, cli, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        cli(fit_arguments(**{"model.engine": "tests.fakes.FixedEngine", **SHARDED, **options}))
+
+
+@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy"])
+def test_other_strategies_that_cut_the_policy_are_refused(name: str) -> None:
+    strategy = type(name, (), {})()
+    (problem,) = strategy_problems(SimpleNamespace(strategy=strategy), None)  # type: ignore[arg-type]
+    assert f"trainer.strategy: {name} is not supported; shard the policy with" in problem
