@@ -151,10 +151,10 @@ def _reward_problems(model: BalCapModule) -> list[str]:
         )
     for transform in model.reward_transforms:
         problems += transform.problems(names)
-    for transform in model.advantage_transforms:
-        if model.advantage.needs_spans and transform.per_caption:
+    for changing in model.advantage_transforms:
+        if model.advantage.needs_spans and changing.per_caption:
             problems.append(
-                f"model.advantage_transforms: {type(transform).__name__} changes advantages of captions, and "
+                f"model.advantage_transforms: {type(changing).__name__} changes advantages of captions, and "
                 f"{type(model.advantage).__name__} gives those of tokens; leave one of them out"
             )
     return problems
