@@ -45,7 +45,8 @@ def load_once(config: PolicyConfig) -> Any:
     Raises:
         PolicyError: on all ranks, where rank 0 cannot load it.
     """
-    model, told = None, [""]
+    told: list[Any] = [""]
+    model = None
     if dist.get_rank() == 0:
         try:
             model = load_model(config)

@@ -112,7 +112,7 @@ def _cut(module: nn.Module, sharding: Sharding, kept: set[nn.Parameter]) -> None
     fully_shard(module, mesh=sharding.mesh, mp_policy=precision, ignored_params=kept)
 
 
-def _load(model: Any, whole: dict[str, Tensor]) -> None:
+def _load(model: Any, whole: dict[str, Any]) -> None:
     """Its part on each rank of the whole weights, which rank 0 has."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -165,6 +165,6 @@ def whole_state(model: Any, trained: bool) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained)
-    state = get_model_state_dict(model, options=options)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
     names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     return {name: tensor for name, tensor in state.items() if name in names}  # of tied weights one
