@@ -125,7 +125,7 @@ def test_every_setting_of_a_band_that_is_wrong_is_named():
 def test_a_band_needs_a_mask_of_its_own():
     module = SimpleNamespace(reward_transforms=[LengthMask()])
     with pytest.raises(ValueError, match=r"TargetBand: model\.reward_transforms"):
-        TargetBand().on_fit_start(None, SimpleNamespace(reward_transforms=[]))
+        TargetBand().on_fit_start(SimpleNamespace(callbacks=[]), SimpleNamespace(reward_transforms=[]))
     trainer = SimpleNamespace(callbacks=[LengthMaskSchedule([(0, 0.5, 2.0)])])
     with pytest.raises(ValueError, match="LengthMaskSchedule both"):
         TargetBand().on_fit_start(trainer, module)
