@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -151,15 +152,16 @@ def name_optimizer_state(checkpoint: dict[str, Any], module: Any, optimizer: Opt
         optimizer: whose state it is.
     """
     names = {parameter: name for name, parameter in module.named_parameters()}
-    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    order = list(chain(*groups))
     numbered = (
         list(names.values()) if is_sharded(module.policy) else order
-    )  # Lightning numbers all, or the optimizer its own
+    )  # Lightning numbers all parameters
     for state in filter(None, checkpoint.get("optimizer_states", [])):
         kept = {numbered[key]: value for key, value in state["state"].items()}
         state["state"] = {name: kept.get(name, {}) for name in order}
-        for group in state["param_groups"]:
-            group["params"] = [numbered[key] for key in group["params"]]
+        for saved, own in zip(state["param_groups"], groups, strict=True):
+            saved["params"] = own
 
 
 def check_resumable(path: str | Path, module: nn.Module, fits: bool) -> None:
