@@ -185,7 +185,10 @@ def runs_of(settings: StudySettings, chosen: Collection[str]) -> list[StudyRun]:
 def run_problems(runs: Sequence[StudyRun]) -> list[str]:
     """Of configs and folders, all together."""
     problems = [problem for run in runs for problem in run.problems()]
-    for run in {run.arm: run for run in runs}.values():
+    needed = {
+        run.arm: run for run in runs if run.config
+    }  # those of no part that is asked for are not resolved
+    for run in needed.values():
         if not run.config["export"]["enabled"] and run.config["trainer"]["max_steps"] <= 0:
             problems.append(
                 f"trainer.max_steps: without an export only the last step says that {run.arm} has come to its end; "

@@ -196,7 +196,10 @@ def test_a_study_of_the_project_parses(file: Path, tmp_path: Path, monkeypatch, 
     study([str(file), "--dry_run", f"--out={tmp_path}"])
     printed = capsys.readouterr().out
     total = len(content["runs"]) * len(content.get("seeds", [0, 1, 2]))
-    assert f"0 of {total} runs are done; left: {total} x fit, {total} x test" in printed
+    assert (
+        f"0 of {total} runs are done; left: {total} x fit, {total if content.get('evaluate', True) else 0} x test"
+        in printed
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -190,7 +190,8 @@ def test_nccl_is_taken_for_full_weights_between_gpus(
 ):
     engine = VLLMServer(["http://a"], transfer_backend=backend)
     engine._servers = [SimpleNamespace(about={"device": "cuda", "weight_transfer": started_for})]  # type: ignore[list-item]
-    policy: Any = type("P", (), {"device": torch.device(device), "has_adapter": lora})
+    about = {"device": torch.device(device), "has_adapter": lora, "is_sharded": False}
+    policy: Any = type("P", (), about)
     assert engine._uses_nccl(policy) is taken
 
 
