@@ -108,9 +108,8 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, candidates)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save_end(
-            trainer
-        )  # of the last epoch; where the last step is known, it was saved before the epoch was counted
+        # Of a fit that ends with an epoch; where the last step is known, it was saved before the epoch was counted.
+        self._save_end(trainer)
         if not self._monitor_seen and self.best_model_path:
             rank_zero_info(
                 f"checkpoint.monitor: {self.monitor} was known at no checkpoint, so none is the best; metrics.csv has "

@@ -185,16 +185,14 @@ def runs_of(settings: StudySettings, chosen: Collection[str]) -> list[StudyRun]:
 def run_problems(runs: Sequence[StudyRun]) -> list[str]:
     """Of configs and folders, all together."""
     problems = [problem for run in runs for problem in run.problems()]
-    needed = {
+    for run in {
         run.arm: run for run in runs if run.config
-    }  # those of no part that is asked for are not resolved
-    for run in needed.values():
+    }.values():  # others are not asked for, and not resolved
         if not run.config["export"]["enabled"] and run.config["trainer"]["max_steps"] <= 0:
             problems.append(
                 f"trainer.max_steps: without an export only the last step says that {run.arm} has come to its end; "
                 "set it, or export.enabled: true"
             )
-    for run in {run.arm: run for run in runs if run.config}.values():
         if run.evaluate and not run.config["benchmark_eval"]["benchmarks"]:
             problems.append(
                 f"evaluate: the config of {run.arm} names no benchmarks (benchmark_eval.benchmarks); name some, or set "

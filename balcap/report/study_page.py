@@ -14,8 +14,8 @@ from balcap.report.figures import Figure, figure, scatter
 from balcap.report.html import Charts, rendered
 from balcap.report.markdown import table
 from balcap.report.study import Study, Verdict, digits, dominated, measure_title
-from balcap.report.study_curves import curves_chart
-from balcap.report.study_picture import colours, draw
+from balcap.report.study_curves import colours, curve_table, curves_chart
+from balcap.report.study_picture import draw
 from balcap.utils.files import atomic_write
 
 INTERVALS = (
@@ -118,6 +118,10 @@ def _tables_as_text(study: Study, titled: bool) -> Iterator[str]:
     if titled:
         yield f"## {study.title}"
     yield table(means[0], means[1:])
+    if study.curve:
+        yield f"{'###' if titled else '##'} {measure_title(study.curve)} by step, and differences with half their interval"
+        rows = curve_table(study, study.curve)
+        yield table(rows[0], rows[1:])
     if len(differences) > 1:
         yield f"{'###' if titled else '##'} Difference to {study.arm(study.reference).title}"
         yield table(differences[0], differences[1:])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from balcap.report.figures import FAINT, PALETTE
 from balcap.report.study import Study, dominated, measure_title
-from balcap.report.study_curves import draw_curves
+from balcap.report.study_curves import colours, draw_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,8 +75,3 @@ def _draw_trade_off(picture: Any, axes: Axes, study: Study) -> None:
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.set_title("Trade-off; hollow: dominated in every view", loc="left", fontsize=10)
-
-
-def colours(study: Study) -> list[str]:
-    """Of its settings, in order."""
-    return [PALETTE[place % len(PALETTE)] for place in range(len(study.arms))]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from balcap.algorithms import LengthMask
+from balcap.cli import ConfigError
 from callbacks.balance_weights import BalanceWeights, balanced_weights
 from callbacks.length_mask import TargetBand
 from tests.support import metrics
@@ -103,3 +104,26 @@ def test_nothing_is_masked_before_the_first_captions() -> None:
     band.on_train_batch_start(None, module, None, 1)  # type: ignore[arg-type]
     assert (mask.tau_low, mask.tau_high) == pytest.approx((0.3, 2.5))
     assert logged == pytest.approx({"train/tau_low": 0.3, "train/tau_high": 2.5})
+
+
+def test_callbacks_that_contradict_the_config_are_refused_before_anything_is_loaded(
+    fit_arguments, cli
+) -> None:
+    schedule = "[{step: 0, tau_low: 0.5, tau_high: 2.0}]"
+    callbacks = (
+        "[{class_path: callbacks.length_mask.TargetBand}, {class_path: callbacks.mastery.Mastery}, "
+        f"{{class_path: callbacks.length_mask.LengthMaskSchedule, init_args: {{schedule: {schedule}}}}}]"
+    )
+    settings = {
+        "trainer.callbacks": callbacks,
+        "model.reward_transforms": "[]",
+        "model.rewards": "[balcap.rewards.Precision]",
+        "model.weights": "{precision: 1.0}",
+    }
+    with pytest.raises(ConfigError) as caught:
+        cli(fit_arguments(**settings))
+    text = "\n".join(caught.value.problems)
+    assert "trainer.callbacks: TargetBand: model.reward_transforms holds no" in text
+    assert "trainer.callbacks: LengthMaskSchedule: model.reward_transforms holds no" in text
+    assert "TargetBand and LengthMaskSchedule both set the length mask" in text
+    assert "Mastery goes by b-CapScore, and model.rewards lacks recall, linguistic" in text

@@ -259,15 +259,32 @@ def test_all_problems_of_a_study_are_named_together(study_file, capsys) -> None:
     claims = [
         {"claim": "c", "run": "theirs", "measure": "dcscore"},
         {"claim": "c", "run": "ours", "measure": "dcscore", "expect": "equal"},
+        {"claim": "c", "run": "ours", "measure": "val/recall@soon"},
     ]
     file = study_file(
-        {"run_dir": "runs/a"}, claims=claims, reference="nobody", seeds=[1, 1], trade_off=["dcscore"]
+        {"run_dir": "runs/a"}, claims=claims, reference="nobody", seeds=[1, 1], trade_off=["dcscore@1"]
     )
     with pytest.raises(UserError) as refused:
         study([file, "--only=9", "--jobs=0"])
     for key in ("seeds: ", "trade_off: ", "settings: run_dir", "reference: there is no run nobody; there are ours, grpo",
-                "claims[0].run: ", "claims[1].within: ", "jobs: ", "only: "):  # fmt: skip
+                "claims[0].run: ", "claims[1].within: ", "claims[2].measure: 'val/recall@soon' must be a metric",
+                "trade_off: 'dcscore@1' must be", "jobs: ", "only: "):  # fmt: skip
         assert f"  - {key}" in str(refused.value), key
+
+
+def test_an_empty_key_is_as_if_it_were_not_there(study_file, capsys) -> None:
+    study([study_file(claims=None, trade_off=None, groups=None), "--dry_run"])
+    assert "0 of 4 runs are done" in capsys.readouterr().out
+    with pytest.raises(UserError, match="runs: there is none"):
+        study([study_file(runs=None), "--dry_run"])
+
+
+def test_without_an_export_only_a_last_step_ends_a_run(study_file) -> None:
+    file = study_file({"export.enabled": False, "trainer.max_steps": -1, "trainer.max_epochs": 1})
+    with pytest.raises(
+        UserError, match=r"trainer\.max_steps: without an export only the last step says that ours"
+    ):
+        study([file, "--dry_run"])
 
 
 def test_a_setting_that_there_is_not_is_named_with_its_run(study_file, capsys) -> None:

@@ -23,7 +23,7 @@ from balcap.report.study import (
     t_interval,
     verdict,
 )
-from balcap.report.study_curves import learning_curve
+from balcap.report.study_curves import curve_table, learning_curve
 from balcap.report.study_page import attention, write_study
 from tests.report_runs import write_run
 
@@ -221,6 +221,7 @@ def test_learning_curves_and_levels_are_written(tmp_path: Path) -> None:
         9: pytest.approx(0.5),
     }
     assert study.arm("new").mean("val/recall@0.3").value == pytest.approx(4.5)
+    assert curve_table(study, "val/recall") == [["", "9"], ["Base", "0.500"], ["New", "+0.000 ± 0.000"]]
     text = "\n".join(attention(study))
     assert "steps to recall 0.9: never reached in finished runs: Base 3, New 3." in text
     files = {path.name: path for path in write_study(study, tmp_path)}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import torch
 pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vllm")
 
 from tests.rollout.with_vllm.support import Shared
-from tests.support import ROOT, metrics
+from tests.support import metrics, run_fit
 from tests.wide_heads import write_wide_base
 
 Arguments = Callable[..., list[str]]
@@ -86,16 +83,7 @@ def test_two_ranks_learn_from_their_own_captions(
         "trainer.devices": 2,
         "trainer.strategy": "ddp",
     }
-    done = subprocess.run(
-        [sys.executable, "main.py", *fit_arguments(**options)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_fit(fit_arguments(**options))
     rows = steps(tmp_path / "run")
     assert len(rows) == 2
     for row in rows:
