@@ -10,10 +10,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from balcap.algorithms import cgdpo
+from balcap.algorithms import SpanCredit, cgdpo
 from balcap.cli import ConfigError
 from balcap.judge import Judgments, Verdict
 from balcap.judge.tasks import Assertion
+from balcap.module import BalCapModule
+from balcap.policy import PolicyConfig
 from balcap.rewards import Linguistic, Precision, Recall, RewardSuite
 from balcap.trainer.spans import assertion_spans
 from balcap.types import CaptionBatch, Rollouts
@@ -114,3 +116,12 @@ def test_an_estimate_prices_the_words(fit_arguments, cli, capsys) -> None:
         spans = next(line.split("│") for line in lines if task in line)
         assert float(spans[3].replace(",", "")) > 0
         assert float(spans[5].replace(",", "")) > 0
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_supervised_fine_tuning_asks_for_no_words(supervised: bool) -> None:
+    judged = {"rewards": [Precision(), Recall()], "weights": {"precision": 1.0, "recall": 1.0}}
+    policy = PolicyConfig(str(ROOT / "assets/shapes-base"))
+    module = BalCapModule(policy, advantage=SpanCredit(coverage=True), supervised=supervised, **judged)
+    asked = {task.name for task in module.rewards.needs}
+    assert {"decompose_spans", "match_spans"}.isdisjoint(asked) is supervised
