@@ -66,7 +66,7 @@ class Job:
     decompose: int = 3
     verify: int = 1
     match: int = 1
-    call_tokens: float = 2_750
+    call_tokens: float = 2_500
     latency: float = 1.5
     latency_p99: float = 10.0
     timeout: float = 60.0
