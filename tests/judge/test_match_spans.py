@@ -13,7 +13,7 @@ from balcap.judge import Group, InvalidAnswer
 from balcap.judge.tasks import DecomposeSpans, Match, MatchSpans, Rate, Verify
 from examples.shapes.captions import clean, flawed, reference
 from examples.shapes.language import covered, read_fact, read_facts, say
-from examples.shapes.oracle import answer
+from examples.shapes.oracle import answer, parts_of
 from examples.shapes.scene import draw_scene, png_bytes, sample_scene
 from tests.judge.test_decompose_spans import Listening
 
@@ -94,7 +94,7 @@ def test_what_sources_cost_is_as_the_docs_say() -> None:
 
     def costs(task: Any, items: Any, units: Any) -> tuple[int, int]:
         messages = task.messages(items, units=units)
-        asked = sum(count(one["content"]) for one in messages)
+        asked = sum(count(part["text"]) for one in messages for part in parts_of(one))
         return asked, count(json.dumps(answer(messages)))
 
     for _ in range(60):
