@@ -100,8 +100,20 @@ def load_model(config: PolicyConfig) -> Any:
                 f"it is an adapter on the hub; download it (hf download {config.model} --local-dir FOLDER) "
                 "and set model.policy.model: FOLDER"
             )
+    if config.load_in_4bit:
+        _pack_where_it_fits(model)
     _check_family(model, own, config)
     return model
+
+
+def _pack_where_it_fits(model: Any) -> None:
+    """On CPUs with bfloat16 instructions bitsandbytes packs weights for inference, and fails at widths that are no multiples
+    of its blocks; those layers compute without packing."""
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit) and (layer.in_features % 64 or layer.out_features % 32):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def empty_model(config: PolicyConfig) -> Any:
