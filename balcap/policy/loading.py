@@ -101,18 +101,18 @@ def load_model(config: PolicyConfig) -> Any:
                 "and set model.policy.model: FOLDER"
             )
     if config.load_in_4bit:
-        _pack_where_it_fits(model)
+        _leave_unpacked(model)
     _check_family(model, own, config)
     return model
 
 
-def _pack_where_it_fits(model: Any) -> None:
-    """On CPUs with bfloat16 instructions bitsandbytes packs weights for inference, and fails at widths that are no multiples
-    of its blocks; those layers compute without packing."""
+def _leave_unpacked(model: Any) -> None:
+    """On CPUs with bfloat16 instructions bitsandbytes packs weights at their first use in inference; packed weights pass no
+    gradient on, and an update comes after sampling."""
     from bitsandbytes.nn import Linear4bit
 
     for layer in model.modules():
-        if isinstance(layer, Linear4bit) and (layer.in_features % 64 or layer.out_features % 32):
+        if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False
 
 

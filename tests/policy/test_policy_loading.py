@@ -246,6 +246,23 @@ def test_four_bit_weights_train_an_adapter_on_the_cpu(load: Load, rollouts: Roll
     assert (reference - policy.logps(rollouts, prompts, ROWS)[0]).abs().max() > 0.1
 
 
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_four_bit_weights_pass_gradients_on_after_they_were_sampled_from(load: Load, rollouts: Rollouts):
+    policy = load(lora=lora(), load_in_4bit=True)
+    step(policy, rollouts)  # a fresh adapter's first matrices get no gradient
+    prompts = policy.encode(rollouts.batch)
+    found = []
+    for _ in range(2):
+        policy.model.train()
+        logps, _ = policy.logps(rollouts, prompts, ROWS)
+        found.append(torch.autograd.grad(logps.sum(), [p for p in policy.parameters() if p.requires_grad]))
+        policy.model.eval()
+        with torch.no_grad():  # where bitsandbytes would pack them
+            policy.logps(rollouts, prompts, ROWS)
+    assert all(gradient.abs().max() > 0 for gradient in found[0])
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_weights_are_those_on_disk(load: Load, family: str, folders: dict[str, Path]):
     theirs = AutoModelForImageTextToText.from_pretrained(folders[family], dtype=torch.float32).state_dict()
     ours = load().model.state_dict()
