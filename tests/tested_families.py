@@ -30,6 +30,8 @@ IN_VLLM = (
 OTHERWISE_IN_VLLM = {
     "qwen2_5_vl": "equal",
     "llava": "equal",
+    "qwen3_vl_moe": "prompts equal; its experts on CPUs round more",
+    "internvl_qwen3_moe": "prompts equal; its experts on CPUs round more",
     "qwen3_5": "prompts equal; bfloat16 alone",
     "gemma3": "prompts equal; its attention for CPUs differs",
 }

@@ -102,8 +102,20 @@ def load_model(config: PolicyConfig) -> Any:
             )
     if config.load_in_4bit:
         _leave_unpacked(model)
+    _write_experts_as_read(model)
     _check_family(model, own, config)
     return model
+
+
+def _write_experts_as_read(model: Any) -> None:
+    """Experts of Qwen3-VL lie transposed in the files on the hub. transformers turns them as it loads, and not back as it
+    saves, which other programs cannot load."""
+    from transformers.core_model_loading import Transpose
+
+    for conversion in getattr(model, "_weight_conversions", None) or ():
+        for operation in getattr(conversion, "operations", ()):
+            if isinstance(operation, Transpose):
+                operation.check_dims = False  # a look at the model's own shape, which is what it turns from
 
 
 def _leave_unpacked(model: Any) -> None:

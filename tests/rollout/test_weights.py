@@ -10,10 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from balcap.policy import LoraSettings
+from balcap.policy import LoraSettings, PolicyConfig
 from balcap.policy.policy import Policy
 from balcap.rollout.vllm.weights import trained_weights, weight_files
 from balcap.rollout.vllm.worker import stored
+from callbacks.export import export
+from tests.support import ROOT
+from tests.tiny_families import FAMILIES
 
 Load = Callable[..., Policy]
 
@@ -23,6 +26,17 @@ def test_names_and_values_are_those_of_the_checkpoint(load: Load, folders: dict[
     sent = dict(trained_weights(load(freeze_vision=False)))
     assert sent.keys() == disk.keys()
     assert all(torch.equal(sent[name], disk[name]) for name in disk)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "internvl_qwen3_moe", "qwen3_5_moe"])
+def test_experts_are_sent_and_exported_as_they_were_read(name: str, tmp_path: Path):
+    folder = FAMILIES[name](tmp_path / "model")
+    disk = load_file(folder / "model.safetensors")
+    policy = Policy.load(PolicyConfig(str(folder), dtype="float32", freeze_vision=False), False)
+    export(policy, tmp_path / "export")
+    for found in (dict(trained_weights(policy)), load_file(tmp_path / "export/model.safetensors")):
+        assert found.keys() == disk.keys()
+        torch.testing.assert_close(found, disk, rtol=0, atol=0)
 
 
 def test_frozen_weights_are_left_out(load: Load, folders: dict[str, Path], family: str):
@@ -43,9 +57,6 @@ def test_nothing_is_copied(load: Load):
 
 
 def test_tied_weights_are_named_once():
-    from balcap.policy import PolicyConfig
-    from tests.support import ROOT
-
     policy = Policy.load(PolicyConfig(model=str(ROOT / "assets/shapes-base"), dtype="float32"), False)
     names = [name for name, _ in trained_weights(policy)]
     assert "lm_head.weight" not in names

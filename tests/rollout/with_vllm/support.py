@@ -18,6 +18,7 @@ from balcap.rollout.hf import HFGenerate
 from balcap.rollout.vllm.inprocess import VLLMInProcess
 from balcap.types import CaptionBatch, Rollouts
 from tests.tiny_models import loud, mixed_batch
+from tests.tiny_parts import turn_experts
 
 Load = Callable[..., Policy]
 
@@ -71,6 +72,10 @@ def wide(folder: Path) -> Path:
     for size in ("linear_key_head_dim", "linear_value_head_dim"):
         if hasattr(text, size):
             setattr(text, size, 64)
+    if hasattr(text, "moe_intermediate_size"):
+        text.moe_intermediate_size = 32
+    if config.model_type == "qwen3_vl_moe":
+        text.norm_topk_prob = True  # of the files on the hub; transformers has no other way
     model = loud(AutoModelForImageTextToText.from_config(config))
     model.generation_config = GenerationConfig.from_pretrained(folder)
     model.save_pretrained(folder)
@@ -79,6 +84,7 @@ def wide(folder: Path) -> Path:
         weights = load_file(folder / "model.safetensors")
         named = {re.sub(r"^vision_tower\.", "vision_tower.vision_model.", k): v for k, v in weights.items()}
         save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    turn_experts(folder)
     if config.model_type == "gemma3":  # vLLM looks them up
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.add_tokens(["\n" * lines for lines in range(1, 5)])

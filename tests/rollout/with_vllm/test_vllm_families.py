@@ -17,6 +17,7 @@ from balcap.policy import PolicyConfig
 from balcap.policy.policy import Policy
 from balcap.rollout.vllm import inprocess
 from balcap.types import Rollouts
+from callbacks.export import export
 from tests.rollout.with_vllm.support import Shared, draw, own_logps, update, wide
 from tests.tested_families import IN_VLLM
 from tests.tiny_families import FAMILIES
@@ -56,6 +57,20 @@ def captions(tmp_path: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch) ->
 def test_prompts_and_log_probs_are_the_trainers(name: str, captions: Captions) -> None:
     policy, rollouts = captions(name)
     torch.testing.assert_close(rollouts.sampler_logps, own_logps(policy, rollouts), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "internvl_qwen3_moe"])
+def test_experts_are_synced_as_they_would_be_loaded(
+    name: str, captions: Captions, shared: Shared, tmp_path: Path
+) -> None:
+    """vLLM's experts on a CPU round more than the trainer's."""
+    policy, synced = captions(name)
+    export(policy, tmp_path / "export")
+    loaded = Policy.load(PolicyConfig(str(tmp_path / "export"), dtype="float32"), False)
+    again = draw(shared.get(loaded, max_model_len=1024), loaded, 4)
+    assert torch.equal(again.token_ids, synced.token_ids)
+    torch.testing.assert_close(again.sampler_logps, synced.sampler_logps, atol=1e-5, rtol=0)
+    assert (synced.sampler_logps - own_logps(policy, synced)).abs().mean() < 0.1
 
 
 def test_gemma_3_on_a_cpu_differs_by_what_image_tokens_see(
