@@ -51,6 +51,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied but for its weights": ("tied but for its weights", {}),
     "separate": ("qwen", {"shared_prefix": False}),
     "separate lora": ("qwen", {"shared_prefix": False, "lora": LoraSettings(r=4)}),
+    "experts": ("experts", {}),
+    "experts lora": ("experts", {"lora": LoraSettings(r=4)}),
     "llava": ("llava", {}),
     "llava tower": ("llava", {"freeze_vision": False}),
 }

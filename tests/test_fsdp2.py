@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from balcap.config import ConfigError, strategy_problems
-from tests.support import run_fit
+from tests.support import metrics, run_fit
 
 SHARDED = {
     "trainer.devices": 2,
@@ -63,6 +63,31 @@ def test_a_run_goes_on_from_its_checkpoint_on_any_number_of_ranks(fit_arguments,
         assert max(far.values()) < 1e-4, (name, far)
     names = {path.name for path in (tmp_path / "whole/export").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json"} <= names
+
+
+@pytest.mark.parametrize(
+    "policy", [{}, {"model.policy.lora.r": 4, "model.policy.dtype": "bfloat16"}], ids=["full", "lora"]
+)
+def test_in_16_bits_two_ranks_take_the_steps_of_one_but_for_rounding(
+    fit_arguments, tmp_path: Path, policy: dict[str, Any]
+) -> None:
+    """As on GPUs: weights are gathered in bfloat16, gradients summed in float32; an adapter's are float32 on others."""
+    shared = {
+        "model.engine": "tests.fakes.FixedEngine",
+        "model.kl_coef": 0.1,
+        "data.val_size": 0,
+        "trainer.precision": "bf16-mixed",
+    }
+    for name, how in (("one", ALONE), ("two", SHARDED)):
+        run_fit(fit_arguments(**shared, **policy, **how, run_dir=tmp_path / name))
+    one, two = ([row for row in metrics(tmp_path / name) if row["train/loss"]] for name in ("one", "two"))
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        for name, rel in (("train/entropy", 0.01), ("train/grad_norm", 0.05)):
+            assert float(b[name]) == pytest.approx(float(a[name]), rel=rel), name
+    states = [trained(tmp_path / name) for name in ("one", "two")]
+    assert states[0].keys() == states[1].keys()
+    assert {value.dtype for value in states[1].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

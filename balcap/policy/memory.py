@@ -17,6 +17,12 @@ K the widths of all query heads and of all key heads; e is the size of a number 
       adapter trained  l width            once for each where l is not e, or with dropout; else once for all
                        b or l times rank  between its two matrices, for each
 
+A mixture of experts has, in place of the MLP's, with k experts of I for each token and E in all::
+
+    experts            3 b k I + b k H    as of an MLP, and what each expert says, before it is weighted
+    router             b E + 4 E + 20 k   its scores, their softmax, and the weights and numbers of those chosen
+    inputs of experts  b k (H + I)        where they are trained
+
 Where layers are compiled, torch's partitioner keeps what matrix products and attention read in backward, or leave, and
 makes what lies between again::
 
@@ -295,8 +301,8 @@ def update_costs(
         optimizer: of the optimizer.
 
     Returns:
-        None for a language model whose layers are not those of a dense decoder (`_READERS`), or do not all attend to all
-        tokens before, or an unusual tower.
+        None for a language model whose layers are not those of a dense decoder (`_READERS`) or of a mixture of experts
+        without shared ones, or do not all attend to all tokens before, or an unusual tower.
     """
     base, family = base_of(model), family_of(model)
     if set(getattr(base.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}:
@@ -307,13 +313,16 @@ def update_costs(
     ]
     linears = [_linears(layer) for layer in layers]
     text = base.config.get_text_config()
+    mixed = all(map(_is_mixture, layers))
     dense = all(map(_is_dense, linears)) and not hasattr(text, "num_experts_per_tok")
-    if not layers or vision_config is None or not dense:
+    if not layers or vision_config is None or not (dense or mixed):
         return None
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
     stream = embedding.element_size()
     product = 2 if autocast else stream
-    hidden, heads, middle = text.hidden_size, text.num_attention_heads, linears[0]["down_proj"].in_features
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    chosen = text.num_experts_per_tok if mixed else 0
+    middle = chosen * text.moe_intermediate_size if mixed else linears[0]["down_proj"].in_features
     size = getattr(text, "head_dim", None) or hidden // heads
     queries, keys, merged = heads * size, text.num_key_value_heads * size, device_type == "cpu"
     widths = {"q_norm": queries, "k_norm": keys}
@@ -346,12 +355,13 @@ def update_costs(
         )
         + product * (2 * queries + 2 * keys + (2 if compiled else 3) * middle)
         + 4 * heads
+        + (_kept_of_experts(layers[0].mlp, chosen, product) if mixed else 0)
         + max(_kept_inputs(found, stream, product, autocast, compiled) for found in linears),
         per_seen_key=0 if merged else product * 2 * keys,
         apart=product * 2 * (queries - keys),
         checkpointed=stream * hidden,
-        gradient=middle * (4 * product + (4 if wide else 0)),
-        inference=3 * product * middle + (4 + 2 * stream) * hidden,
+        gradient=middle * (4 * product + (4 if wide else 0)) + 2 * product * chosen * hidden,
+        inference=3 * product * middle + (4 + 2 * stream) * hidden + 2 * product * chosen * hidden,
         outside=_norm(norms[-1][1], hidden, stream, False),
         vocabulary=text.vocab_size,
         head_gradient=head.nbytes if head.requires_grad else 0,
@@ -381,6 +391,21 @@ def _is_dense(linears: dict[str, Any]) -> bool:
     """Whether these are all linear layers of a dense decoder layer."""
     known = {name for group in _READERS for name in group}
     return set(linears) in (known - {"gate_up_proj"}, known - {"gate_proj", "up_proj"})
+
+
+def _is_mixture(layer: Any) -> bool:
+    """Whether a decoder layer has experts for an MLP, and no other."""
+    parts = {name for name, _ in layer.mlp.named_children()}
+    return parts == {"gate", "experts"} and {"gate_up_proj", "down_proj"} <= dict(
+        layer.mlp.experts.named_parameters()
+    ).keys()
+
+
+def _kept_of_experts(mlp: Any, chosen: int, product: int) -> int:
+    """Bytes per token that a mixture keeps beyond an MLP as wide as the experts of a token."""
+    count, hidden, middle = mlp.experts.down_proj.shape[0], *mlp.experts.down_proj.shape[1:]
+    inputs = (hidden + middle) if mlp.experts.down_proj.requires_grad else 0
+    return product * chosen * (hidden + inputs) + (product + 4) * count + 20 * chosen
 
 
 def _adapters(linears: dict[str, Any]) -> dict[str, Any]:

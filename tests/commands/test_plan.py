@@ -35,6 +35,7 @@ from balcap.rollout.memory import VLLM_REST, Work, kv_bytes, on_the_policy, vllm
 from callbacks.export import export
 from tests.policy.test_memory import of_size
 from tests.support import ROOT
+from tests.tiny_families import FAMILIES
 
 GB = 2**30
 SIZES = yaml.safe_load((ROOT / "perf/models.yaml").read_text())
@@ -234,11 +235,14 @@ def sized(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     @cache
     def folder(size: str) -> Path:
         out = tmp_path_factory.mktemp(size)
-        for file in folders["qwen"].iterdir():
+        like = SIZES[size]["family"]
+        tiny = folders["qwen"] if like == "qwen2_5_vl" else FAMILIES[like](tmp_path_factory.mktemp(like))
+        for file in tiny.iterdir():
             if file.suffix != ".safetensors":
                 (out / file.name).write_bytes(file.read_bytes())
         config = json.loads((out / "config.json").read_text())
-        config["text_config"].pop("layer_types", None)  # as many as the tiny one has
+        for name in ("layer_types", "num_local_experts"):  # as many as the tiny one has
+            config["text_config"].pop(name, None)
         for part in ("text", "vision"):
             config[f"{part}_config"] |= SIZES[size][part]
         config["tie_word_embeddings"] = SIZES[size]["text"].get("tie_word_embeddings", False)
@@ -274,6 +278,7 @@ def plan(run: Callable[[str, list[str]], None], capsys: pytest.CaptureFixture[st
         ("qwen7b_qlora_16gb", "7b", 16, True),
         ("qwen7b", "7b", 16, False),
         ("qwen7b_full_fsdp2", "7b", 80, True),
+        ("qwen3vl_30b_a3b_lora", "30b-a3b", 80, True),
     ],
 )
 def test_the_configs_fit_what_they_are_for(

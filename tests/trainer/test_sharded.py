@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.sharded_ranks import KINDS
 from tests.support import ROOT
+from tests.tiny_families import FAMILIES
 
 CASES = 200
 
@@ -85,6 +86,7 @@ def tied(folder: Path, to: Path, with_head: bool) -> Path:
 def test_updates_are_those_of_one_process(folders: dict[str, Path], tmp_path: Path) -> None:
     where = {**folders, "tied": tied(folders["qwen"], tmp_path / "tied", with_head=False)}
     where["tied but for its weights"] = tied(folders["qwen"], tmp_path / "both", with_head=True)
+    where["experts"] = FAMILIES["qwen3_vl_moe"](tmp_path / "experts")
     drawn = cases(CASES)
     (tmp_path / "cases.json").write_text(json.dumps({"folders": where, "cases": drawn}, default=str))
     processes = [

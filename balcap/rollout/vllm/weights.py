@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,16 +36,25 @@ def trained_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """The trained parameters of a policy, one by one, under the names of its checkpoint on disk; of an adapter the model's.
 
     transformers 5 renames weights as it loads them; loaders of other projects expect the names on disk. Of weights
-    that are tied only one is named. Tensors are the parameters' own storage: read them, and change nothing.
+    that are tied only one is named. Tensors are the parameters' own storage, but for those that lie otherwise on disk: read
+    them, and change nothing.
 
     Those of a sharded policy are whole copies, gathered when it is their turn: all ranks must go through all of them.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     trained = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
-    named = trained if policy.has_adapter else revert_weight_conversion(policy.model, trained)
-    for name, tensor in named.items():
-        yield name, whole(tensor)
+    if policy.has_adapter:
+        yield from ((name, whole(tensor)) for name, tensor in trained.items())
+        return
+    for _, names in groupby(trained, key=_layer_of):  # what is turned or joined is a copy: one layer's at a time
+        part = revert_weight_conversion(policy.model, {name: trained[name] for name in names})
+        yield from ((name, whole(tensor)) for name, tensor in part.items())
+
+
+def _layer_of(name: str) -> str:
+    found = re.match(r".*?\.(?:layers|blocks)\.\d+\.", name)
+    return found[0] if found else ""
 
 
 @contextmanager
