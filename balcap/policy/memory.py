@@ -396,9 +396,10 @@ def _is_dense(linears: dict[str, Any]) -> bool:
 def _is_mixture(layer: Any) -> bool:
     """Whether a decoder layer has experts for an MLP, and no other."""
     parts = {name for name, _ in layer.mlp.named_children()}
-    return parts == {"gate", "experts"} and {"gate_up_proj", "down_proj"} <= dict(
-        layer.mlp.experts.named_parameters()
-    ).keys()
+    return (
+        parts == {"gate", "experts"}
+        and {"gate_up_proj", "down_proj"} <= dict(layer.mlp.experts.named_parameters()).keys()
+    )
 
 
 def _kept_of_experts(mlp: Any, chosen: int, product: int) -> int:

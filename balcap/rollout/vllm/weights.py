@@ -47,7 +47,8 @@ def trained_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     if policy.has_adapter:
         yield from ((name, whole(tensor)) for name, tensor in trained.items())
         return
-    for _, names in groupby(trained, key=_layer_of):  # what is turned or joined is a copy: one layer's at a time
+    # What is turned or joined is a copy: one layer's at a time.
+    for _, names in groupby(trained, key=_layer_of):
         part = revert_weight_conversion(policy.model, {name: trained[name] for name in names})
         yield from ((name, whole(tensor)) for name, tensor in part.items())
 
