@@ -404,7 +404,7 @@ def _is_mixture(layer: Any) -> bool:
 
 def _kept_of_experts(mlp: Any, chosen: int, product: int) -> int:
     """Bytes per token that a mixture keeps beyond an MLP as wide as the experts of a token."""
-    count, hidden, middle = mlp.experts.down_proj.shape[0], *mlp.experts.down_proj.shape[1:]
+    count, hidden, middle = mlp.experts.down_proj.shape
     inputs = (hidden + middle) if mlp.experts.down_proj.requires_grad else 0
     return product * chosen * (hidden + inputs) + (product + 4) * count + 20 * chosen
 
