@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +17,7 @@ import torch
 from torch import Tensor
 
 from balcap.config import ConfigError, strategy_problems
-from tests.support import metrics, run_fit
+from tests.support import ROOT, metrics, run_fit
 
 SHARDED = {
     "trainer.devices": 2,
@@ -63,6 +68,41 @@ def test_a_run_goes_on_from_its_checkpoint_on_any_number_of_ranks(fit_arguments,
         assert max(far.values()) < 1e-4, (name, far)
     names = {path.name for path in (tmp_path / "whole/export").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json"} <= names
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_is_asked_to_end_goes_on_as_if_nothing_had_happened(
+    fit_arguments, tmp_path: Path
+) -> None:
+    """SIGTERM to all processes, as schedulers send it."""
+    shared: dict[str, Any] = {
+        **SHARDED,
+        "model.engine": "tests.fakes.FixedEngine",
+        "model.policy.lora.r": 4,
+        "data.val_size": 0,
+        "trainer.precision": "32-true",
+        "resume": "auto",
+    }
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    process = subprocess.Popen(
+        [sys.executable, "main.py", *fit_arguments(**shared, **{"trainer.max_steps": 50, "run_dir": run})],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (run / "checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0, said[-2000:]
+    done = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert 1 <= done < 50
+    for folder in (run, whole):
+        run_fit(fit_arguments(**shared, **{"trainer.max_steps": done + 1, "run_dir": folder}))
+    assert all(torch.equal(value, trained(run)[name]) for name, value in trained(whole).items())
 
 
 @pytest.mark.parametrize(
