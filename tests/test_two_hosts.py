@@ -38,7 +38,9 @@ def hosts() -> Iterator[None]:
         pytest.skip("needs the right to make network namespaces")
     try:
         made = _ip("netns", "add", HOSTS[1])
-        made &= _ip("link", "add", "cable0", "netns", HOSTS[0], "type", "veth", "peer", "cable1", "netns", HOSTS[1])
+        made &= _ip(
+            "link", "add", "cable0", "netns", HOSTS[0], "type", "veth", "peer", "cable1", "netns", HOSTS[1]
+        )
         for rank, host in enumerate(HOSTS):
             made &= _ip("-n", host, "addr", "add", f"10.77.0.{rank + 1}/24", "dev", f"cable{rank}")
             made &= _ip("-n", host, "link", "set", "lo", "up") and _cable(rank, "up")
@@ -64,7 +66,15 @@ def start(hosts: None, fit_arguments: Callable[..., list[str]], tmp_path: Path) 
     def begin(strategy: str, **options: Any) -> list[subprocess.Popen[str]]:
         arguments = fit_arguments(**{**_common(), **TOGETHER[strategy], "resume": "auto", **options})
         for rank, host in enumerate(HOSTS):
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+            launcher = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes",
+                "2",
+                "--nproc_per_node",
+                "1",
+            ]
             launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29500", "--rdzv_id", "job"]
             # Both have the name of this machine, by which they would find out who is who.
             launcher += ["--local_addr", f"10.77.0.{rank + 1}", "--rdzv_conf", f"is_host={int(rank == 0)}"]
@@ -120,8 +130,9 @@ def _ended(processes: list[subprocess.Popen[str]], seconds: float) -> list[int]:
     return [process.wait(timeout=max(1.0, deadline - time.monotonic())) for process in processes]
 
 
-def _said(tmp_path: Path) -> str:
-    return "\n".join((tmp_path / f"{host}.log").read_text()[-2000:] for host in HOSTS)
+def _said(tmp_path: Path, *ranks: int) -> str:
+    logs = (tmp_path / f"{HOSTS[rank]}.log" for rank in ranks or range(2))
+    return "\n".join(log.read_text()[-5000:] for log in logs)
 
 
 def _trained(run: Path) -> dict[str, torch.Tensor]:
@@ -158,20 +169,39 @@ def test_a_process_that_dies_ends_the_job_on_both_hosts_and_one_goes_on(
     run = tmp_path / "run"
     processes = start(strategy, run_dir=run, **{"trainer.max_steps": 500})
     _reached(run, 3, processes)
-    (worker,) = subprocess.run(
-        ["pgrep", "-P", _agent(processes[1])], capture_output=True, text=True, check=True
-    ).stdout.split()
+    (worker,) = _workers(processes[1])
     os.kill(int(worker), signal.SIGKILL)
     codes = _ended(processes, 120)
     assert 0 not in codes, _said(tmp_path)
     done = _steps(run)
     run_fit(
-        fit_arguments(**{**_common(), "trainer.devices": 1, "data.batch_size": 4, "run_dir": run, "resume": "auto"})
+        fit_arguments(
+            **{**_common(), "trainer.devices": 1, "data.batch_size": 4, "run_dir": run, "resume": "auto"}
+        )
         + [f"--trainer.max_steps={done + 2}"]
     )
     assert _steps(run) == done + 2
 
 
-def _agent(process: subprocess.Popen[str]) -> str:
-    """`ip netns exec` becomes what it runs."""
-    return str(process.pid)
+@pytest.mark.slow
+def test_a_host_that_falls_silent_ends_the_job_within_the_deadline(start: Start, tmp_path: Path) -> None:
+    deadline = {
+        "trainer.strategy": "lightning.pytorch.strategies.DDPStrategy",
+        "trainer.strategy.timeout": "0:00:40",
+    }
+    processes = start("ddp", run_dir=tmp_path / "run", **deadline, **{"trainer.max_steps": 500})
+    _reached(tmp_path / "run", 2, processes)
+    assert _cable(1, "down")
+    assert _ended(processes[:1], 240) != [0], _said(tmp_path)
+    # The host that is cut off gives up as well; its processes look for the other one for minutes before they end.
+    until = time.monotonic() + 60
+    while "Timed out waiting 40000ms" not in _said(tmp_path, 1) and time.monotonic() < until:
+        time.sleep(0.5)
+    assert "Timed out waiting 40000ms" in _said(tmp_path, 1)
+    assert _steps(tmp_path / "run") < 500
+
+
+def _workers(process: subprocess.Popen[str]) -> list[str]:
+    """Processes of a torchrun; `ip netns exec` becomes what it runs."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+    return found.stdout.split()
