@@ -174,12 +174,8 @@ def test_a_process_that_dies_ends_the_job_on_both_hosts_and_one_goes_on(
     codes = _ended(processes, 120)
     assert 0 not in codes, _said(tmp_path)
     done = _steps(run)
-    run_fit(
-        fit_arguments(
-            **{**_common(), "trainer.devices": 1, "data.batch_size": 4, "run_dir": run, "resume": "auto"}
-        )
-        + [f"--trainer.max_steps={done + 2}"]
-    )
+    left = {"trainer.devices": 1, "data.batch_size": 4, "run_dir": run, "resume": "auto"}
+    run_fit(fit_arguments(**{**_common(), **left, "trainer.max_steps": done + 2}))
     assert _steps(run) == done + 2
 
 
