@@ -7,6 +7,7 @@ same images in the same order for every run, and then averaged.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,7 +102,7 @@ class Verdict:
 
     Attributes:
         claim: that was made.
-        word: ``holds``, ``does not show`` or ``contradicted``.
+        word: ``holds``, ``does not show`` or ``contradicted``; ``not run`` where no seed has both figures.
         difference: of the two runs, paired by seed.
     """
 
@@ -154,6 +155,18 @@ class Study:
             for group in self.groups
         ]
 
+    @property
+    def shown(self) -> list[Study]:
+        """`parts` without groups of whose own settings, which no other group has, none has a finished run; all, where that
+        is so of all."""
+        counts = Counter(name for group in self.groups for name in group.arms)
+
+        def begun(part: Study) -> bool:
+            own = [arm for arm in part.arms if counts[arm.name] < 2] or part.arms
+            return any(run is not None for arm in own for run in arm.runs.values())
+
+        return [*filter(begun, self.parts)] or self.parts
+
     @cached_property
     def measures(self) -> list[str]:
         """Given, or found in any finished run: benchmarks' own scores first."""
@@ -183,7 +196,8 @@ class Study:
         found = []
         for claim in self.claims:
             gap = self.difference(claim.run, claim.measure, claim.against)
-            found.append(Verdict(claim, verdict(claim.expect, gap, claim.within or 0.0), gap))
+            word = verdict(claim.expect, gap, claim.within or 0.0) if gap.n else "not run"
+            found.append(Verdict(claim, word, gap))
         return found
 
     def missing(self, measure: str) -> dict[str, int]:

@@ -101,7 +101,7 @@ def markdown(study: Study) -> str:
     parts = [f"# {study.title}", *(f"> {line}" for line in attention(study))]
     if study.measures:
         parts += ["![Means with intervals](study.png)", INTERVALS]
-        for part in study.parts:
+        for part in study.shown:
             parts += _tables_as_text(part, titled=bool(study.groups))
     if study.verdicts:
         head = ["claim", "verdict", "difference", "source"]
@@ -177,7 +177,7 @@ def html(study: Study, out: Path) -> str:
         "sections": [("charts", "Figures"), ("claims", "Claims"), ("runs", "Runs")],
         "attention": list(attention(study)),
         "note": INTERVALS,
-        "parts": [_part(part, charts, bool(study.groups)) for part in study.parts],
+        "parts": [_part(part, charts, bool(study.groups)) for part in study.shown],
         "claims": [(v, said(study, v)) for v in study.verdicts],
         "runs": _runs(study, out),
     }

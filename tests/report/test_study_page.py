@@ -98,7 +98,7 @@ def test_what_is_missing_is_counted_and_is_no_zero(tmp_path: Path) -> None:
     assert any("CaptionQA is missing for finished runs: New 1." in line for line in attention(study))
     arms = [study.arms[0], Arm("gone", "Gone", {0: None, 1: None, 2: None})]
     gone = Study("t", arms, "base", [Claim("c", "gone", "dcscore")], unfinished={"gone-0": "to do"})
-    assert gone.verdicts[0].word == "does not show"
+    assert gone.verdicts[0].word == "not run"
     assert "gone-0: to do; its figures are missing." in list(attention(gone))
     paths = write_study(gone, tmp_path / "out")
     rows = list(csv.DictReader(paths[1].open()))
@@ -144,13 +144,18 @@ def test_the_files_tell_the_same(tmp_path: Path) -> None:
 
 def test_groups_have_tables_and_references_of_their_own(tmp_path: Path) -> None:
     study = _study(tmp_path)
-    third = Arm("third", "Third", dict.fromkeys(study.seeds))
-    groups = [Group("Table A", ["new", "base"]), Group("Table B", ["third", "base"], "base")]
-    claims = [Claim("New is better", "new", "dcscore")]
-    unfinished = {f"third-{seed}": "to do" for seed in study.seeds}
+    third = Arm("third", "Third", {0: None, 1: study.arm("new").runs[1], 2: None})
+    fourth = Arm("fourth", "Fourth", dict.fromkeys(study.seeds))
+    groups = [
+        Group("Table A", ["new", "base"]),
+        Group("Table B", ["third", "base"], "base"),
+        Group("Table C", ["fourth", "base"]),
+    ]
+    claims = [Claim("New is better", "new", "dcscore"), Claim("Fourth is better", "fourth", "dcscore")]
+    unfinished = {f"third-{seed}": "to do" for seed in (0, 2)}
     whole = Study(
         title="t",
-        arms=[*study.arms, third],
+        arms=[*study.arms, third, fourth],
         reference="base",
         claims=claims,
         given_measures=("dcscore",),
@@ -166,17 +171,22 @@ def test_groups_have_tables_and_references_of_their_own(tmp_path: Path) -> None:
     assert "### Difference to New" in first
     assert "| Base | -3.0 [-5.5, -0.5] |" in first
     assert "### Difference to Base" in second
-    assert "| Third | – (0 of 3 seeds) |" in second
+    assert "| Third | 63.0 (1 of 3 seeds) |" in second
+    assert "Table C" not in text + page, "none of its own runs is finished"
+    assert "| Fourth is better | **not run** |" in second
     assert "| New is better | **holds** |" in second  # of the whole study, against its own reference
-    assert "third-0, third-1, third-2: to do; their figures are missing." in text
+    assert "third-0, third-2: to do; their figures are missing." in text
     assert page.count("<h2>Table") == 2
     assert page.count("while training") >= 2
     rows = list(csv.DictReader(paths[1].open()))
     assert [(row["group"], row["run"]) for row in rows] == [
-        ("Table A", "new"), ("Table A", "base"), ("Table B", "third"), ("Table B", "base"),
+        ("Table A", "new"), ("Table A", "base"), ("Table B", "third"), ("Table B", "base"), ("Table C", "fourth"),
+        ("Table C", "base"),
     ]  # fmt: skip
     assert float(rows[1]["difference"]) == -3.0
     assert rows[3]["difference"] == ""
+    nothing = Study("t", [study.arms[0], fourth], "base", groups=[Group("Table C", ["fourth"])])
+    assert [part.title for part in nothing.shown] == ["Table C"], "a page without any table says less"
 
 
 def test_many_unfinished_runs_are_counted(tmp_path: Path) -> None:
