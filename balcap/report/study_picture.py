@@ -78,4 +78,6 @@ def _draw_trade_off(picture: Any, axes: Axes, study: Study, numbers: Mapping[str
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_title("Trade-off, by the numbers on the left; hollow: dominated in every view", loc="left", fontsize=10)
+    axes.set_title(
+        "Trade-off, by the numbers on the left; hollow: dominated in every view", loc="left", fontsize=10
+    )
