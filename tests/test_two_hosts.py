@@ -19,7 +19,7 @@ import torch
 from tests.support import ROOT, metrics, run_fit
 from tests.test_fsdp2 import SHARDED
 
-HOSTS = ("balcap-a", "balcap-b")
+HOSTS = (f"balcap-a-{os.getpid()}", f"balcap-b-{os.getpid()}")
 STEPS = 12
 TOGETHER: dict[str, dict[str, Any]] = {
     "ddp": {"trainer.devices": 1, "trainer.num_nodes": 2, "trainer.strategy": "ddp"},

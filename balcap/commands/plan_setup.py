@@ -119,7 +119,12 @@ def read_setup(
         )
     if setup.engine == "vllm":
         assumed.append(f"vLLM holds {VLLM_REST / 1e9:g} GB beside weights, keys and values, asleep too")
-    if setup.engine == "policy" and launch.accelerator != "cpu":
+    if setup.engine == "policy" and shared_by > 1:
+        assumed.append(
+            "the policy samples itself, which fit refuses, since no rank holds all of it: sample with vLLM, which may not be "
+            "installed here  [--config configs/engine/vllm.yaml]"
+        )
+    elif setup.engine == "policy" and launch.accelerator != "cpu":
         assumed.append(
             "the policy samples itself, as the config says or because vLLM is not installed here  "
             "[--config configs/engine/vllm.yaml]"

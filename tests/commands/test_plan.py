@@ -269,6 +269,10 @@ def plan(run: Callable[[str, list[str]], None], capsys: pytest.CaptureFixture[st
     return planned
 
 
+def read(config: str) -> str:
+    return (ROOT / f"configs/{config}.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     ("config", "size", "gb", "fits"),
     [
@@ -289,6 +293,7 @@ def test_the_configs_fit_what_they_are_for(
     assert ("This run does not fit" in said) == (not fits)
     assert ("What to change" in said) == (not fits)
     assert len(re.findall(r"\d+\.\d", next(line for line in said.splitlines() if "peak" in line))) == 3
+    assert ("which fit refuses, since no rank holds all of it" in said) == ("ModelParallel" in read(config))
     tokens = 640 if "qlora" in config else 1280
     assert f"{tokens:,} of them the largest image's" in said, "by max_pixels"
 
