@@ -252,7 +252,16 @@ def _trade_off(study: Study) -> Figure:
     xs, ys = [p[0] for p in points.values()], [p[1] for p in points.values()]
     titles = [study.arm(name).title for name in points]
     data = [
-        scatter(xs, ys, mode="markers+text", text=titles, textposition="top center", marker=marker, name="")
+        scatter(
+            xs,
+            ys,
+            mode="markers+text",
+            text=[str(place) for place in range(1, len(titles) + 1)],  # titles would lie on each other
+            hovertext=titles,
+            textposition="top center",
+            marker=marker,
+            name="",
+        )
     ]
     chart = figure("Trade-off", measure_title(study.axes[0]), measure_title(study.axes[1]), data)
     chart["note"] = _dominated_note(study, worse)
@@ -262,7 +271,10 @@ def _trade_off(study: Study) -> Figure:
 def _dominated_note(study: Study, worse: set[str]) -> str:
     views = [measure_title(axis) for axis in study.axes[: len(next(iter(study.trade_off.values())))]]
     names = ", ".join(study.arm(name).title for name in study.trade_off if name in worse)
-    return f"Hollow: another mean is at least as good in {', '.join(views)}, and better in one ({names or 'none'})."
+    numbered = "; ".join(
+        f"{place} {study.arm(name).title}" for place, name in enumerate(study.trade_off, start=1)
+    )
+    return f"{numbered}. Hollow: another mean is at least as good in {', '.join(views)}, and better in one ({names or 'none'})."
 
 
 def _of_images(study: Study, measure: str) -> str:

@@ -132,6 +132,7 @@ def test_the_files_tell_the_same(tmp_path: Path) -> None:
     assert said in page
     assert 'href="new-1/report.html"' in page
     assert page.count('href="new-') == 1
+    assert "1 Base; 2 New. Hollow" in page
     assert "http://" not in page.split("<script")[0]
     assert "DCScore, 20 images" in text
     rows = {(row["run"], row["measure"]): row for row in csv.DictReader(paths[1].open())}
