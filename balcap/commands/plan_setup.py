@@ -121,8 +121,8 @@ def read_setup(
         assumed.append(f"vLLM holds {VLLM_REST / 1e9:g} GB beside weights, keys and values, asleep too")
     if setup.engine == "policy" and shared_by > 1:
         assumed.append(
-            "the policy samples itself, which fit refuses, since no rank holds all of it: sample with vLLM, which may not be "
-            "installed here  [--config configs/engine/vllm.yaml]"
+            "the policy samples itself, which fit refuses, since no rank holds all of it: sample with vLLM, which may not "
+            "be installed here  [--config configs/engine/vllm.yaml]"
         )
     elif setup.engine == "policy" and launch.accelerator != "cpu":
         assumed.append(

@@ -274,7 +274,8 @@ def _dominated_note(study: Study, worse: set[str]) -> str:
     numbered = "; ".join(
         f"{place} {study.arm(name).title}" for place, name in enumerate(study.trade_off, start=1)
     )
-    return f"{numbered}. Hollow: another mean is at least as good in {', '.join(views)}, and better in one ({names or 'none'})."
+    hollow = f"another mean is at least as good in {', '.join(views)}, and better in one ({names or 'none'})"
+    return f"{numbered}. Hollow: {hollow}."
 
 
 def _of_images(study: Study, measure: str) -> str:
