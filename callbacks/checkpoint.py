@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,8 +54,8 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self._given = {"every_n_train_steps": (every_n_train_steps, 1), "keep": (keep, -1)}
-        self._interrupted = self._agreed = self._monitor_seen = False
-        self._handler_before: Any = None
+        self._interrupted = self._terminated = self._agreed = self._monitor_seen = False
+        self._handlers_before: dict[int, Any] = {}
 
     def problems(self) -> list[str]:
         """What is out of range, each with the key to change."""
@@ -80,7 +81,10 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if threading.current_thread() is threading.main_thread():
-            self._handler_before = signal.signal(signal.SIGINT, self._on_interrupt)
+            self._handlers_before[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
+            if trainer.world_size > 1:
+                handler = partial(self._on_terminate, trainer)
+                self._handlers_before[signal.SIGTERM] = signal.signal(signal.SIGTERM, handler)
 
     def _on_interrupt(self, *_: Any) -> None:
         """The first Ctrl-C waits for the step's end, where a checkpoint is exact; the second does not."""
@@ -89,12 +93,23 @@ class RunCheckpoint(ModelCheckpoint):
         self._interrupted = True
         rank_zero_info("Ctrl-C: stopping when this step has ended; once more stops at once")
 
+    def _on_terminate(self, trainer: Trainer, number: int, *_: Any) -> None:
+        """SIGTERM to one of several ranks. Lightning's handler talks to the other ranks from wherever this one is, which may
+        be in the middle of talking to them."""
+        launcher: Any = trainer.strategy.launcher
+        if not self._terminated and hasattr(launcher, "procs"):
+            launcher.kill(number)  # of which this process started
+        self._terminated = True
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         # All ranks stop at the same step: one that stopped alone would leave the others waiting for it.
-        self._agreed = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
+        asked = trainer.strategy.reduce_boolean_decision(self._interrupted or self._terminated, all=False)
+        self._agreed = asked and trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
+        if asked and not self._agreed:
+            trainer._signal_connector.received_sigterm = True  # of which Lightning's loop makes an exception
         if self._agreed:  # now, where Lightning's loops expect a checkpoint; the step is logged after this
             self._save_last(trainer)
         elif trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step:
@@ -124,9 +139,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        if self._handler_before is not None:
-            signal.signal(signal.SIGINT, self._handler_before)
-            self._handler_before = None
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        self._handlers_before = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Ctrl-C, SIGTERM, a judge that stops the run, and errors: save what there is, as far as a fit has begun.
@@ -135,7 +150,7 @@ class RunCheckpoint(ModelCheckpoint):
         """
         if trainer.state.fn != "fit" or trainer.global_step == 0 or self._agreed:
             return
-        # SIGTERM reaches all ranks; they agree on stopping for the judge's sake before they raise.
+        # On these ranks agree before they raise them.
         if trainer.world_size == 1 or isinstance(exception, SIGTERMException | RunStopped):
             self._save_last(trainer)
 

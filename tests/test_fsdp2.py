@@ -71,12 +71,16 @@ def test_a_run_goes_on_from_its_checkpoint_on_any_number_of_ranks(fit_arguments,
 
 
 @pytest.mark.slow
-def test_a_sharded_run_that_is_asked_to_end_goes_on_as_if_nothing_had_happened(
-    fit_arguments, tmp_path: Path
+@pytest.mark.parametrize("to", ["all", "the first"])
+@pytest.mark.parametrize(
+    "strategy", [{"trainer.devices": 2, "trainer.strategy": "ddp"}, SHARDED], ids=["ddp", "fsdp2"]
+)
+def test_a_run_of_two_ranks_that_is_asked_to_end_goes_on_as_if_nothing_had_happened(
+    fit_arguments, tmp_path: Path, strategy: dict[str, Any], to: str
 ) -> None:
-    """SIGTERM to all processes, as schedulers send it."""
+    """SIGTERM, as schedulers send it, or as a user does."""
     shared: dict[str, Any] = {
-        **SHARDED,
+        **strategy,
         "model.engine": "tests.fakes.FixedEngine",
         "model.policy.lora.r": 4,
         "data.val_size": 0,
@@ -85,7 +89,7 @@ def test_a_sharded_run_that_is_asked_to_end_goes_on_as_if_nothing_had_happened(
     }
     run, whole = tmp_path / "run", tmp_path / "whole"
     process = subprocess.Popen(
-        [sys.executable, "main.py", *fit_arguments(**shared, **{"trainer.max_steps": 50, "run_dir": run})],
+        [sys.executable, "main.py", *fit_arguments(**shared, **{"trainer.max_steps": 500, "run_dir": run})],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
@@ -95,11 +99,11 @@ def test_a_sharded_run_that_is_asked_to_end_goes_on_as_if_nothing_had_happened(
     deadline = time.monotonic() + 300
     while not (run / "checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM) if to == "all" else process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0, said[-2000:]
     done = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert 1 <= done < 50
+    assert 1 <= done < 500
     for folder in (run, whole):
         run_fit(fit_arguments(**shared, **{"trainer.max_steps": done + 1, "run_dir": folder}))
     assert all(torch.equal(value, trained(run)[name]) for name, value in trained(whole).items())
