@@ -20,7 +20,7 @@ from tests.support import ROOT, metrics, run_fit
 from tests.test_fsdp2 import SHARDED
 
 HOSTS = (f"balcap-a-{os.getpid()}", f"balcap-b-{os.getpid()}")
-STEPS = 12
+STEPS = 24
 TOGETHER: dict[str, dict[str, Any]] = {
     "ddp": {"trainer.devices": 1, "trainer.num_nodes": 2, "trainer.strategy": "ddp"},
     "fsdp2": {**SHARDED, "trainer.devices": 1, "trainer.num_nodes": 2},
