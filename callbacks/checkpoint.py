@@ -54,7 +54,8 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self._given = {"every_n_train_steps": (every_n_train_steps, 1), "keep": (keep, -1)}
-        self._interrupted = self._terminated = self._agreed = self._monitor_seen = False
+        self._interrupted = self._terminated = self._monitor_seen = False
+        self._ending: type[BaseException] | None = None  # what all ranks have agreed to raise
         self._handlers_before: dict[int, Any] = {}
 
     def problems(self) -> list[str]:
@@ -106,12 +107,10 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         # All ranks stop at the same step: one that stopped alone would leave the others waiting for it.
-        asked = trainer.strategy.reduce_boolean_decision(self._interrupted or self._terminated, all=False)
-        self._agreed = asked and trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
-        if asked and not self._agreed:
-            trainer._signal_connector.received_sigterm = True  # of which Lightning's loop makes an exception
-        if self._agreed:  # now, where Lightning's loops expect a checkpoint; the step is logged after this
-            self._save_last(trainer)
+        decide = partial(trainer.strategy.reduce_boolean_decision, all=False)
+        if decide(self._interrupted or self._terminated):
+            self._ending = SIGTERMException if decide(self._terminated) else KeyboardInterrupt
+            self._save_last(trainer)  # now, where Lightning's loops expect it; the step is logged after this
         elif trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step:
             self._save_end(trainer)
 
@@ -134,8 +133,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._agreed:
-            raise KeyboardInterrupt
+        if self._ending is not None:
+            raise self._ending
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
@@ -148,10 +147,10 @@ class RunCheckpoint(ModelCheckpoint):
 
         An error of one rank among several saves nothing: the others would not join. Their last checkpoint stands.
         """
-        if trainer.state.fn != "fit" or trainer.global_step == 0 or self._agreed:
+        if trainer.state.fn != "fit" or trainer.global_step == 0 or self._ending:
             return
-        # On these ranks agree before they raise them.
-        if trainer.world_size == 1 or isinstance(exception, SIGTERMException | RunStopped):
+        # Of several ranks all stop for the judge's sake, or none does.
+        if trainer.world_size == 1 or isinstance(exception, RunStopped):
             self._save_last(trainer)
 
     def _save_last(self, trainer: Trainer) -> None:

@@ -264,11 +264,11 @@ def _trade_off(study: Study) -> Figure:
         )
     ]
     chart = figure("Trade-off", measure_title(study.axes[0]), measure_title(study.axes[1]), data)
-    chart["note"] = _dominated_note(study, worse)
+    chart["note"] = _trade_off_note(study, worse)
     return chart
 
 
-def _dominated_note(study: Study, worse: set[str]) -> str:
+def _trade_off_note(study: Study, worse: set[str]) -> str:
     views = [measure_title(axis) for axis in study.axes[: len(next(iter(study.trade_off.values())))]]
     names = ", ".join(study.arm(name).title for name in study.trade_off if name in worse)
     numbered = "; ".join(

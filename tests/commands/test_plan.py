@@ -298,6 +298,16 @@ def test_the_configs_fit_what_they_are_for(
     assert f"{tokens:,} of them the largest image's" in said, "by max_pixels"
 
 
+def test_a_mixture_of_experts_lies_in_parts_on_all_ranks_and_so_does_its_engine(
+    plan: Plan, sized: Callable[[str], Path]
+) -> None:
+    flags = ["--model.policy.model", str(sized("30b-a3b")), "--gpu_gb", "80"]
+    engine = ["--config", str(ROOT / "configs/engine/vllm.yaml"), "--model.engine.tensor_parallel_size", "8"]
+    said = plan("qwen3vl_30b_a3b_lora", *flags, *engine)
+    assert re.search(r"policy: weights\W+8\.7", said)  # an eighth of 62.1 GB, and the tower
+    assert "vLLM: its weights 7.8 GB" in said
+
+
 def test_the_way_out_is_a_command_that_fits(plan: Plan, sized: Callable[[str], Path]) -> None:
     """What the plan of a run that does not fit proposes last, in vLLM's case too, which need not be installed."""
     flags = ["--model.policy.model", str(sized("7b")), "--gpu_gb", "24"]
