@@ -25,9 +25,9 @@ from balcap.trainer.checkpoint import (
     apply_settings,
     check_resumable,
     check_trained,
-    keep_trained,
     name_optimizer_state,
     optimizer_settings,
+    trained_names,
 )
 from balcap.trainer.distributed import gather, gather_objects, sums
 from balcap.trainer.loggers import log_metrics, warn_of_missing
@@ -394,9 +394,15 @@ class BalCapModule(L.LightningModule):
 
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def state_dict(self, *args: Any, **options: Any) -> Any:
         """Only what is trained: the frozen rest is in the base model, where it came from."""
-        keep_trained(checkpoint, self)
+        trained = trained_names(self)
+        return {
+            name: value for name, value in super().state_dict(*args, **options).items() if name in trained
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Beside weights, the optimizer and the loops, which Lightning saves."""
         name_optimizer_state(checkpoint, self, self.trainer.optimizers[0])
         skipped = self._skipped if self.loop is None else self.loop.skipped
         checkpoint["balcap"] = {

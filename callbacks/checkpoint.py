@@ -14,8 +14,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.checkpoint.api import CheckpointException
 
-from balcap.trainer.checkpoint import AtomicCheckpointIO
+from balcap.trainer.checkpoint import AtomicCheckpointIO, CheckpointError
+from balcap.trainer.sharded_checkpoint import replaced
 from balcap.utils.errors import RunStopped
 
 
@@ -114,6 +116,23 @@ class RunCheckpoint(ModelCheckpoint):
         elif trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step:
             self._save_end(trainer)
 
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """One file, which is whole or not there; or a folder of which each rank writes its part, the same."""
+        if not getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+            super()._save_checkpoint(trainer, filepath)
+            return
+        try:
+            with replaced(filepath, trainer) as part:
+                super()._save_checkpoint(trainer, str(part))
+        except (CheckpointException, OSError, RuntimeError) as error:
+            why = next(iter(getattr(error, "failures", {}).values()), [error])[
+                0
+            ]  # of the first rank that failed
+            raise CheckpointError(
+                f"{filepath} cannot be written: {why}. The checkpoints before it are whole"
+            ) from error
+        self._last_checkpoint_saved = filepath
+
     def _save_end(self, trainer: Trainer) -> None:
         """A fit that comes to its end leaves a checkpoint of its last step, whatever `every_n_train_steps` is."""
         if self._last_global_step_saved != trainer.global_step:
@@ -157,5 +176,5 @@ class RunCheckpoint(ModelCheckpoint):
         if self.dirpath is None:
             return
         path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-        trainer.save_checkpoint(path, self.save_weights_only)
+        self._save_checkpoint(trainer, str(path))
         rank_zero_info(f"saved {path}; continue with --ckpt_path last")

@@ -1,4 +1,4 @@
-"""Two processes (gloo) take the step that one process takes on the same data, whether each holds the policy or a part."""
+"""Several processes (gloo) take the step that one takes on the same data, whether each holds the policy or a part."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from tests.support import ROOT, metrics, run_fit
-from tests.test_fsdp2 import SHARDED
+from tests.test_fsdp2 import DDP, SHARDED
 
 
 @pytest.mark.parametrize(
-    "strategy", [{"trainer.devices": 2, "trainer.strategy": "ddp"}, SHARDED], ids=["ddp", "fsdp2"]
+    "strategy",
+    [DDP, {**DDP, "trainer.devices": 4, "data.batch_size": 1}, SHARDED],
+    ids=["ddp", "ddp of four", "fsdp2"],
 )
-def test_two_ranks_take_the_step_of_one(fit_arguments, tmp_path: Path, strategy: dict[str, Any]) -> None:
+def test_ranks_take_the_step_of_one(fit_arguments, tmp_path: Path, strategy: dict[str, Any]) -> None:
     shared = {
         "model.engine": "tests.fakes.FixedEngine",
         "model.optimizer": "torch.optim.SGD",  # Adam's first step is the sign of the gradient: it hides its size
@@ -29,12 +31,12 @@ def test_two_ranks_take_the_step_of_one(fit_arguments, tmp_path: Path, strategy:
         "trainer.precision": "32-true",
     }
     one = {**shared, "run_dir": tmp_path / "one", "data.batch_size": 4, "trainer.devices": 1}
-    two = {**shared, "run_dir": tmp_path / "two", **strategy, "data.batch_size": 2}
+    several = {**shared, "run_dir": tmp_path / "several", **strategy}
     run_fit(fit_arguments(**one))
-    run_fit(fit_arguments(**two))
+    run_fit(fit_arguments(**several))
     states = [
         torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        for name in ("one", "two")
+        for name in ("one", "several")
     ]
     from transformers import AutoModelForImageTextToText
 
@@ -47,7 +49,7 @@ def test_two_ranks_take_the_step_of_one(fit_arguments, tmp_path: Path, strategy:
         start = base.get_parameter(key.removeprefix("policy.model."))
         moved = max(moved, float((value - start.detach()).abs().max()))
     assert moved > 1e-4  # both went somewhere
-    rows = [[r for r in metrics(tmp_path / name) if r["train/loss"]] for name in ("one", "two")]
+    rows = [[r for r in metrics(tmp_path / name) if r["train/loss"]] for name in ("one", "several")]
     for a, b in zip(*rows, strict=True):
         for name in (
             "train/precision",
@@ -60,7 +62,7 @@ def test_two_ranks_take_the_step_of_one(fit_arguments, tmp_path: Path, strategy:
             assert abs(float(a[name]) - float(b[name])) < 1e-4, (name, a[name], b[name])
     val = [
         [r["val/b_capscore"] for r in metrics(tmp_path / name) if r["val/b_capscore"]]
-        for name in ("one", "two")
+        for name in ("one", "several")
     ]
     for a, b in zip(*val, strict=True):
         assert abs(float(a) - float(b)) < 1e-4

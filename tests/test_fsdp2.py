@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from balcap.config import ConfigError, strategy_problems
+from balcap.trainer.checkpoint import load_checkpoint
+from balcap.trainer.sharded_checkpoint import is_folder
 from tests.support import ROOT, metrics, run_fit
 
 SHARDED = {
@@ -27,18 +29,43 @@ SHARDED = {
     "trainer.strategy.save_distributed_checkpoint": False,
     "data.batch_size": 2,
 }
+IN_PARTS = {"trainer.strategy.save_distributed_checkpoint": True}
 ALONE = {"trainer.devices": 1, "data.batch_size": 4}
+DDP = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
+FOUR = {"trainer.devices": 4, "trainer.strategy.data_parallel_size": 4, "data.batch_size": 1}
 
 
 def trained(run: Path) -> dict[str, Tensor]:
-    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    return load_checkpoint(run / "checkpoints/last.ckpt")["state_dict"]
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_its_checkpoint_on_any_number_of_ranks(fit_arguments, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "others"),
+    [
+        (
+            {"model.policy.lora.r": 4},
+            {"to one": (ALONE, "sharded"), "to two": (SHARDED, "alone")},
+        ),
+        (
+            IN_PARTS,
+            {
+                "to one": (ALONE, "sharded"),
+                "to two": ({**SHARDED, **IN_PARTS}, "alone"),
+                "to ddp": (DDP, "sharded"),
+                "to four": ({**SHARDED, **IN_PARTS, **FOUR}, "sharded"),
+            },
+        ),
+    ],
+    ids=["adapter in one file", "weights in parts"],
+)
+def test_a_run_goes_on_from_its_checkpoint_on_any_number_of_ranks(
+    fit_arguments, tmp_path: Path, how: dict[str, Any], others: dict[str, Any]
+) -> None:
+    sharded = SHARDED | how
     shared: dict[str, Any] = {
         "model.engine": "tests.fakes.FixedEngine",
-        "model.policy.lora.r": 4,
+        **{name: value for name, value in how.items() if name.startswith("model.")},
         "model.optimizer": "torch.optim.AdamW",
         "model.optimizer.lr": 1e-3,
         "model.optimizer.eps": 1e-3,  # else a gradient of nearly 0 is a full step, whose sign is rounding
@@ -52,29 +79,33 @@ def test_a_run_goes_on_from_its_checkpoint_on_any_number_of_ranks(fit_arguments,
         if begins_at:
             shutil.copytree(tmp_path / begins_at, tmp_path / name)
             more["ckpt_path"] = "last"
-        run_fit(fit_arguments(**shared, **how, **more))
+        run_fit(fit_arguments(**{**shared, **how, **more}))
         return trained(tmp_path / name)
 
-    whole = fit("whole", 3, SHARDED)
-    fit("sharded", 2, SHARDED)
+    whole = fit("whole", 3, sharded)
+    fit("sharded", 2, sharded)
     fit("alone", 2, ALONE)
-    resumed = fit("resumed", 3, SHARDED, "sharded")
+    resumed = fit("resumed", 3, sharded, "sharded")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    for name, how, begins_at in (("to one", ALONE, "sharded"), ("to two", SHARDED, "alone")):
-        other = fit(name, 3, how, begins_at)
+    for name, (where, begins_at) in others.items():
+        other = fit(name, 3, where, begins_at)
         assert whole.keys() == other.keys()
         far = {key: float((value - other[key]).abs().max()) for key, value in whole.items()}
         assert max(far.values()) < 1e-4, (name, far)
+    last = tmp_path / "whole/checkpoints/last.ckpt"
+    assert is_folder(last) == (how == IN_PARTS)
+    assert {path.name for path in last.glob("*.distcp")} == (
+        {"__0_0.distcp", "__1_0.distcp"} if how == IN_PARTS else set()
+    )
+    assert sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "step-00000003.ckpt"]
     names = {path.name for path in (tmp_path / "whole/export").iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json"} <= names
+    assert ({"model.safetensors"} if how == IN_PARTS else {"adapter_model.safetensors"}) <= names
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["all", "the first"])
-@pytest.mark.parametrize(
-    "strategy", [{"trainer.devices": 2, "trainer.strategy": "ddp"}, SHARDED], ids=["ddp", "fsdp2"]
-)
+@pytest.mark.parametrize("strategy", [DDP, {**SHARDED, **IN_PARTS}], ids=["ddp", "fsdp2"])
 def test_a_run_of_two_ranks_that_is_asked_to_end_goes_on_as_if_nothing_had_happened(
     fit_arguments, tmp_path: Path, strategy: dict[str, Any], to: str
 ) -> None:
@@ -102,7 +133,7 @@ def test_a_run_of_two_ranks_that_is_asked_to_end_goes_on_as_if_nothing_had_happe
     os.killpg(process.pid, signal.SIGTERM) if to == "all" else process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0, said[-2000:]
-    done = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    done = load_checkpoint(run / "checkpoints/last.ckpt")["global_step"]
     assert 1 <= done < 500
     for folder in (run, whole):
         run_fit(fit_arguments(**shared, **{"trainer.max_steps": done + 1, "run_dir": folder}))
@@ -143,8 +174,8 @@ def test_in_16_bits_two_ranks_take_the_steps_of_one_but_for_rounding(
         ),
         ({"trainer.strategy.tensor_parallel_size": 2}, "tensor_parallel_size: 2: weights are cut over ranks"),
         (
-            {"trainer.strategy.save_distributed_checkpoint": True},
-            "save_distributed_checkpoint: a checkpoint is one file",
+            {"model.optimizer": "bitsandbytes.optim.AdamW8bit", "model.optimizer.lr": 1e-6},
+            "model.optimizer: AdamW8bit of bitsandbytes cannot step",
         ),
         ({"model.engine": None}, "model.engine: no rank holds the policy's weights"),
         (

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support import ROOT, metrics
 
@@ -114,6 +115,31 @@ def test_a_killed_supervised_run_continues_as_if_nothing_had_happened(
     assert 3 <= len(_trained_now(run)) < 30
     cli([*arguments(run), "--ckpt_path", "last"])
     assert _trained(run) == expected
+
+
+QUANTISED = "__bnb_optimizer_quant_state__"
+
+
+def test_a_run_with_an_8_bit_optimizer_goes_on_as_if_nothing_had_happened(
+    fit_arguments, cli, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    optimizer = {"model.optimizer": "bitsandbytes.optim.AdamW8bit", "model.optimizer.lr": 1e-3}
+    for run, ends in (("whole", [3]), ("parts", [2, 3])):
+        for steps in ends:
+            more = {"trainer.max_steps": steps, "data.val_size": 0, "run_dir": tmp_path / run}
+            cli([*fit_arguments(**optimizer, **more), "--resume", "auto"])
+    last = [
+        torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True) for run in ("whole", "parts")
+    ]
+    for whole, parts in zip(*(checkpoint["state_dict"].items() for checkpoint in last), strict=True):
+        assert whole[0] == parts[0]
+        assert torch.equal(whole[1], parts[1]), whole[0]
+    (state,) = last[0]["optimizer_states"]
+    kept = [
+        value for of in state["state"].values() for value in (*of.values(), *of.get(QUANTISED, {}).values())
+    ]
+    assert any(torch.is_tensor(value) and value.dtype == torch.uint8 for value in kept)
 
 
 def test_a_checkpoint_of_another_policy_is_refused(fit_arguments, cli, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from balcap.policy import PolicyConfig
@@ -64,13 +63,14 @@ def main(args: Sequence[str] | None = None) -> None:
 def _source(values: Any) -> tuple[PolicyConfig | None, Path | None, list[str]]:
     """The policy's settings, the checkpoint of its weights, if any, and what is wrong with either."""
     from balcap.trainer.checkpoint import find_checkpoint
+    from balcap.trainer.sharded_checkpoint import is_folder
 
     own, given = values.model.policy, values.ckpt
     if (own is None) == (given is None):
         return None, None, ["ckpt: name a checkpoint, or the folder of an adapter with --model.policy.model"]
     checkpoint = None
     if given is not None:
-        is_run = Path(given).is_dir()
+        is_run = Path(given).is_dir() and not is_folder(given)
         checkpoint = find_checkpoint("last" if is_run else given, given)
         if checkpoint is None:
             return None, None, [f"ckpt: there is no checkpoint in {given}/checkpoints"]
@@ -106,11 +106,11 @@ def _load(config: PolicyConfig, checkpoint: Path | None) -> Any:
     from torch import nn
 
     from balcap.policy.policy import Policy
-    from balcap.trainer.checkpoint import check_trained
+    from balcap.trainer.checkpoint import check_trained, load_checkpoint
 
     policy = Policy.load(config, with_reference=False)
     if checkpoint is not None:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        saved = load_checkpoint(checkpoint)
         named = nn.ModuleDict({"policy": policy})
         check_trained(saved, named)
         named.load_state_dict(saved["state_dict"], strict=False)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from balcap.policy.sharding import is_sharded
+from balcap.trainer.sharded_checkpoint import is_folder, read_folder, remove
 from balcap.utils.errors import UserError
 from balcap.utils.files import atomic_write
 
@@ -37,6 +38,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: the disk is full, or cannot be written; what was at `path` is still there.
         """
         try:
+            if is_folder(path):  # of a run on several ranks, which goes on with one
+                remove(path)
             with atomic_write(path, "wb") as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch's writer turns some OSErrors into RuntimeErrors
@@ -44,25 +47,35 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{path} cannot be written: {error}. The checkpoints before it are whole"
             ) from error
 
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """As `TorchCheckpointIO` does; a folder as if it were one file."""
+        return read_folder(path) if is_folder(path) else super().load_checkpoint(path, *args, **options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """A file or a folder."""
+        remove(path)
+
 
 def find_checkpoint(name: str, run_dir: str | Path) -> Path | None:
-    """The checkpoint file that ``ckpt_path`` means; its weights are not read.
+    """The checkpoint that ``ckpt_path`` means, a file or a folder; its weights are not read.
 
     Args:
-        name: ``last``, the newest readable checkpoint of the run folder, or a file.
+        name: ``last``, the newest readable checkpoint of the run folder, or a path.
         run_dir: the run folder.
 
     Returns:
         None if `name` is ``last`` and the folder has no checkpoint.
 
     Raises:
-        CheckpointError: there is no such file, or it cannot be read; or the run has checkpoints, but none is readable.
+        CheckpointError: there is none, or it cannot be read; or the run has checkpoints, but none is readable.
     """
     if name != "last":
         read_checkpoint(name)
         return Path(name)
     # Lightning keeps its own, of a SLURM job that was requeued, in the run folder itself.
-    there = [*Path(run_dir).glob("checkpoints/*.ckpt"), *Path(run_dir).glob("hpc_ckpt_*.ckpt")]
+    # Beside a folder may be its successor, or what it succeeds, when a kill fell between two renames.
+    names = ("checkpoints/*.ckpt", "hpc_ckpt_*.ckpt", "checkpoints/*.ckpt.part", "checkpoints/*.ckpt.old")
+    there = [path for name in names for path in Path(run_dir).glob(name)]
     problems = []
     for path in sorted(there, key=os.path.getmtime, reverse=True):
         try:
@@ -79,20 +92,33 @@ def find_checkpoint(name: str, run_dir: str | Path) -> Path | None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of this program, its tensors without their data: reads little of the file.
+    """A checkpoint of this program, its tensors without their data: reads little of it.
 
     Raises:
-        CheckpointError: there is no such file, it is torn, or it is something else.
+        CheckpointError: there is none, it is torn, or it is something else.
     """
+    if not (Path(path).is_file() or is_folder(path)):
+        raise CheckpointError(f"{path} is no checkpoint; name one, or `last`")
     try:
-        checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is no file; name one, or `last`") from None
+        checkpoint = load_checkpoint(path, "meta")
     except Exception as error:  # the unpickler may raise anything on what is no checkpoint
         why = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise CheckpointError(f"{path} is broken, or no checkpoint: {why[:120]}") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "global_step", "balcap"} <= checkpoint.keys():
         raise CheckpointError(f"{path} is no checkpoint of a BalCapRL run")
+    return checkpoint
+
+
+def load_checkpoint(path: str | Path, device: str = "cpu") -> dict[str, Any]:
+    """All of a checkpoint, of either kind.
+
+    Args:
+        path: a file, or the folder that several ranks have written.
+        device: ``cpu``, or ``meta`` for tensors without their data.
+    """
+    if is_folder(path):
+        return read_folder(path, device)
+    checkpoint: dict[str, Any] = torch.load(path, map_location=device, weights_only=True, mmap=True)
     return checkpoint
 
 
@@ -136,12 +162,6 @@ def trained_names(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def keep_trained(checkpoint: dict[str, Any], module: nn.Module) -> None:
-    """Leave out what is frozen: it is in the base model, where it came from."""
-    trained = trained_names(module)
-    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-
-
 def name_optimizer_state(checkpoint: dict[str, Any], module: Any, optimizer: Optimizer) -> None:
     """Key the state of the optimizer by names of parameters, in the optimizer's order: so torch and Lightning load it on any
     number of ranks, sharded or whole. Numbers mean different things there.
@@ -158,7 +178,9 @@ def name_optimizer_state(checkpoint: dict[str, Any], module: Any, optimizer: Opt
         list(names.values()) if is_sharded(module.policy) else order
     )  # Lightning numbers all parameters
     for state in filter(None, checkpoint.get("optimizer_states", [])):
-        kept = {numbered[key]: value for key, value in state["state"].items()}
+        kept = {
+            key if isinstance(key, str) else numbered[key]: value for key, value in state["state"].items()
+        }
         state["state"] = {name: kept.get(name, {}) for name in order}
         for saved, own in zip(state["param_groups"], groups, strict=True):
             saved["params"] = own

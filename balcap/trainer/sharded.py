@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,15 +40,17 @@ def sharding_problems(trainer: Trainer, model: BalCapModule) -> list[str]:
             f"{key}.data_parallel_size: {strategy._data_parallel_size}: all ranks share one policy; set it to their number, "
             f"{ranks} (trainer.num_nodes x trainer.devices)"
         )
-    if strategy._save_distributed_checkpoint:
-        problems.append(
-            f"{key}.save_distributed_checkpoint: a checkpoint is one file here, which is whole or not there and which any "
-            "number of ranks reads; set it to false"
-        )
     if trainer.precision not in ("32-true", "bf16-mixed"):
         problems.append(
             f"trainer.precision: {trainer.precision} is not supported with a sharded policy; use bf16-mixed, or 32-true"
         )
+    with suppress(Exception):  # what is wrong with it is said elsewhere
+        optimizer = model.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
+        if type(optimizer).__module__.startswith("bitsandbytes."):
+            problems.append(
+                f"model.optimizer: {type(optimizer).__name__} of bitsandbytes cannot step on weights in parts; use "
+                "torch.optim.AdamW, of whose state each rank holds its part, or trainer.strategy: ddp"
+            )
     if model.policy_config.load_in_4bit:
         problems.append(
             "model.policy.load_in_4bit: 4-bit weights cannot be cut over ranks; set it to false, or trainer.strategy: ddp"

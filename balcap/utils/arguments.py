@@ -59,6 +59,10 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False} | options)
 
+    def add_class_arguments(self, *args: Any, **options: Any) -> list[str]:
+        """As jsonargparse does; parameters without a type, of classes of others, may be anything."""
+        return super().add_class_arguments(*args, **{"fail_untyped": False} | options)
+
     def dump(self, config: Any, *args: Any, skip_default: bool = False, **options: Any) -> str:
         """As jsonargparse does; with `skip_default` also without defaults in lists and in what may be null."""
         text = super().dump(config, *args, skip_default=skip_default, **options)

@@ -96,6 +96,6 @@ def test_what_cannot_be_exported_is_refused_with_the_way_out(
     config.write_text(config.read_text().replace("r: 4", "r: 8"))
     with pytest.raises(SystemExit, match="and 16 differ"):
         _export(cli, last, out)
-    with pytest.raises(SystemExit, match="is no file"):
+    with pytest.raises(SystemExit, match="is no checkpoint; name one"):
         _export(cli, run / "checkpoints/other.ckpt", out)
     assert not out.exists()
