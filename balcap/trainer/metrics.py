@@ -92,6 +92,7 @@ def step_metrics(
     logged |= judge_costs(trainer, pipeline)
     device = trainer.strategy.root_device
     logged |= time_metrics(pipeline.timeline, rollouts, device)
+    logged["time/sync_gb"] = pipeline.sync_bytes() / 1e9
     return logged | utilisation(pipeline, logged.get("train/tflops"), peak_flops(device))
 
 

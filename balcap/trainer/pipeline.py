@@ -270,6 +270,12 @@ class RolloutPipeline:
         self.engine.sync(self.policy, self.trainer.global_step)
         self._synced = self.trainer.global_step
 
+    def sync_bytes(self) -> int:
+        """Of the weights that a sync hands to the engine: of what is trained, of all ranks; 0 where captions are sampled on
+        the policy itself."""
+        trained = () if self.engine.on_policy else (p for p in self.policy.parameters() if p.requires_grad)
+        return sum(parameter.nbytes for parameter in trained)
+
     def _generate(
         self,
         batch: CaptionBatch,

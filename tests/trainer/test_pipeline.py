@@ -121,10 +121,20 @@ def test_metrics_say_where_the_time_goes(fit, monkeypatch: pytest.MonkeyPatch) -
     assert float(row["time/judge_s"]) >= 0
     assert float(row["time/rollout_tokens_per_s"]) > 0
     assert float(row["time/peak_memory_gb"]) > 0.1
+    assert float(row["time/sync_gb"]) == 0  # sampled on the policy itself
     assert float(row["train/tflops"]) > 0
     update = 1e12 * float(row["train/tflops"]) / 1e15 / stages["update"]
     assert float(row["time/mfu"]) == pytest.approx(update, rel=0.01)
     assert 0 < float(row["time/mfu_rollout"]) < 1
+
+
+def test_a_sync_is_as_large_as_what_is_trained(fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("balcap.rollout.HFGenerate.on_policy", False)
+    run = fit("now", **{"trainer.max_steps": 1})
+    trained = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"].values()
+    expected = sum(weight.nbytes for weight in trained) / 1e9
+    assert float(rows_of(run)[0]["time/sync_gb"]) == pytest.approx(expected, rel=1e-6)
+    assert expected > 1e-3
 
 
 def test_utilisation_by_hand() -> None:
