@@ -12,6 +12,7 @@ pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vll
 
 from tests.rollout.with_vllm.support import Shared
 from tests.support import metrics, run_fit
+from tests.test_fsdp2 import DDP, IN_PARTS, SHARDED
 from tests.wide_heads import write_wide_base
 
 Arguments = Callable[..., list[str]]
@@ -69,8 +70,16 @@ def test_a_run_learns_from_vllms_captions_and_resumes(
 
 
 @pytest.mark.parametrize("shared_by", [1, 2], ids=["an engine for each", "an engine for both"])
+@pytest.mark.parametrize(
+    "strategy", [DDP, {**SHARDED, **IN_PARTS}, {**SHARDED, **LORA}], ids=["ddp", "fsdp2", "fsdp2 with lora"]
+)
 def test_two_ranks_learn_from_their_own_captions(
-    fit_arguments: Arguments, tmp_path: Path, base: Path, shared: Shared, shared_by: int
+    fit_arguments: Arguments,
+    tmp_path: Path,
+    base: Path,
+    shared: Shared,
+    strategy: dict[str, object],
+    shared_by: int,
 ):
     shared.close()
     options = {
@@ -80,8 +89,7 @@ def test_two_ranks_learn_from_their_own_captions(
         "trainer.max_steps": 2,
         "trainer.precision": "32-true",
         "trainer.limit_val_batches": 0,
-        "trainer.devices": 2,
-        "trainer.strategy": "ddp",
+        **strategy,
     }
     run_fit(fit_arguments(**options))
     rows = steps(tmp_path / "run")

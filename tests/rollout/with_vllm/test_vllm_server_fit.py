@@ -20,6 +20,7 @@ pytest.importorskip("vllm.version", reason="vLLM is not installed: make test-vll
 from balcap.rollout.vllm.server import VLLMServer
 from tests.rollout.with_vllm.server_fixtures import LORA, LORA_PIXELS, Pool, VLLMProcess, pool  # noqa: F401
 from tests.support import ROOT, metrics
+from tests.test_fsdp2 import DDP, SHARDED
 
 Arguments = Callable[..., list[str]]
 CLI = Callable[[list[str]], None]
@@ -102,13 +103,15 @@ def test_a_fit_of_an_adapter(served: Arguments, cli: CLI, pool: Pool, tmp_path: 
         assert float(row["train/mismatch_mean"]) < 1e-3
 
 
+@pytest.mark.parametrize("strategy", [DDP, SHARDED], ids=["ddp", "fsdp2"])
 def test_two_ranks_sample_on_two_servers_one_sends_the_weights_and_both_end_with_a_server(
     served: Arguments,
     pool: Pool,  # noqa: F811
     tmp_path: Path,
+    strategy: dict[str, Any],
 ):
     servers = pool.get("full", 2)
-    options = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.precision": "32-true"}
+    options = {**strategy, "trainer.precision": "32-true"}
     with (tmp_path / "log").open("w") as log:
         run = subprocess.Popen(
             [sys.executable, "main.py", *served(servers, **options | {"trainer.max_steps": 500})],
