@@ -156,6 +156,8 @@ class BalCapModule(L.LightningModule):
         names = ", ".join(self.rewards.names)
         method = "supervised, on the references" if self.supervised else type(self.advantage).__name__
         judge = self.judge and self.judge.settings
+        if self.judge is not None and self._trainer is not None:
+            self.judge.share(self.trainer.world_size, self.trainer.num_nodes)
         rank_zero_info(f"judge: {judge and judge.model}; rewards: {names}; {method}")
         if judge and judge.cache is not None and stage != "predict":
             answers, size = describe(judge.cache)
@@ -187,6 +189,9 @@ class BalCapModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """The state of the optimizer has been loaded by now, with the settings that it had then."""
+        if self.judge is not None and self.trainer.world_size > 1:
+            self.judge.open()  # to know what was spent before
+            metrics.judge_costs(self.trainer, self.pipeline)
         then, self._resumed_settings = self._resumed_settings, None
         if then is not None:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)

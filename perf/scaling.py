@@ -50,7 +50,7 @@ class Job:
         call_tokens: mean tokens of a call, in and out.
         latency, latency_p99: median and 99th percentile of a call's seconds, log-normal.
         timeout: seconds until a call is given up and made again, ``model.judge.timeout_s``.
-        concurrency: calls under way at once, ``model.judge.concurrency``.
+        concurrency: calls of a rank under way at once, as with ``model.judge.concurrency: null``.
         rpm, tpm: calls and tokens a minute that the account of all ranks may make.
     """
 

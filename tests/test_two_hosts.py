@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,35 @@ def test_a_host_that_falls_silent_ends_the_job_within_the_deadline(start: Start,
         time.sleep(0.5)
     assert "Timed out waiting 40000ms" in log.read_text(), _said(tmp_path, 1)
     assert _steps(tmp_path / "run") < 500
+
+
+@pytest.mark.slow
+def test_two_hosts_spend_one_budget(
+    start: Start, fit_arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    budget, run = 1.0, tmp_path / "run"
+    judge = {
+        "model.judge.prices": "{shapes/oracle: {input: 5, output: 5}}",
+        "model.judge.cache": None,
+        "model.judge.budget_usd": budget,
+    }
+    processes = start("ddp", run_dir=run, **judge, **{"trainer.max_steps": 500})
+    assert _ended(processes, 300) == [0, 0], _said(tmp_path)
+    spent = [_spent(run / f"judge_ledger{node}.sqlite") for node in ("", ".node1")]
+    last = float([row for row in metrics(run) if row.get("judge/cost_usd")][-1]["judge/cost_usd"])
+    steps = _steps(run)
+    assert min(spent) > 0.3 * budget
+    assert (
+        budget <= sum(spent) < budget + 2 * last / steps
+    )  # what each spends in a step without word from the other
+    left = {"trainer.devices": 1, "data.batch_size": 4, "run_dir": run, "resume": "auto"}
+    run_fit(fit_arguments(**{**_common(), **judge, **left, "trainer.max_steps": 500}))
+    assert _steps(run) == steps  # the host that is left knows what both have spent
+
+
+def _spent(ledger: Path) -> float:
+    with closing(sqlite3.connect(ledger)) as connection:
+        return float(connection.execute("SELECT total(usd) FROM calls").fetchone()[0])
 
 
 def _workers(process: subprocess.Popen[str]) -> list[str]:

@@ -147,6 +147,7 @@ class BenchmarkRun:
         """
         batches = list(self._batches())
         mine = batches[trainer.global_rank :: trainer.world_size]
+        self.judge.share(trainer.world_size, trainer.num_nodes)
         self._claim(trainer)
         captions = self._read_captions()
         todo = [(number, batch) for number, batch in mine if any(image.id not in captions for image in batch)]

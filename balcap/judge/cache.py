@@ -6,6 +6,7 @@ The SQLite file only grows while runs use it; ``python main.py cache`` shows wha
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import logging
 import os
@@ -238,6 +239,16 @@ def node_path(path: str | Path) -> Path:
         if node.isdigit() and int(node):
             return plain.with_name(f"{plain.stem}.node{node}{plain.suffix}")
     return plain
+
+
+def left_over(path: str | Path, machines: int) -> list[Path]:
+    """Files of machines that a job of so many has no more, beside that of its first machine; on the others none."""
+    plain, files = Path(path), []
+    if node_path(plain) == plain:
+        for file in plain.parent.glob(f"{glob.escape(plain.stem)}.node*{plain.suffix}"):
+            node = file.stem.rpartition(".node")[2]
+            files += [file] if node.isdigit() and int(node) >= machines else []
+    return files
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:

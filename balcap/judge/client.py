@@ -51,9 +51,10 @@ class Deployment:
     Args:
         model: litellm model string, such as ``azure/<deployment>``.
         params: added to, and stronger than, ``model.judge.params``; a key as ``api_key: os.environ/<NAME>``.
-        rpm: requests per minute of this process, at least 1; null for no limit.
-        tpm: tokens per minute of this process, at least 1; null for no limit.
-        max_parallel: calls under way at once, at least 1; null leaves it to ``model.judge.concurrency``.
+        rpm: requests per minute, of all ranks together, at least 1; null for no limit.
+        tpm: tokens per minute, of all ranks together, at least 1; null for no limit.
+        max_parallel: calls under way at once, of all ranks together, at least 1; null leaves it to
+            ``model.judge.concurrency``.
     """
 
     model: str

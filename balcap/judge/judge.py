@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from balcap.judge.cache import JudgmentCache
 from balcap.judge.client import Client
 from balcap.judge.errors import JudgeFailure
-from balcap.judge.ledger import JudgeStats
+from balcap.judge.ledger import JudgeStats, Ledger
 from balcap.judge.prompt import Question
 from balcap.judge.redis_cache import RedisCache, open_cache
 from balcap.judge.session import Session
@@ -39,10 +39,23 @@ class Judge:
 
     _session: Session | None = None
     _closed_spent = 0.0
+    _ranks = 1
+    _machines: int | None = None
+    _elsewhere = 0.0
 
     def __init__(self, model: str, **settings: Any):
         self.settings = JudgeSettings(model, **settings)
         self._stats = JudgeStats()
+
+    def share(self, ranks: int, machines: int) -> None:
+        """Be the judge of one of so many ranks on so many machines, who keep the limits of the settings together; before
+        the first question."""
+        self._ranks, self._machines = ranks, machines
+
+    @property
+    def limits(self) -> JudgeSettings:
+        """The settings with this rank's part of what they allow all ranks."""
+        return self.settings.share(self._ranks)
 
     @property
     def grouping(self) -> str:
@@ -88,8 +101,16 @@ class Judge:
         return copy.deepcopy(self._stats)
 
     def spent(self) -> float:
-        """US dollars spent by all processes that share the ledger, now and in earlier runs."""
+        """US dollars spent by all processes that share the ledger, now and in earlier runs, and by machines that the job has
+        no more."""
         return self._closed_spent if self._session is None else self._session.ledger.spent()
+
+    def spent_elsewhere(self, usd: float) -> None:
+        """Take note of US dollars that others of this job have spent, whose calls are not in this ledger: the budget counts
+        them."""
+        self._elsewhere = usd
+        if self._session is not None:
+            self._session.ledger.elsewhere = usd
 
     @property
     def stopped(self) -> RunStopped | None:
@@ -113,17 +134,23 @@ class Judge:
         A stand-in has ``async call(question, route, messages, timeout_s) -> Reply`` (or raises `CallFailed`),
         ``connect()`` and ``async close()``, as `Client` has them.
         """
-        of = self.settings
+        of = self.limits
         return Client(of.model, of.deployments or (), of.providers or {}, of.prices or {})
 
     def make_cache(self) -> JudgmentCache | RedisCache:
         """What remembers the answers; a subclass may return one that forgets, or only reads."""
         return open_cache(self.settings.cache)
 
+    def open(self) -> None:
+        """Open cache and ledger now, and not at the first question."""
+        self._open()
+
     def _open(self) -> Session:
         with _OPENING:
             if self._session is None:
-                self._session = Session(self.settings, self.make_client(), self.make_cache(), self._stats)
+                ledger = Ledger(self.settings.ledger, self._stats, self._machines)
+                ledger.elsewhere = self._elsewhere
+                self._session = Session(self.limits, self.make_client(), self.make_cache(), ledger)
             return self._session
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from balcap.judge.cache import Store
+from balcap.judge.cache import Store, left_over
 from balcap.judge.client import Reply
 from balcap.utils.redact import redact
 
@@ -50,9 +51,13 @@ class Ledger(Store):
     Args:
         path: the file; None keeps only the counts of this process.
         stats: where calls are counted; None begins at 0.
+        machines: of the job. The first one also counts what ledgers beside it hold of machines that the job has no more;
+            None for a process by itself.
 
     Attributes:
         stats: the counts of this process.
+        elsewhere: US dollars that others have spent whose calls are not in this file, as far as is known here; not part of
+            `spent`.
 
     Raises:
         StoreError: if the file cannot be opened or is not a ledger.
@@ -68,11 +73,15 @@ class Ledger(Store):
     insert = f"INSERT INTO calls VALUES (NULL{', ?' * 13})"
     upgrades: ClassVar = {1: "ALTER TABLE calls ADD COLUMN detail TEXT"}
 
-    def __init__(self, path: str | Path | None, stats: JudgeStats | None = None):
+    def __init__(self, path: str | Path | None, stats: JudgeStats | None = None, machines: int | None = None):
         super().__init__(path)
         self.stats = stats or JudgeStats()
+        self.elsewhere = 0.0
         self._last_row = 0
         self._read_usd = 0.0
+        for file in [] if path is None or machines is None else left_over(path, machines):
+            with closing(Ledger(file)) as left:
+                self._read_usd += left.spent()
 
     def add(
         self,
@@ -122,7 +131,7 @@ class Ledger(Store):
         )
 
     def spent(self) -> float:
-        """US dollars of all processes that wrote this file, now and in earlier runs."""
+        """US dollars of all processes that wrote this file, now and in earlier runs, and of machines that are gone."""
         if self.path is None:
             return self.stats.cost_usd
         query = "SELECT total(usd), max(id) FROM calls WHERE id > ?"

@@ -21,7 +21,7 @@ from balcap.judge.client import CallFailed, Client, Reply, invalid
 from balcap.judge.errors import BudgetSpent, FailureKind, InvalidAnswer, JudgeFailure, JudgeUnavailable
 from balcap.judge.ledger import Ledger
 from balcap.judge.prompt import Question, Route, fence
-from balcap.judge.settings import JudgeSettings
+from balcap.judge.settings import CALLS_OF_A_RANK, JudgeSettings
 from balcap.judge.task import Message
 from balcap.utils.errors import RunStopped
 
@@ -96,7 +96,7 @@ class Retrier:
         self.stopped: RunStopped | None = None
         self._client, self._settings, self._ledger = client, settings, ledger
         self._health = Health(settings.max_failed_share)
-        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._slots = asyncio.Semaphore(settings.concurrency or CALLS_OF_A_RANK)
         self._stop = asyncio.Event()
         self._warned: set[tuple[str, str]] = set()
         self._failed_in_a_row: Counter[str] = Counter()
@@ -196,7 +196,8 @@ class Retrier:
 
     def _check_stopped(self, question: Question) -> None:
         budget = self._settings.budget_usd
-        if budget is not None and self.stopped is None and (spent := self._ledger.spent()) >= budget:
+        spent = 0.0 if budget is None else self._ledger.spent() + self._ledger.elsewhere
+        if budget is not None and self.stopped is None and spent >= budget:
             why = f"${spent:.4f} of ${budget:g} are spent, no further call is made. Raise it to go on"
             self._stop_asking(BudgetSpent(f"model.judge.budget_usd: {why}"))
         if self.stopped is not None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from balcap.judge.cache import JudgmentCache
 from balcap.judge.client import Client
 from balcap.judge.errors import InvalidAnswer, JudgeFailure
-from balcap.judge.ledger import JudgeStats, Ledger
+from balcap.judge.ledger import Ledger
 from balcap.judge.prompt import Question
 from balcap.judge.redis_cache import RedisCache
 from balcap.judge.retry import DIVISIBLE, Retrier
@@ -32,17 +32,14 @@ class Session:
         settings: of the judge.
         client: makes the calls.
         cache: remembers the answers.
-        stats: counts what is done.
-
-    Raises:
-        StoreError: if the ledger cannot be opened.
+        ledger: counts what is done.
     """
 
     def __init__(
-        self, settings: JudgeSettings, client: Client, cache: JudgmentCache | RedisCache, stats: JudgeStats
+        self, settings: JudgeSettings, client: Client, cache: JudgmentCache | RedisCache, ledger: Ledger
     ):
         self.cache = cache
-        self.ledger = Ledger(settings.ledger, stats)
+        self.ledger = ledger
         self.loop = process_loop()
         self.retrier = Retrier(client, settings, self.ledger)
         self._client = client

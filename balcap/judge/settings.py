@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date, timedelta
 from typing import Any, Literal
 
@@ -19,6 +19,9 @@ from balcap.judge.prompt import Route
 from balcap.judge.redis_cache import RedisCache, is_redis
 from balcap.judge.task import Task
 from balcap.utils.redact import secret_problems
+
+CALLS_OF_A_RANK = 64
+"""Under way at once, where the settings name no number."""
 
 SOON = timedelta(days=30)
 """A run says so where a judge ends within this time."""
@@ -61,7 +64,7 @@ class JudgeSettings:
         images: how images are sent.
         prices: litellm model string -> US dollars per million tokens, for models that litellm has no price
             for, or another one; null for none.
-        concurrency: calls under way at once, at least 1.
+        concurrency: calls under way at once, of all ranks together, at least 1; null for 64 of each rank.
         timeout_s: seconds until a call counts as failed, above 0.
         deadline_s: seconds until a judgment counts as failed, all its calls included, at least `timeout_s`;
             null for three times that.
@@ -69,7 +72,8 @@ class JudgeSettings:
         max_failed_share: the run ends, with a checkpoint, when more than this share of the recent judgments
             of a kind failed, in (0, 1], or when none comes any more; 1 never ends it.
         budget_usd: the run ends, with a checkpoint, when so many dollars are spent, above 0; calls that are
-            under way then are still paid. Counts the whole `ledger`; null for no limit.
+            under way then are still paid. Counts the whole `ledger`, and those of a job's other machines as of the last
+            step; null for no limit.
         cache: SQLite file that keeps the answers, shared by the processes of one machine; or ``redis://host:6379/0`` for
             all machines of a job (``os.environ/<NAME>`` reads the URL from a variable); null for none.
         ledger: SQLite file with a row for every call; null for none. ``fit`` keeps it in the run's folder.
@@ -85,7 +89,7 @@ class JudgeSettings:
     per_call: dict[str, int] | None = None
     images: ImagePolicy = ImagePolicy()  # noqa: RUF009  frozen
     prices: dict[str, Price] | None = None
-    concurrency: int = 64
+    concurrency: int | None = None
     timeout_s: float = 60.0
     deadline_s: float | None = None
     retries: int = 3
@@ -98,6 +102,20 @@ class JudgeSettings:
     def deadline(self) -> float:
         """`deadline_s`, or its default."""
         return 3 * self.timeout_s if self.deadline_s is None else self.deadline_s
+
+    def share(self, ranks: int) -> JudgeSettings:
+        """What each of so many ranks may do for all of them to keep the limits: calls under way at once, requests and tokens
+        a minute; at least 1 of each."""
+
+        def part(limit: int | None) -> int | None:
+            return None if limit is None else max(1, limit // ranks)
+
+        places = [
+            replace(one, rpm=part(one.rpm), tpm=part(one.tpm), max_parallel=part(one.max_parallel))
+            for one in self.deployments or ()
+        ]
+        concurrency = part(self.concurrency) or CALLS_OF_A_RANK
+        return replace(self, concurrency=concurrency, deployments=places or None)
 
     def routes(self, task: str, params: Mapping[str, Any] | None = None) -> list[Route]:
         """Who is asked for a kind of judgment, whose own `params` are given: its judge, then the fallbacks."""

@@ -121,15 +121,18 @@ def judge_metrics(trainer: Trainer, spent: JudgeStats, missing: int) -> dict[str
 
 
 def judge_costs(trainer: Trainer, pipeline: RolloutPipeline) -> dict[str, float]:
-    """Dollars of the whole run, and per 1,000 rollouts that these processes have had judged."""
+    """Dollars of the whole run, and per 1,000 rollouts that these processes have had judged. The judge hears what those
+    have spent whose calls are not in its ledger."""
     judge = pipeline.judge
     if judge is None:
         return {}
     # The ranks of a machine share a ledger: one of them speaks for all.
-    speaks = judge.settings.ledger is None or trainer.local_rank == 0
+    speaks, spent = judge.settings.ledger is None or trainer.local_rank == 0, judge.spent()
     total, here, rollouts = sums(
-        trainer, [judge.spent() if speaks else 0.0, judge.stats().cost_usd, float(pipeline.judged)]
+        trainer, [spent if speaks else 0.0, judge.stats().cost_usd, float(pipeline.judged)]
     )
+    if judge.settings.ledger is None or trainer.num_nodes > 1:
+        judge.spent_elsewhere(max(0.0, total - spent))
     return {"judge/cost_usd": total, "judge/usd_per_1k_rollouts": 1000 * here / max(1, rollouts)}
 
 

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from balcap.judge import BudgetSpent, JudgeFailure, Price, Rate, Reply, StoreError
+from balcap.judge.client import Deployment
 from balcap.judge.ledger import Ledger
 from tests.judge_questions import rate, verify
 
@@ -95,9 +96,61 @@ def test_a_budget_counts_earlier_processes(make_judge, server, tmp_path):
     assert judge.spent() == pytest.approx(6 * 0.00021)
 
 
+def test_a_budget_counts_the_other_machines_of_a_job_and_those_that_it_has_no_more(
+    make_judge, server, tmp_path, monkeypatch
+):
+    path = str(tmp_path / "l.sqlite")
+
+    def spend(node: int, calls: int, machines: int, elsewhere: float = 0.0):
+        monkeypatch.setenv("GROUP_RANK", str(node))
+        judge = make_judge(ledger=path, budget_usd=0.00125)  # 5.95 calls: the sixth still starts
+        judge.share(2 * machines, machines)
+        judge.spent_elsewhere(elsewhere)
+        before = server.calls
+        for number in range(calls):
+            judge.run(judge.ask(Rate, [f"{node} {number} {time.time()}"]))
+        judge.close()
+        return server.calls - before, judge
+
+    assert spend(0, 2, machines=3)[0] == 2
+    assert spend(1, 1, machines=3, elsewhere=2 * 0.00021)[0] == 1
+    made, judge = spend(2, 9, machines=3, elsewhere=3 * 0.00021)
+    assert made == 3
+    assert judge.spent() == pytest.approx(3 * 0.00021)  # its own, which the others will hear of
+    made, judge = spend(0, 9, machines=1)  # goes on with the first machine alone
+    assert made == 0
+    assert judge.spent() == pytest.approx(6 * 0.00021)
+    made, judge = spend(1, 9, machines=2, elsewhere=2 * 0.00021)
+    assert made == 3  # what the third has spent, the first one counts
+
+
+def test_ranks_share_the_limits_of_a_judge(make_judge):
+    places = [Deployment("openai/gpt-4o-mini", rpm=100, tpm=7, max_parallel=9), Deployment("openai/gpt-4o")]
+    judge = make_judge(deployments=places, concurrency=10)
+    judge.share(8, 1)
+    shared = [Deployment("openai/gpt-4o-mini", rpm=12, tpm=1, max_parallel=1), Deployment("openai/gpt-4o")]
+    assert judge.limits.concurrency == 1
+    assert judge.limits.deployments == shared == judge.make_client().deployments
+    assert (judge.settings.concurrency, judge.settings.deployments) == (10, places)
+    alone = make_judge()
+    alone.share(8, 2)
+    assert alone.limits.concurrency == 64  # of each rank, where nobody has named a number
+
+
+def test_a_rank_keeps_its_part_of_the_calls_under_way(make_judge, server):
+    server.latency = 0.05
+    judge = make_judge(concurrency=8)
+    judge.share(4, 1)
+    start = time.monotonic()
+    judge.run(judge.ask(Rate, [f"A cat {number}." for number in range(10)]))
+    assert server.calls == 10
+    assert time.monotonic() - start > 5 * 0.05  # two at once
+
+
 WRITER = """
 import sys
 from balcap.judge import Reply
+from balcap.judge.client import Deployment
 from balcap.judge.ledger import Ledger
 ledger = Ledger(sys.argv[1])
 for i in range(200):
