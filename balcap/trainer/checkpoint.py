@@ -37,11 +37,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             CheckpointError: the disk is full, or cannot be written; what was at `path` is still there.
         """
+        old = f"{path}.old"
         try:
             if is_folder(path):  # of a run on several ranks, which goes on with one
-                remove(path)
+                remove(old)
+                os.replace(path, old)
             with atomic_write(path, "wb") as file:
                 torch.save(checkpoint, file)
+            remove(old)
         except (OSError, RuntimeError) as error:  # torch's writer turns some OSErrors into RuntimeErrors
             raise CheckpointError(
                 f"{path} cannot be written: {error}. The checkpoints before it are whole"
