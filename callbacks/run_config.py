@@ -62,9 +62,12 @@ def changed_settings(before: str, now: str) -> list[str]:
 
 
 def _leaves(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by their full names; a list is one setting."""
+    """Settings by their full names; a list of anything but objects is one setting."""
     if isinstance(settings, dict) and settings:
         for key, value in settings.items():
             yield from _leaves(value, f"{name}.{key}".lstrip("."))
+    elif isinstance(settings, list) and any(isinstance(value, dict) for value in settings):
+        for index, value in enumerate(settings):
+            yield from _leaves(value, f"{name}[{index}]")
     else:
         yield name, settings
