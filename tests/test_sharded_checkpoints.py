@@ -108,6 +108,11 @@ def test_a_file_takes_the_place_of_a_folder_and_a_folder_that_of_a_file(last: Pa
     state = {"state_dict": {"w": torch.ones(2)}, "global_step": 4, "balcap": {}}
     AtomicCheckpointIO().save_checkpoint(state, last)
     assert load_checkpoint(last)["global_step"] == 4
+    _write(last.with_name("last.ckpt.part"), 3)  # what a kill has left
+    last.unlink()
+    last.mkdir()  # of which a kill has left nothing
+    AtomicCheckpointIO().save_checkpoint(state, last)
+    assert sorted(os.listdir(last.parent)) == ["last.ckpt", "step-00000002.ckpt"]
     with replaced(last, ONE_RANK) as part:
         _write(part, 5)
     assert load_checkpoint(last)["global_step"] == 5

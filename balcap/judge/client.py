@@ -26,7 +26,11 @@ RESERVED = {
 COOLDOWN_S = 5.0
 """Seconds for which the router asks other deployments than one that has failed."""
 # litellm's words where the router's own limits, not the provider's, keep a call from being sent.
-_HELD_BACK = ("over defined", "max_parallel_requests slots in use")
+_HELD_BACK = (
+    "over defined",
+    "max_parallel_requests slots in use",
+    "No deployments available for selected model",
+)
 # Exceptions of litellm, the first that fits -> what sort of failure it is.
 _FAILURES: dict[str, FailureKind] = {
     "AuthenticationError": "denied",

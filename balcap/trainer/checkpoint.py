@@ -39,12 +39,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         old = f"{path}.old"
         try:
-            if is_folder(path):  # of a run on several ranks, which goes on with one
+            if Path(path).is_dir():  # of a run on several ranks, which goes on with one
                 remove(old)
                 os.replace(path, old)
             with atomic_write(path, "wb") as file:
                 torch.save(checkpoint, file)
             remove(old)
+            remove(f"{path}.part")
         except (OSError, RuntimeError) as error:  # torch's writer turns some OSErrors into RuntimeErrors
             raise CheckpointError(
                 f"{path} cannot be written: {error}. The checkpoints before it are whole"

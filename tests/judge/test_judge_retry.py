@@ -158,6 +158,22 @@ def test_requests_per_minute_are_kept_without_losing_a_judgment(make_judge, serv
     assert server.calls + other.calls == 30 == judge.stats().calls
 
 
+def test_where_all_deployments_are_at_their_limit_a_call_waits_and_is_no_attempt(make_judge, server):
+    places = [Deployment("openai/gpt-4o-mini", {"api_base": server.url}, rpm=3)]
+    judge = make_judge(params=None, deployments=places, retries=0)
+
+    async def many():
+        asked = [asyncio.ensure_future(rate(judge, f"A cat {number}.")) for number in range(8)]
+        await asyncio.wait(asked, timeout=3)
+        return [one for one in asked if one.done()]
+
+    done = judge.run(many())
+    assert 3 <= len(done) <= 6  # 3 in each of the two minutes that the test may touch
+    assert len(done) == server.calls == judge.stats().calls
+    assert judge.stats().failures == {}
+    assert judge.stopped is None
+
+
 def test_keys_of_deployments_come_from_named_variables(make_judge, server, monkeypatch):
     monkeypatch.setenv("MY_SECOND_KEY", "planted-second-key")
     place = Deployment("openai/gpt-4o-mini", {"api_base": server.url, "api_key": "os.environ/MY_SECOND_KEY"})
