@@ -125,9 +125,8 @@ class RunCheckpoint(ModelCheckpoint):
             with replaced(filepath, trainer) as part:
                 super()._save_checkpoint(trainer, str(part))
         except (CheckpointException, OSError, RuntimeError) as error:
-            why = next(iter(getattr(error, "failures", {}).values()), [error])[
-                0
-            ]  # of the first rank that failed
+            failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+            why = next((failure for failure, _ in failures), error)  # of the first rank that failed
             raise CheckpointError(
                 f"{filepath} cannot be written: {why}. The checkpoints before it are whole"
             ) from error

@@ -148,7 +148,7 @@ class RowsRun(ABC):
         self.signal = number
 
     async def _ask_rows(self) -> None:
-        most = 2 * (self.judge.limits.concurrency or 1)
+        most = 2 * self.judge.limits.slots
         size = min(most, self.chunk)
         todo, slots = list(self.unsettled), asyncio.Semaphore(most // size)
         try:

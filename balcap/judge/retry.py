@@ -21,7 +21,7 @@ from balcap.judge.client import CallFailed, Client, Reply, invalid
 from balcap.judge.errors import BudgetSpent, FailureKind, InvalidAnswer, JudgeFailure, JudgeUnavailable
 from balcap.judge.ledger import Ledger
 from balcap.judge.prompt import Question, Route, fence
-from balcap.judge.settings import CALLS_OF_A_RANK, JudgeSettings
+from balcap.judge.settings import JudgeSettings
 from balcap.judge.task import Message
 from balcap.utils.errors import RunStopped
 
@@ -96,7 +96,7 @@ class Retrier:
         self.stopped: RunStopped | None = None
         self._client, self._settings, self._ledger = client, settings, ledger
         self._health = Health(settings.max_failed_share)
-        self._slots = asyncio.Semaphore(settings.concurrency or CALLS_OF_A_RANK)
+        self._slots = asyncio.Semaphore(settings.slots)
         self._stop = asyncio.Event()
         self._warned: set[tuple[str, str]] = set()
         self._failed_in_a_row: Counter[str] = Counter()

@@ -20,9 +20,6 @@ from balcap.judge.redis_cache import RedisCache, is_redis
 from balcap.judge.task import Task
 from balcap.utils.redact import secret_problems
 
-CALLS_OF_A_RANK = 64
-"""Under way at once, where the settings name no number."""
-
 SOON = timedelta(days=30)
 """A run says so where a judge ends within this time."""
 
@@ -103,6 +100,11 @@ class JudgeSettings:
         """`deadline_s`, or its default."""
         return 3 * self.timeout_s if self.deadline_s is None else self.deadline_s
 
+    @property
+    def slots(self) -> int:
+        """`concurrency`, or its default."""
+        return 64 if self.concurrency is None else self.concurrency
+
     def share(self, ranks: int) -> JudgeSettings:
         """What each of so many ranks may do for all of them to keep the limits: calls under way at once, requests and tokens
         a minute; at least 1 of each."""
@@ -114,8 +116,7 @@ class JudgeSettings:
             replace(one, rpm=part(one.rpm), tpm=part(one.tpm), max_parallel=part(one.max_parallel))
             for one in self.deployments or ()
         ]
-        concurrency = part(self.concurrency) or CALLS_OF_A_RANK
-        return replace(self, concurrency=concurrency, deployments=places or None)
+        return replace(self, concurrency=part(self.concurrency), deployments=places or None)
 
     def routes(self, task: str, params: Mapping[str, Any] | None = None) -> list[Route]:
         """Who is asked for a kind of judgment, whose own `params` are given: its judge, then the fallbacks."""

@@ -15,9 +15,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from balcap.policy.sharding import is_sharded
-from balcap.trainer.sharded_checkpoint import is_folder, read_folder, remove
+from balcap.trainer.sharded_checkpoint import is_folder, read_folder
 from balcap.utils.errors import UserError
-from balcap.utils.files import atomic_write
+from balcap.utils.files import atomic_write, remove
 
 
 class CheckpointError(UserError, ValueError):

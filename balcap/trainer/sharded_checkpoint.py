@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from balcap.utils.files import put_in_place, remove
 
 #: What Lightning writes last, of all that is no tensor.
 _REST = "meta.pt"
@@ -88,18 +88,5 @@ def replaced(path: str | Path, trainer: Any) -> Iterator[Path]:
             remove(part)
         raise
     if trainer.is_global_zero:
-        for file in part.iterdir():
-            with open(file, "rb+") as opened:
-                os.fsync(opened.fileno())
-        remove(old)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(part, path)
-        remove(old)
+        put_in_place(part, path, old)
     trainer.strategy.barrier()
-
-
-def remove(path: str | Path) -> None:
-    """A checkpoint of either kind, if there is one."""
-    path = Path(path)
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -62,17 +62,30 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
-        for file in new.rglob("*"):
-            if file.is_file():
-                with open(file, "rb+") as opened:
-                    os.fsync(opened.fileno())
-        if path.exists():
-            os.replace(path, old)
-        os.replace(new, path)
+        put_in_place(new, path, old)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_in_place(new: Path, path: Path, old: Path) -> None:
+    """Let the folder `new` take the place of `path`, a file or a folder, which is called `old` until it is deleted."""
+    for file in new.rglob("*"):
+        if file.is_file():
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+    remove(old)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    with contextlib.suppress(OSError):  # what is to be there is there
+        remove(old)
+
+
+def remove(path: str | Path) -> None:
+    """Delete a file, or a folder with all that is in it, if there is one."""
+    path = Path(path)
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def append_jsonl(path: str | Path, rows: Iterable[Any]) -> None:

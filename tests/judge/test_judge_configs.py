@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from datetime import date, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -228,6 +229,14 @@ def test_every_model_of_a_judge_may_end_and_unknown_ones_never():
     lines = judge.endings("", today=date(2030, 1, 1))
     assert [line.split()[1] for line in lines] == ["openai/gpt-5-mini", "openai/gpt-4o-mini"]
     assert JudgeSettings("openai/gpt-6-luna").endings("", today=date(2030, 1, 1)) == []
+
+
+def test_a_run_shares_the_limits_of_its_judge_among_its_ranks():
+    judge = Judge("openai/gpt-5-mini", cache=None, concurrency=12)
+    module = BalCapModule(PolicyConfig("some/model"), [Precision()], {"precision": 1.0}, judge)
+    module._trainer = SimpleNamespace(world_size=4, num_nodes=2)
+    module.setup("predict")
+    assert judge.limits.slots == 3
 
 
 def test_a_run_says_it_once_at_its_start(monkeypatch, caplog):

@@ -129,12 +129,12 @@ def test_ranks_share_the_limits_of_a_judge(make_judge):
     judge = make_judge(deployments=places, concurrency=10)
     judge.share(8, 1)
     shared = [Deployment("openai/gpt-4o-mini", rpm=12, tpm=1, max_parallel=1), Deployment("openai/gpt-4o")]
-    assert judge.limits.concurrency == 1
+    assert judge.limits.concurrency == judge.limits.slots == 1
     assert judge.limits.deployments == shared == judge.make_client().deployments
     assert (judge.settings.concurrency, judge.settings.deployments) == (10, places)
     alone = make_judge()
     alone.share(8, 2)
-    assert alone.limits.concurrency == 64  # of each rank, where nobody has named a number
+    assert alone.limits.slots == 64  # of each rank, where nobody has named a number
 
 
 def test_a_rank_keeps_its_part_of_the_calls_under_way(make_judge, server):
