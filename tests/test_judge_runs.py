@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from examples.shapes.oracle import answer
+from tests import judge_kill_log
 from tests.judge_server import ODD, PASSING, JudgeServer, server_process
 from tests.support import ROOT, metrics
 
@@ -182,7 +182,6 @@ def test_killed_at_random_moments_nothing_is_lost_or_paid_twice(
         "model.judge.timeout_s": 30,
         "model.judge.deadline_s": 90,
     }
-    died: list[float] = []
     run = tmp_path / "run"
     with server_process(answer="tests.judge_kill_log.answer", latency=0.03) as server:
         for number in range(KILLS):
@@ -196,31 +195,20 @@ def test_killed_at_random_moments_nothing_is_lost_or_paid_twice(
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
-            seen = len(log.read_text().splitlines()) if log.exists() else 0
-            until = seen + draw.randint(3, 30)
+            until = len(judge_kill_log.calls(log)) + draw.randint(3, 30)
             deadline = time.monotonic() + 120
             while time.monotonic() < deadline and process.poll() is None:
-                if log.exists() and len(log.read_text().splitlines()) >= until:
+                if len(judge_kill_log.calls(log)) >= until:
                     break
                 time.sleep(0.005)
             time.sleep(draw.uniform(0, 0.3))
             process.send_signal(signal.SIGKILL)
             process.wait()
-            died.append(time.time())
             with sqlite3.connect(tmp_path / "judge.sqlite") as database:
                 assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         cli([*http(server, **options), "--ckpt_path", "last"])
     assert [int(row["step"]) for row in trained(run)] == list(range(1, steps + 1))
     assert all(float(row["judge/failed"]) == 0 for row in trained(run))
-    calls = [json.loads(line) for line in log.read_text().splitlines()]
-    first: dict[str, int] = {}
-    for index, call in enumerate(calls):
-        for item in call["items"]:
-            before = first.setdefault(item, index)
-            if before != index:  # asked again: then its first call was under way when a run died
-                end = next((when for when in died if when >= calls[before]["at"]), None)
-                assert end is not None
-                later = [c for c in calls[before + 1 :] if c["at"] <= end]
-                assert len(later) < concurrency + 1, (item, len(later))
-                first[item] = index
-    assert len(first) > 20
+    calls = judge_kill_log.calls(log)
+    assert len(judge_kill_log.lost(calls)) <= KILLS * concurrency  # those that were under way when a run died
+    assert len({item for call in calls for item in call}) > 20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -17,16 +16,13 @@ import pytest
 from balcap.commands.study import main as study
 from balcap.commands.study_work import Work
 from tests.commands.study_fakes import Here, table
+from tests.judge_kill_log import calls, lost
 from tests.judge_server import server_process
 from tests.support import ROOT, metrics
 
 KILLS = int(os.environ.get("BALCAP_KILLS", "2"))
 CONCURRENCY = 3
 STEPS = 3
-
-
-def _lines(log: Path) -> list[str]:
-    return log.read_text().splitlines() if log.exists() else []
 
 
 def _wait(until: Callable[[], bool]) -> None:
@@ -49,18 +45,17 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def _killed(command: list[str], out: Path, log: Path, draw: random.Random, with_runs: bool) -> float:
-    """Start a study, kill it some judge calls later, and wait for its runs; returns when the last of them ended."""
+def _killed(command: list[str], out: Path, log: Path, draw: random.Random, with_runs: bool) -> None:
+    """Start a study, kill it some judge calls later, and wait until its runs have ended."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    enough = len(_lines(log)) + draw.randint(1, 25)
-    _wait(lambda: len(_lines(log)) >= enough or process.poll() is not None)
+    enough = len(calls(log)) + draw.randint(1, 25)
+    _wait(lambda: len(calls(log)) >= enough or process.poll() is not None)
     time.sleep(draw.uniform(0, 0.5))
     process.send_signal(signal.SIGKILL)
     process.wait()
     for pid in _holders(out) if with_runs else []:  # as when the machine dies
         os.kill(pid, signal.SIGKILL)
     _wait(lambda: not _holders(out))
-    return time.time()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="runs of a killed study end with it on Linux alone")
@@ -86,26 +81,20 @@ def test_killed_at_random_moments_the_table_is_the_same_and_nothing_is_paid_twic
             ],
             Work(start=Here(cli)),
         )
-        asked_by_whole = {item for line in _lines(log) for item in json.loads(line)["items"]}
+        asked_by_whole = calls(log)
         log.unlink()
 
         file = study_file(settings, seeds=[0])
         command = [sys.executable, str(ROOT / "main.py"), "study", file, f"--out={killed}"]
-        died = [_killed(command, killed, log, draw, bool(number % 2)) for number in range(KILLS)]
+        for number in range(KILLS):
+            _killed(command, killed, log, draw, bool(number % 2))
         study([file, f"--out={killed}"], Work(start=Here(cli)))
     assert table(killed) == table(whole)
     for name in ("ours-0", "grpo-0"):
         rows = metrics(killed / name)
         assert [row["step"] for row in rows if row["train/loss"]] == [str(n + 1) for n in range(STEPS)]
 
-    calls = [json.loads(line) for line in _lines(log)]
-    assert {item for call in calls for item in call["items"]} == asked_by_whole
-    first: dict[str, int] = {}
-    for index, call in enumerate(calls):
-        for item in call["items"]:
-            before = first.setdefault(item, index)
-            if before != index:  # asked again: then its first call was under way when its run died
-                end = next(when for when in died if when >= calls[before]["at"])
-                later = [one for one in calls[before + 1 :] if one["at"] <= end]
-                assert len(later) <= CONCURRENCY, (item, len(later))
-                first[item] = index
+    assert not lost(asked_by_whole)
+    asked = calls(log)
+    assert {item for call in asked for item in call} == {item for call in asked_by_whole for item in call}
+    assert len(lost(asked)) <= KILLS * CONCURRENCY  # those that were under way when a run died
