@@ -76,9 +76,12 @@ def main(args: Sequence[str], work: Work | None = None) -> None:
         print("stopped; the same command goes on from there", file=sys.stderr)
         raise SystemExit(128 + work.stopped)
     if only is None:
-        from balcap.report.study_page import write_study
+        from balcap.report.study_page import attention, write_study
 
-        written = write_study(study_of(settings, runs), settings.folder)
+        results = study_of(settings, runs)
+        written = write_study(results, settings.folder)
+        for line in attention(results):
+            print(line, file=sys.stderr)
         print(f"Results: {', '.join(map(str, written))}")
     if work.failures:
         lines = "\n".join(f"  - {failure}" for failure in work.failures)

@@ -17,6 +17,7 @@ import numpy as np
 
 from balcap.benchmarks.scores import Score
 from balcap.report.run import TITLES, Run, Series
+from balcap.utils.settings_tree import nearest
 
 VALIDATED = ("b_capscore", "precision", "recall", "linguistic", "length_ratio", "caption_tokens")
 """Validation metrics that a study reads unless it names its measures."""
@@ -178,6 +179,15 @@ class Study:
         return list(
             dict.fromkeys([*scores, *(name for name in names if any(name in r.metrics for r in runs))])
         )
+
+    @cached_property
+    def unknown(self) -> dict[str, str | None]:
+        """Measures that the study names and no finished run has -> what may be meant; empty while none is finished."""
+        runs = [run for arm in self.arms for run in arm.runs.values() if run is not None]
+        known = {name for run in runs for name in (*run.benchmarks, *run.metrics)}
+        named = [*(self.given_measures or ()), *self.axes, *(claim.measure for claim in self.claims)]
+        names = dict.fromkeys(measure.partition("@")[0] for measure in named) if known else {}
+        return {name: nearest(name, known) for name in names if name not in known}
 
     @property
     def seeds(self) -> list[int]:

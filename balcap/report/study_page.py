@@ -51,7 +51,11 @@ def attention(study: Study) -> Iterator[str]:
     if len(study.seeds) == 1:
         yield "One seed: there is no interval over seeds, and no claim can hold or be contradicted."
     yield from _unfinished(study)
+    for measure, meant in study.unknown.items():
+        yield f"{measure}: no finished run has this measure." + (f" Is it {meant}?" if meant else "")
     for measure in study.measures:
+        if measure.partition("@")[0] in study.unknown:
+            continue
         if gaps := study.missing(measure):
             of = ", ".join(f"{title} {gap}" for title, gap in gaps.items())
             what = ": never reached in" if "@" in measure else " is missing for"

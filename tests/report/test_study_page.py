@@ -107,6 +107,15 @@ def test_what_is_missing_is_counted_and_is_no_zero(tmp_path: Path) -> None:
     assert "| Gone | – (0 of 3 seeds) |" in paths[0].read_text()
 
 
+def test_a_measure_that_no_run_has_is_named_once_with_the_nearest(tmp_path: Path) -> None:
+    claims = [Claim("Better", "new", "dcscores"), Claim("Sooner", "new", "val/recal@0.3")]
+    study = _study(tmp_path, given_measures=["dcscore", "val/recal"], claims=claims)
+    assert list(attention(study)) == [
+        "val/recal: no finished run has this measure. Is it val/recall?",
+        "dcscores: no finished run has this measure. Is it dcscore?",
+    ]
+
+
 def test_dominated_needs_every_view() -> None:
     points = {"a": (1.0, 2.0, 3.0), "b": (1.0, 1.0, 3.0), "c": (0.0, 5.0, 0.0), "twin": (1.0, 2.0, 3.0)}
     assert dominated(points) == {"b"}
