@@ -143,7 +143,7 @@ def test_ranks_that_start_and_write_together(tmp_path):
     path = tmp_path / "c.sqlite"
     ranks = [writer(path, f"rank{rank}", 300) for rank in range(3)]
     for rank in ranks:
-        rank.communicate("go\n", timeout=60)
+        rank.communicate("go\n", timeout=120)
         assert rank.returncode == 0
     cache = JudgmentCache(path)
     assert [read(cache, f"rank{rank} {i}") for rank in range(3) for i in (0, 299)] == [
@@ -169,7 +169,7 @@ def test_killed_in_the_middle_of_writing(tmp_path):
             os.kill(process.pid, signal.SIGKILL)
             died = time.monotonic()
             break
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     cache = JudgmentCache(path)
     # All that had arrived a quarter of a second before the end is there (busy machines write late).
     old = [i for when, i in arrived if when < died - 0.25]

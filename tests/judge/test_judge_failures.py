@@ -86,7 +86,7 @@ def test_prose_around_the_answer_is_fine(make_judge, server):
 
 def test_a_call_that_hangs_is_given_up(make_judge, server):
     server.script = ["hang"]
-    judge = make_judge(timeout_s=0.5, retries=1)
+    judge = make_judge(timeout_s=2.0, retries=1)
     assert judge.run(rate(judge, "A cat.")).clarity == 1.0
     assert server.calls == 2
 

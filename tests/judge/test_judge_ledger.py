@@ -183,7 +183,7 @@ def test_ranks_see_what_the_others_spend(tmp_path):
         time.sleep(0.02)
     assert mine.spent() == pytest.approx(3 * 200 * 0.001 + 0.001)  # while they are still running
     for rank in ranks:
-        rank.communicate("go\n", timeout=30)
+        rank.communicate("go\n", timeout=120)
     mine.close()
     assert len(rows(path)) == 601
 

@@ -244,7 +244,7 @@ def test_the_environments_key_goes_to_its_provider_alone(
 def test_waiting_in_our_own_queue_is_not_the_judges_time(make_judge, server) -> None:
     server.latency = 0.2
     server.script = ["500"] * 3
-    judge = make_judge(timeout_s=0.6, deadline_s=1.0, retries=3, concurrency=1)
+    judge = make_judge(timeout_s=1.5, deadline_s=2.0, retries=3, concurrency=1)
     answers = judge.run(judge.ask(Rate, [f"A cat {i}." for i in range(12)]))
     assert answers == [RIGHT] * 12
 
