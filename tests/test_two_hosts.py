@@ -206,7 +206,7 @@ def test_two_hosts_spend_one_budget(
     budget, run = 1.0, tmp_path / "run"
     judge = {
         "model.judge.prices": "{shapes/oracle: {input: 5, output: 5}}",
-        "model.judge.cache": None,
+        "model.judge.cache": "null",
         "model.judge.budget_usd": budget,
     }
     processes = start("ddp", run_dir=run, **judge, **{"trainer.max_steps": 500})

@@ -244,7 +244,7 @@ def _calls(run: Path) -> int:
 
 
 def test_two_processes_give_the_numbers_of_one(benchmark_arguments: Arguments, cli, tmp_path: Path) -> None:
-    sampled = {"model.judge.cache": None}
+    sampled = {"model.judge.cache": "null"}
     one = benchmark_arguments(run_dir=tmp_path / "one", **sampled)
     two = benchmark_arguments(run_dir=tmp_path / "two", **sampled)
     two[two.index("--trainer.devices=1")] = "--trainer.devices=2"
