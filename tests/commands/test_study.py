@@ -47,6 +47,7 @@ def test_a_study_runs_what_is_left_and_ends_in_tables(study_file, cli, tmp_path:
     ):
         study([file], Work(start=here))
     assert [name for name, _ in here.commands] == ["fit", "test", "fit", "test", "fit", "fit", "test"]
+    assert "grpo-0: to do; its figures are missing." in capsys.readouterr().err
     rows = {(row["run"], row["measure"]): row for row in table(out)}
     assert rows["grpo", "b_capscore"]["missing_seeds"] == "1"
     assert rows["ours", "b_capscore"]["difference_seeds"] == "1"

@@ -164,9 +164,8 @@ def test_where_all_deployments_are_at_their_limit_a_call_waits_and_is_no_attempt
 
     async def many():
         asked = [asyncio.ensure_future(rate(judge, f"A cat {number}.")) for number in range(8)]
-        await asyncio.wait(
-            asked, timeout=60, return_when=asyncio.FIRST_COMPLETED
-        )  # the first one imports litellm
+        # The first one imports litellm.
+        await asyncio.wait(asked, timeout=60, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait(asked, timeout=3)
         return [one for one in asked if one.done()]
 
