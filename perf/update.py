@@ -12,7 +12,7 @@ image is one (B = 1), captions have uniformly drawn lengths. Weights are random,
 enough for every token to matter.
 
 ours       `balcap.policy.policy.Policy` as training uses it, with ``compile: false``
-ours, compiled   with ``compile: true``, which is the default on GPUs; there only
+ours, compiled   with ``compile: true``, which is the default on GPUs; on a CPU in the first case only
 ..., nothing recomputed   the same without checkpointing, as ``gradient_checkpointing: auto`` decides where it fits, as it
            does here; the peers would not fit without
 naive      the same with ``shared_prefix: false``; of a family that cannot share a prefix, ours is that too
@@ -208,7 +208,7 @@ def plan(options: Namespace) -> list[tuple[Case, list[str]]]:
     if options.family is not None:
         return [(Case(size, 420, 8), THREE)]
     return [
-        (Case("30m", 420, 8), [*THREE, COMPACT]),
+        (Case("30m", 420, 8), [COMPILED, *THREE, COMPACT]),
         (Case("30m", 420, 4), THREE),
         (Case("30m", 420, 16), THREE),
         (Case("30m", 100, 8), THREE),
