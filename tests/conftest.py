@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tests.support import ROOT
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 settings.register_profile("shared machines", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machines")
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no price table from the network
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test that draws weights or tokens draws the same ones in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
