@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from balcap.report.page import write_report
 from balcap.report.run import Run
@@ -60,8 +60,13 @@ def open_page(browser: Browser) -> Iterator[Any]:
     wrong: list[str] = []
     pages: list[Page] = []
 
-    def show(path: Path, width: int = 1200, scheme: Any = "light") -> Page:
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    def show(path: Path, scheme: Any = "light", phone: bool = False) -> Page:
+        page = browser.new_page(
+            viewport={"width": 390 if phone else 1200, "height": 900},
+            color_scheme=scheme,
+            is_mobile=phone,
+            has_touch=phone,
+        )
         pages.append(page)
         page.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -166,9 +171,26 @@ def test_texts_are_text(open_page: Any, reports: dict[str, Path]) -> None:
 def test_on_a_phone_nothing_is_wider_than_the_screen(
     open_page: Any, reports: dict[str, Path], name: str
 ) -> None:
-    page = open_page(reports[name], width=390)
+    page = open_page(reports[name], phone=True)
     draw_everything(page)
     assert page.evaluate("document.scrollingElement.scrollWidth") == 390
+
+
+@pytest.mark.parametrize(("phone", "drag"), [(False, "zoom"), (True, False)], ids=["pointer", "touch"])
+def test_the_tool_bar_of_a_chart_is_for_a_pointer(
+    open_page: Any, reports: dict[str, Path], phone: bool, drag: object
+) -> None:
+    page = open_page(reports["one"], phone=phone)
+    draw_everything(page)
+    assert page.evaluate("document.querySelector('.js-plotly-plot').layout.dragmode") == drag
+    bars = page.locator(".modebar-group")
+    assert (bars.count() == 0) is phone
+    if not phone:  # shown while the pointer is over the chart
+        last = page.locator(".js-plotly-plot").last
+        for x, opacity in ((10, "1"), (-10, "0")):
+            box = last.bounding_box()
+            page.mouse.move(box["x"] + x, box["y"] + 10)
+            expect(last.locator(".modebar-group").first).to_have_css("opacity", opacity)
 
 
 def test_light_and_dark(open_page: Any, reports: dict[str, Path]) -> None:

@@ -16,7 +16,14 @@
 
   // ---- charts, each drawn when it comes into view
 
-  const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  // Without a pointer the tool bar would always be shown, over the legend, and a drag would zoom instead of scroll.
+  const pointer = window.matchMedia("(hover: hover)").matches;
+  const CONFIG = {
+    responsive: true,
+    displaylogo: false,
+    displayModeBar: pointer ? "hover" : false,
+    modeBarButtonsToRemove: ["select2d", "lasso2d"],
+  };
   const layout = (figure) => {
     const style = getComputedStyle(root);
     const [ink, faint, line] = ["--ink", "--faint", "--line"].map((name) => style.getPropertyValue(name).trim());
@@ -30,6 +37,7 @@
       font: { color: ink, size: 12, family: getComputedStyle(document.body).fontFamily },
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
       hovermode: "closest",
+      dragmode: pointer ? "zoom" : false,
       ...own,
     };
   };
