@@ -37,7 +37,7 @@ def _imported(*command: str) -> set[str]:
 def test_help_imports_nothing_heavy(command: list[str], lightning: bool) -> None:
     names = _imported("main.py", *command)
     assert ("lightning.pytorch.cli" in names) == lightning
-    assert not names & {"transformers", "litellm", "vllm", "peft", "datasets"}
+    assert not names & {"transformers", "torchvision", "scipy", "litellm", "vllm", "peft", "datasets"}
 
 
 def test_import_balcap_is_instant() -> None:

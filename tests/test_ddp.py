@@ -12,6 +12,7 @@ from tests.support import ROOT, metrics, run_fit
 from tests.test_fsdp2 import DDP, SHARDED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
     [DDP, {**DDP, "trainer.devices": 4, "data.batch_size": 1}, SHARDED],

@@ -13,6 +13,7 @@ MOST = {COMPILED: 3452, OURS: 8895, "vision": 1117, "attention of vision": 60}
 """Of Qwen2.5-VL-3B's depth, two captions; a change that lowers one may lower it here."""
 
 
+@pytest.mark.slow
 def test_no_more_operators_than_today() -> None:
     pytest.importorskip("trl")
     case = quick_case()

@@ -34,7 +34,11 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], wanted: bool | str, needs: str = "") -> None:
         self.function, self.wanted, self.needs = function, wanted, needs
-        self._compiled = torch.compile(function, dynamic=True)
+
+    @functools.cached_property
+    def compiled(self) -> Callable[..., Any]:
+        """Made at the first call that needs it: torch's compiler takes a second to import."""
+        return torch.compile(self.function, dynamic=True)
 
     def works_on(self, device: str) -> bool:
         """Whether it is compiled on this type of device, as far as is known before its first call."""
@@ -45,7 +49,7 @@ class Compiled:
         if (self.needs and self.needs not in kwargs) or not self.works_on(device):
             return self.function(*args, **kwargs)
         try:
-            return self._compiled(*args, **kwargs)
+            return self.compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             Compiled.failed = True
             logger.warning(

@@ -56,9 +56,11 @@ def logps_of_chunk(
     head: Any, states: Tensor, targets: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     """As `token_logps`, with all logits at once."""
-    logps = (head(states).float() / temperature).log_softmax(-1)
+    logits = head(states).float()
+    logps = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+    del logits
     chosen = logps.gather(-1, targets[:, None])[:, 0]
     if not entropy:
         return chosen, None
     with torch.no_grad():
-        return chosen, -(logps.exp() * logps).sum(-1)
+        return chosen, -logps.exp().mul_(logps).sum(-1)

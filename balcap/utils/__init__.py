@@ -3,7 +3,7 @@
 `arguments.py`  command lines whose errors name the key, its neighbour and what to type next
 `errors.py`   `RunStopped`, which ends a run on purpose
 `files.py`    whole files replaced at once, JSON lines appended
-`imports.py`  torchmetrics without transformers
+`imports.py`  torchmetrics without large packages
 `loop.py`     event loops in background threads
 `redact.py`   texts and settings without secrets
 `run_folder.py`  a folder of one run, held by one process

@@ -1,28 +1,35 @@
-"""One workaround: torchmetrics, which Lightning imports, would import transformers for metrics unused here."""
+"""One workaround: torchmetrics, which Lightning imports, would import large packages for metrics unused here."""
 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
+from unittest import mock
+
+HEAVY = ("scipy", "torchvision", "transformers")
 
 
 def import_torchmetrics_lightly() -> None:
-    """Import torchmetrics as if transformers were not installed.
+    """Import torchmetrics as if `HEAVY` packages were not installed.
 
-    transformers and what it pulls in take seconds; ``--help`` and a refused config need none of it. Only
-    torchmetrics' BERTScore, InfoLM and CLIPScore are affected, and only until they are imported anew.
+    With what they pull in they take seconds; ``--help`` and a refused config need none of them. Only
+    torchmetrics' BERTScore, InfoLM, CLIPScore and metrics of images and boxes are affected, and only until
+    they are imported anew.
     """
     if "torchmetrics" in sys.modules or "transformers" in sys.modules:
         return
-    from lightning_utilities.core.imports import RequirementCache
+    from lightning_utilities.core import imports
 
-    original = RequirementCache.__bool__
+    is_met, is_there = imports.RequirementCache.__bool__, imports.package_available
 
-    def without_transformers(self: RequirementCache) -> bool:
-        return False if str(self.requirement or "").startswith("transformers") else original(self)
+    def is_light(requirement: str | None) -> bool:
+        return re.split(r"\W", requirement or "")[0] not in HEAVY
 
-    RequirementCache.__bool__ = without_transformers  # type: ignore[method-assign]
-    try:
+    with (
+        mock.patch.object(
+            imports.RequirementCache, "__bool__", lambda self: is_light(self.requirement) and is_met(self)
+        ),
+        mock.patch.object(imports, "package_available", lambda name: is_light(name) and is_there(name)),
+    ):
         importlib.import_module("torchmetrics")
-    finally:
-        RequirementCache.__bool__ = original  # type: ignore[method-assign]

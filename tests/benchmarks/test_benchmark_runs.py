@@ -214,6 +214,7 @@ def test_an_evaluation_of_a_fit_never_takes_old_captions(
     assert "OLD" not in (folder / "captions.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_test_that_is_killed_again_and_again_goes_on(
     benchmark_arguments: Arguments, cli, tmp_path: Path
 ) -> None:
@@ -243,6 +244,7 @@ def _calls(run: Path) -> int:
     return sqlite3.connect(run / "judge_ledger.sqlite").execute("SELECT count(*) FROM calls").fetchone()[0]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(benchmark_arguments: Arguments, cli, tmp_path: Path) -> None:
     sampled = {"model.judge.cache": "null"}
     one = benchmark_arguments(run_dir=tmp_path / "one", **sampled)

@@ -58,6 +58,7 @@ def _killed(command: list[str], out: Path, log: Path, draw: random.Random, with_
     _wait(lambda: not _holders(out))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="runs of a killed study end with it on Linux alone")
 def test_killed_at_random_moments_the_table_is_the_same_and_nothing_is_paid_twice(
     study_file, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -77,7 +77,7 @@ def test_errors_of_the_function_itself_are_not_swallowed() -> None:
         raise ValueError("wrong")
 
     function = Compiled(wrong, wanted=True)
-    function._compiled = wrong
+    function.compiled = wrong
     with pytest.raises(ValueError, match="wrong"):
         function(torch.zeros(1))
     assert not Compiled.failed
