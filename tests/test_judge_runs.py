@@ -32,8 +32,8 @@ def http(fit_arguments, monkeypatch):
     def arguments(server, command: str = "fit", **options: object) -> list[str]:
         defaults = {
             "model.judge.params.api_base": server.url,
-            "model.judge.timeout_s": 1,
-            "model.judge.deadline_s": 20,
+            "model.judge.timeout_s": 15,
+            "model.judge.deadline_s": 30,
             "trainer.max_steps": STEPS,
             "data.val_size": 2,
         }
@@ -65,7 +65,8 @@ def test_a_judge_that_misbehaves_costs_judgments_not_the_run(http, cli, tmp_path
     server.retry_after = 0.1
     try:
         # One call per question and no retry: some judgments must be missing
-        cli(http(server, **{"model.judge.retries": 0, "model.judge.max_failed_share": 1.0}))
+        options = {"retries": 0, "max_failed_share": 1.0, "timeout_s": 1}
+        cli(http(server, **{f"model.judge.{name}": value for name, value in options.items()}))
         without = trained(tmp_path / "run")
     finally:
         server.close()
