@@ -37,7 +37,15 @@ def _imported(*command: str) -> set[str]:
 def test_help_imports_nothing_heavy(command: list[str], lightning: bool) -> None:
     names = _imported("main.py", *command)
     assert ("lightning.pytorch.cli" in names) == lightning
-    assert not names & {"transformers", "torchvision", "scipy", "litellm", "vllm", "peft", "datasets"}
+    assert not names & {"transformers", "scipy", "litellm", "vllm", "peft", "datasets"}
+
+
+def test_own_rewards_can_use_torchmetrics() -> None:
+    """Of boxes, of images, and of sources that scipy assigns: nothing is lost by the light import."""
+    use = "import balcap.cli, torch, torchmetrics.detection as boxes, torchmetrics.functional as F; "
+    use += "boxes.IntersectionOverUnion(); from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity; "
+    use += "F.audio.permutation_invariant_training(*torch.randn(2, 2, 3, 9), F.audio.signal_noise_ratio)"
+    subprocess.run([sys.executable, "-c", use], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_import_balcap_is_instant() -> None:

@@ -104,11 +104,8 @@ def test_a_run_goes_on_from_its_checkpoint_on_any_number_of_ranks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strategy", "to"),
-    [(DDP, "the first"), ({**SHARDED, **IN_PARTS}, "all")],
-    ids=["ddp, the first", "fsdp2, all"],
-)
+@pytest.mark.parametrize("to", ["all", "the first"])
+@pytest.mark.parametrize("strategy", [DDP, {**SHARDED, **IN_PARTS}], ids=["ddp", "fsdp2"])
 def test_a_run_of_two_ranks_that_is_asked_to_end_goes_on_as_if_nothing_had_happened(
     fit_arguments, tmp_path: Path, strategy: dict[str, Any], to: str
 ) -> None:

@@ -7,15 +7,14 @@ import re
 import sys
 from unittest import mock
 
-HEAVY = ("scipy", "torchvision", "transformers")
+HEAVY = ("scipy", "transformers")
 
 
 def import_torchmetrics_lightly() -> None:
     """Import torchmetrics as if `HEAVY` packages were not installed.
 
     With what they pull in they take seconds; ``--help`` and a refused config need none of them. Only
-    torchmetrics' BERTScore, InfoLM, CLIPScore and metrics of images and boxes are affected, and only until
-    they are imported anew.
+    torchmetrics' BERTScore, InfoLM and CLIPScore are affected, and only until they are imported anew.
     """
     if "torchmetrics" in sys.modules or "transformers" in sys.modules:
         return
